@@ -1,0 +1,71 @@
+# Recipes for everything that is done more than once. `just` itself comes with `python3 scripts/dev.py setup`,
+# as .venv/bin/just.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+set positional-arguments
+
+# Once .venv is there its own Python goes on being used, whichever python3 comes first on the PATH.
+python := if path_exists(justfile_directory() / ".venv/bin/python") == "true" { ".venv/bin/python" } else { "python3" }
+bin := justfile_directory() / ".venv/bin"
+export PATH := bin + ":" + env("PATH")
+
+# list the recipes
+default:
+    @just --list --unsorted
+
+# install the program and all tools into .venv
+setup:
+    @{{ python }} scripts/dev.py setup
+
+# watch the daemon on a fake node with a fake kubelet
+demo *arguments:
+    @{{ python }} scripts/dev.py demo "$@"
+
+# every check and every test; arguments go to pytest
+test *arguments:
+    @{{ python }} scripts/dev.py test "$@"
+
+# only pytest, as in: just pytest -k cdi
+pytest *arguments: setup
+    pytest "$@"
+
+# ruff, mypy, the layers of the house, and whether the generated code is current
+lint:
+    @{{ python }} scripts/dev.py lint
+
+# bring the code into its form and mend what ruff can mend
+format: setup
+    ruff check --fix .
+    ruff format .
+
+# what CI runs
+ci:
+    .ci/run
+
+# make requirements/*.txt anew from pyproject.toml, keeping versions where they still fit
+lock: setup
+    scripts/lock.sh
+
+# make requirements/*.txt anew with the newest versions
+upgrade: setup
+    UPGRADE=1 scripts/lock.sh
+
+# make sandbox_plugin/api anew from protos/
+generate-api: setup
+    python scripts/generate-api.py
+
+# print what a cluster gets from an overlay
+manifests overlay="kata": setup
+    kubectl kustomize manifests/overlays/{{ overlay }}
+
+# build the wheel into dist/
+wheel: setup
+    python -m hatchling build --target wheel
+
+# build the image with buildah and try it; --debootstrap needs no registry
+image *arguments:
+    scripts/build-image.sh "$@"
+
+# remove what the other recipes leave behind, .venv included
+clean:
+    rm -rf .venv .venv.lock dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

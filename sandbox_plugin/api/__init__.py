@@ -1,0 +1,1 @@
+"""The kubelet's two gRPC APIs. Generated from protos/ by scripts/generate-api.py: never edited."""

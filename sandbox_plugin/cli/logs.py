@@ -1,0 +1,29 @@
+"""How log lines look: JSON, one object a line, or a console format for people."""
+
+from __future__ import annotations
+
+import logging
+from typing import TextIO
+
+import structlog
+from structlog.typing import Processor
+
+
+def configure_logs(log_format: str | None, level: str, stream: TextIO) -> None:
+    """Sets up structlog for this process. `log_format` is `json` or `console`; None: console on a terminal."""
+    console = log_format == "console" or (log_format is None and stream.isatty())
+    shared: list[Processor] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=not console, key="timestamp"),
+    ]
+    last: list[Processor]
+    if console:
+        last = [structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=24)]
+    else:
+        last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=[*shared, *last],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=False,
+    )

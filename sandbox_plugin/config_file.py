@@ -1,0 +1,129 @@
+"""The TOML config file: resource rules, and any setting by its flag's name. A wrong file is refused whole.
+
+    gpu-alias = "pgpu"
+
+    [[resources]]                  # asked in order before the built-in rules; the first that matches wins
+    name = "example.com/gpu"       # or: exclude = true
+    vendor = "1002"                # hexadecimal, as lspci -nn prints it; a list means any of them
+    class = "0300"                 # two to six digits; the rest may be anything
+
+Pure: text in, settings' values out. Every `UsageError` says which key is wrong and what is allowed.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sandbox_plugin.inventory.naming import check_resource_name
+from sandbox_plugin.settings import ResourceRule, UsageError
+
+_T = TypeVar("_T")
+
+_CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
+
+
+def parse_config(text: str, where: str, keys: frozenset[str]) -> tuple[dict[str, str], tuple[ResourceRule, ...]]:
+    """Settings by key, still as a person wrote them, and the resource rules.
+
+    `keys` are the settings that there are; `where` names the file in messages.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where}: {error}") from None
+    settings = {}
+    for key, value in document.items():
+        if key == "resources":
+            continue
+        if key not in keys:
+            raise UsageError(f"{where}: unknown key {key!r}; allowed are {', '.join(sorted([*keys, 'resources']))}")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UsageError(f"{where}: {key} must be a string or a number")
+        settings[key] = str(value)
+    return settings, _rules(document.get("resources", []), where)
+
+
+def _rules(tables: Any, where: str) -> tuple[ResourceRule, ...]:
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError(f"{where}: resources must be tables, each begun by a line [[resources]]")
+    return tuple(_rule(table, f"{where}: resources[{index}]") for index, table in enumerate(tables))
+
+
+def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
+    unknown = sorted(table.keys() - {"name", "exclude", *_CONDITIONS})
+    if unknown:
+        allowed = ", ".join(("name", "exclude", *_CONDITIONS))
+        raise UsageError(f"{where}: unknown key {unknown[0]!r}; allowed are {allowed}")
+    if not table.keys() & set(_CONDITIONS):
+        raise UsageError(f"{where}: no condition, so it would match everything; one of {', '.join(_CONDITIONS)}")
+    return ResourceRule(
+        label=where.rpartition(": ")[2],
+        name=_name(table, where),
+        vendors=frozenset(_hex_list(table, "vendor", where)),
+        devices=frozenset(_hex_list(table, "device", where)),
+        classes=tuple(_words(table, "class", where, _class_prefix)),
+        subsystems=frozenset(_words(table, "subsystem", where, _subsystem)),
+        addresses=tuple(_words(table, "address", where, _address)),
+        drivers=frozenset(_words(table, "driver", where, str)),
+    )
+
+
+def _name(table: Mapping[str, Any], where: str) -> str | None:
+    exclude, name = table.get("exclude", False), table.get("name")
+    if not isinstance(exclude, bool):
+        raise UsageError(f"{where}: exclude must be true or false")
+    if exclude == (name is not None):
+        raise UsageError(f"{where}: either name or exclude = true, and not both")
+    if exclude:
+        return None
+    if not isinstance(name, str):
+        raise UsageError(f"{where}: name must be a string such as 'example.com/gpu'")
+    try:
+        check_resource_name(name)
+    except ValueError as error:
+        raise UsageError(f"{where}: name: {error}") from None
+    return name
+
+
+def _hex_list(table: Mapping[str, Any], key: str, where: str) -> list[int]:
+    return _words(table, key, where, _four_digits)
+
+
+def _words(table: Mapping[str, Any], key: str, where: str, parse: Callable[[str], _T]) -> list[_T]:
+    given = table.get(key, [])
+    words = given if isinstance(given, list) else [given]
+    if (key in table and not words) or not all(isinstance(word, str) and word for word in words):
+        raise UsageError(f"{where}: {key} must be a string or a list of strings")
+    try:
+        return [parse(word) for word in words]
+    except ValueError as error:
+        raise UsageError(f"{where}: {key}: {error}") from None
+
+
+def _four_digits(word: str) -> int:
+    if not re.fullmatch(r"(0x)?[0-9a-fA-F]{4}", word):
+        raise ValueError(f"{word!r} is not four hexadecimal digits, e.g. '10de'")
+    return int(word, 16)
+
+
+def _class_prefix(word: str) -> str:
+    digits = word.lower().removeprefix("0x")
+    if not re.fullmatch(r"[0-9a-f]{2}|[0-9a-f]{4}|[0-9a-f]{6}", digits):
+        raise ValueError(f"{word!r} is not two, four or six hexadecimal digits, e.g. '0302'")
+    return digits
+
+
+def _subsystem(word: str) -> tuple[int, int]:
+    vendor, separator, device = word.partition(":")
+    if not separator:
+        raise ValueError(f"{word!r} is not VENDOR:DEVICE, e.g. '10de:16c1'")
+    return (_four_digits(vendor), _four_digits(device))
+
+
+def _address(word: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F:.*?]+", word):
+        raise ValueError(f"{word!r} is not a PCI address such as '0000:41:00.0', in which * and ? may stand for any")
+    return word.lower()

@@ -1,0 +1,187 @@
+"""From what a person says to `Settings`: a flag beats the environment, which beats the config file.
+
+Everything is validated here, once; every `UsageError` says which flag, variable or key is wrong and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandbox_plugin.config_file import parse_config
+from sandbox_plugin.inventory.naming import check_alias
+from sandbox_plugin.settings import Policy, ResourceRule, Settings, UsageError
+
+CONFIG_VARIABLE = "SANDBOX_PLUGIN_CONFIG"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One setting as a person gives it. `parse` raises ValueError saying what is allowed."""
+
+    name: str
+    """The field of `Settings`."""
+    flag: str
+    environment: str
+    metavar: str
+    help: str
+    parse: Callable[[str], Any]
+    empty_counts: bool = False
+    """Whether a variable that is set but empty is a value of its own; else it is as good as unset."""
+
+    @property
+    def default_text(self) -> str:
+        default = getattr(Settings(), self.name)
+        return "console on a terminal, else json" if default is None else str(default)
+
+
+def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
+    """The settings, from the flags that were given, by field name, and the environment. Raises `UsageError`."""
+    from_file, resources = _from_file(flags.get("config", environment.get(CONFIG_VARIABLE, "")))
+    values: dict[str, Any] = {"resources": resources}
+    for option in OPTIONS:
+        if option.name in flags:
+            given, where = flags[option.name], option.flag
+        elif environment.get(option.environment) or (option.empty_counts and option.environment in environment):
+            given, where = environment[option.environment], option.environment
+        elif option.name in from_file:
+            given, where = from_file[option.name]
+        else:
+            continue
+        try:
+            values[option.name] = option.parse(given)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from None
+    settings = Settings(**values)
+    if settings.gpu_alias and settings.gpu_alias == settings.nvswitch_alias:
+        raise UsageError(f"--gpu-alias and --nvswitch-alias are both {settings.gpu_alias!r}: they must differ")
+    return settings
+
+
+def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], tuple[ResourceRule, ...]]:
+    """Settings by field name, each with where it was found, and the resource rules. No path, nothing."""
+    if not path:
+        return {}, ()
+    where = f"config file {path}"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"{where}: cannot be read: {reason}") from None
+    by_key = {option.flag.removeprefix("--"): option.name for option in OPTIONS}
+    settings, resources = parse_config(text, where, frozenset(by_key))
+    return {by_key[key]: (value, f"{where}: {key}") for key, value in settings.items()}, resources
+
+
+def _alias(text: str) -> str:
+    if text:
+        check_alias(text)
+    return text
+
+
+def _path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is not a path")
+    return Path(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0.1 <= seconds <= 3600:
+        raise ValueError(f"{text!r} is not a number of seconds between 0.1 and 3600")
+    return seconds
+
+
+def _one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+        return text
+
+    return parse
+
+
+OPTIONS: tuple[Option, ...] = (
+    Option(
+        name="kubelet_dir",
+        flag="--kubelet-dir",
+        environment="SANDBOX_PLUGIN_KUBELET_DIR",
+        metavar="DIR",
+        help="the kubelet's device plugin folder",
+        parse=_path,
+    ),
+    Option(
+        name="pod_resources_socket",
+        flag="--pod-resources-socket",
+        environment="SANDBOX_PLUGIN_POD_RESOURCES_SOCKET",
+        metavar="PATH",
+        help="the kubelet's PodResources socket; it may be absent",
+        parse=_path,
+    ),
+    Option(
+        name="cdi_dir",
+        flag="--cdi-dir",
+        environment="SANDBOX_PLUGIN_CDI_DIR",
+        metavar="DIR",
+        help="where CDI specs are written",
+        parse=_path,
+    ),
+    Option(
+        name="gpu_alias",
+        flag="--gpu-alias",
+        environment="P_GPU_ALIAS",
+        metavar="NAME",
+        help="GPUs are nvidia.com/NAME; empty: a resource per model",
+        parse=_alias,
+        empty_counts=True,
+    ),
+    Option(
+        name="nvswitch_alias",
+        flag="--nvswitch-alias",
+        environment="NVSWITCH_ALIAS",
+        metavar="NAME",
+        help="NVSwitches are nvidia.com/NAME; empty: a resource per model",
+        parse=_alias,
+        empty_counts=True,
+    ),
+    Option(
+        name="allocation_policy",
+        flag="--allocation-policy",
+        environment="SANDBOX_PLUGIN_ALLOCATION_POLICY",
+        metavar="POLICY",
+        help="packed: GPUs that are close together; spread: far apart",
+        parse=lambda text: Policy(_one_of(*Policy)(text)),
+    ),
+    Option(
+        name="health_interval",
+        flag="--health-interval",
+        environment="SANDBOX_PLUGIN_HEALTH_INTERVAL",
+        metavar="SECONDS",
+        help="time between rescans that no event asked for",
+        parse=_seconds,
+    ),
+    Option(
+        name="log_format",
+        flag="--log-format",
+        environment="SANDBOX_PLUGIN_LOG_FORMAT",
+        metavar="FORMAT",
+        help="json or console",
+        parse=_one_of("json", "console"),
+    ),
+    Option(
+        name="log_level",
+        flag="--log-level",
+        environment="SANDBOX_PLUGIN_LOG_LEVEL",
+        metavar="LEVEL",
+        help="debug, info, warning or error",
+        parse=_one_of("debug", "info", "warning", "error"),
+    ),
+)
+DAEMON_OPTIONS = tuple(option.name for option in OPTIONS)
+"""The settings that the daemon takes: all of them."""

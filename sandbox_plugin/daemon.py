@@ -1,0 +1,190 @@
+"""The daemon: where all parts meet. Settings in, a TaskGroup that runs until it is cancelled.
+
+    watchers --wake--> scan loop --facts--> registry --inventory--> CDI writer, one endpoint for each resource
+                          ^                    |
+                          +---- wake_at -------+
+
+No part knows another; they share the registry. An unexpected exception in any of them ends all of them: a daemon that
+lives half-dead is worse than one that Kubernetes starts again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.scan import HostScanner
+from sandbox_plugin.host.uevents import UeventSource
+from sandbox_plugin.host.watch import FolderWatcher, host_folders
+from sandbox_plugin.inventory.advance import Inventory
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import may_be_ours
+from sandbox_plugin.kubelet.endpoint import Endpoint
+from sandbox_plugin.kubelet.podresources import HoldingsPoller
+from sandbox_plugin.model import Device, Reason
+from sandbox_plugin.outputs.cdi import CdiWriter
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Settings
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_DEBOUNCE = 0.005
+"""Seconds between the first sign of a change and the scan: a bind is several events within a few milliseconds."""
+
+
+_FIRST_ANSWER = 1.0
+"""Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
+
+
+async def run(settings: Settings) -> None:
+    """Runs the daemon until it is cancelled. Raises an ExceptionGroup when a part of it fails unexpectedly."""
+    names = ModelNames.load()
+    paths = HostPaths(settings.host_root)
+    registry = Registry(settings, names)
+    rescans = Rescans(paths, registry, settings.health_interval)
+    endpoints = Endpoints(settings, registry)
+    poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
+    await poller.ask(patience=_FIRST_ANSWER)
+    async with asyncio.TaskGroup() as group:
+        if settings.host_root == Path("/"):
+            group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
+        group.create_task(FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake).run())
+        group.create_task(FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=endpoints.look).run())
+        group.create_task(rescans.run())
+        group.create_task(poller.run())
+        group.create_task(report(registry))
+        group.create_task(
+            CdiWriter(
+                folder=settings.cdi_dir,
+                registry=registry,
+                is_ours=lambda resource: may_be_ours(resource, settings, names),
+                recheck=settings.health_interval,
+            ).run()
+        )
+        group.create_task(endpoints.run())
+
+
+class Rescans:
+    """Scans the host again whenever something says so, and at the latest after `interval` seconds."""
+
+    def __init__(self, paths: HostPaths, registry: Registry, interval: float) -> None:
+        self._registry = registry
+        self._interval = interval
+        self._wanted = asyncio.Event()
+        self._aer: list[tuple[str, str]] = []
+        self._scanner = HostScanner(paths, on_late=self.wake)
+
+    def wake(self) -> None:
+        """Something may have changed."""
+        self._wanted.set()
+
+    def note_aer(self, address: str, event: str) -> None:
+        """A step of an error recovery, to be taken in with a scan that begins after it."""
+        self._aer.append((address, event))
+
+    async def run(self) -> None:
+        while True:
+            self._wanted.clear()
+            aer, self._aer = self._aer, []
+            self._registry.observe(await self._scanner.scan(), aer=aer)
+            try:
+                async with asyncio.timeout(self._patience()):
+                    await self._wanted.wait()
+            except TimeoutError:
+                continue
+            await asyncio.sleep(_DEBOUNCE)
+
+    def _patience(self) -> float:
+        wake_at = self._registry.wake_at
+        return self._interval if wake_at is None else max(0.0, min(self._interval, wake_at - time.monotonic()))
+
+
+@dataclass(kw_only=True)
+class _Running:
+    endpoint: Endpoint
+    task: asyncio.Task[None]
+
+
+@dataclass
+class Endpoints:
+    """One endpoint for each resource: begun when its devices can be used, ended when its last device is dropped."""
+
+    settings: Settings
+    registry: Registry
+    _running: dict[str, _Running] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Something changed in the kubelet's folder."""
+        for running in self._running.values():
+            running.endpoint.look()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            inventory = self.registry.current
+            while True:
+                for resource in self._running.keys() - inventory.resources.keys():
+                    await self._end(resource)
+                for resource, devices in inventory.resources.items():
+                    if resource not in self._running and _may_be_advertised(devices):
+                        self._begin(group, resource)
+                inventory = await self.registry.newer_than(inventory.version)
+
+    def _begin(self, group: asyncio.TaskGroup, resource: str) -> None:
+        endpoint = Endpoint(
+            resource=resource,
+            kubelet_dir=self.settings.kubelet_dir,
+            registry=self.registry,
+            policy=self.settings.allocation_policy,
+        )
+        self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))
+
+    async def _end(self, resource: str) -> None:
+        task = self._running.pop(resource).task
+        task.cancel()
+        await asyncio.wait([task])
+        log.info("no longer advertised", resource=resource, reason="its last device is gone and no pod holds one")
+
+
+def _may_be_advertised(devices: tuple[Device, ...]) -> bool:
+    """Not before the CDI spec is written: Kata would fail every pod that gets one of these devices."""
+    return all(d.health.reason is not Reason.NOT_IN_CDI for d in devices)
+
+
+async def report(registry: Registry) -> None:
+    """Logs what changes between inventories: one line for each device that comes, goes, or changes its health.
+
+    Devices that wait for their CDI spec are not news: the CDI writer says what it writes, or why it cannot.
+    """
+    known: dict[tuple[str, str], Device] = {}
+    unoffered: dict[str, str] = {}
+    inventory = await registry.newer_than(0)
+    if not inventory.resources:
+        log.info("no device to offer yet", reason="no GPU or NVSwitch is bound to a vfio driver")
+    while True:
+        known = _report_devices(known, inventory)
+        for address, why in sorted(inventory.unoffered.items()):
+            if unoffered.get(address) != why:
+                log.info("not offered", pci_address=address, reason=why)
+        unoffered = dict(inventory.unoffered)
+        inventory = await registry.newer_than(inventory.version)
+
+
+def _report_devices(known: dict[tuple[str, str], Device], inventory: Inventory) -> dict[tuple[str, str], Device]:
+    now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
+    now = {key: d for key, d in now.items() if d.health.reason is not Reason.NOT_IN_CDI or key in known}
+    for key in sorted(known.keys() | now.keys()):
+        before, after = known.get(key), now.get(key)
+        about = {"resource": key[0], "device": key[1]}
+        if after is None:
+            assert before is not None
+            log.info("device dropped", **about, pci_address=before.address)
+        elif before is None or before.health != after.health or before.address != after.address:
+            event = "device found" if before is None else "device changed"
+            say = log.info if after.health.healthy else log.warning
+            say(event, **about, pci_address=after.address, health=str(after.health))
+    return now

@@ -1,0 +1,329 @@
+"""Reading one PCI function, and what belongs to all of them: blocking, small, and careful about what it touches.
+
+Never read: `config` (blocks, unkillably, while the kernel resets the device), `uevent` and `driver_override` (block
+likewise on Linux 6.1). Link attributes are read only while that wakes nothing. VFIO nodes are never opened, only
+listed: while one is open, a VM gets EBUSY. Everything here runs on a scan thread (`host.scan`), because any sysfs
+read can hang in the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.model import Bar, IommuGroup, PciFunction, VfioDev
+
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+_HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
+_VFIO_DEV = re.compile(r"vfio(\d{1,9})")
+_DEV_NUMBERS = re.compile(r"\d+:\d+")
+_ATTRIBUTE_LIMIT = 4096
+"""Bytes: a sysfs attribute is one page at most (Documentation/filesystems/sysfs.rst)."""
+
+_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
+"""IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
+_REGIONS_OF_FUNCTION = 7
+"""Lines of `resource` that are the function's own: six BARs and the ROM; SR-IOV and bridge windows follow."""
+
+
+class FunctionUnreadable(Exception):
+    """One PCI function cannot be used, and why; it costs that function alone."""
+
+
+def list_addresses(paths: HostPaths) -> list[str]:
+    """Addresses of all PCI functions, sorted. Raises OSError when the bus folder itself cannot be listed."""
+    return sorted(name for name in os.listdir(paths.pci_devices))
+
+
+def read_function(paths: HostPaths, address: str) -> PciFunction:
+    """Reads one function.
+
+    What it is, its driver and its group are read for every function; the rest only for functions that a vfio driver
+    holds, since nothing else is ever offered. Raises `FunctionUnreadable` when one of the former cannot be read or
+    makes no sense.
+    """
+    if not PCI_ADDRESS.fullmatch(address):
+        raise FunctionUnreadable(f"{address!r} is not a PCI address")
+    folder = paths.pci_devices / address
+    try:
+        vendor, device, class_code = (
+            _hex(_text(folder / name), name, digits) for name, digits in (("vendor", 4), ("device", 4), ("class", 6))
+        )
+        driver = _link_name(folder / "driver")
+        group = _group_number(folder)
+        vfio = _vfio_dev(folder)
+        bridges = _bridges(folder, address)
+    except OSError as error:
+        raise FunctionUnreadable(_why(error)) from None
+    except ValueError as error:
+        raise FunctionUnreadable(str(error)) from None
+    if vfio is None and not (driver and "vfio" in driver):
+        return PciFunction(
+            address=address,
+            vendor=vendor,
+            device=device,
+            class_code=class_code,
+            driver=driver,
+            iommu_group=group,
+            bridges=bridges,
+        )
+    optional = _Optional(folder)
+    power_state = optional.text("power_state")
+    runtime_status = optional.text("power/runtime_status")
+    link_is_safe = power_state != "D3cold" and all(_is_awake(paths.pci_devices / bridge) for bridge in bridges[1:])
+    return PciFunction(
+        address=address,
+        vendor=vendor,
+        device=device,
+        class_code=class_code,
+        subsystem_vendor=optional.hex("subsystem_vendor", 4),
+        subsystem_device=optional.hex("subsystem_device", 4),
+        revision=optional.hex("revision", 2),
+        driver=driver,
+        iommu_group=group,
+        vfio=vfio,
+        numa_node=_known_node(optional.number("numa_node")),
+        link_speed=optional.text("current_link_speed") if link_is_safe else None,
+        link_width=optional.number("current_link_width") if link_is_safe else None,
+        enable=optional.number("enable"),
+        power_state=power_state,
+        runtime_status=runtime_status,
+        bars=optional.bars(),
+        bridges=bridges,
+        virtual_functions=optional.number("sriov_numvfs") or 0,
+        physical_function=optional.link_name("physfn"),
+        fatal_errors=optional.fatal_errors(),
+        unread=tuple(optional.unread),
+    )
+
+
+def read_groups(paths: HostPaths, functions: Mapping[str, PciFunction]) -> dict[int, IommuGroup]:
+    """The IOMMU groups of all functions that a vfio driver holds, with every member that sysfs lists.
+
+    A group whose folder cannot be read has the members that `functions` shows.
+    """
+    wanted = {f.iommu_group for f in functions.values() if f.vfio or (f.driver and "vfio" in f.driver)}
+    groups = {}
+    for number in sorted(n for n in wanted if n is not None):
+        folder = paths.iommu_groups / str(number)
+        seen = {f.address for f in functions.values() if f.iommu_group == number}
+        groups[number] = IommuGroup(
+            number=number,
+            members=tuple(sorted(seen | set(_listed(folder / "devices")))),
+            # vfio_noiommu_group_alloc in drivers/vfio/group.c names the group so.
+            noiommu=_text_or_none(folder / "name") == "vfio-noiommu",
+        )
+    return groups
+
+
+def read_group_nodes(paths: HostPaths) -> frozenset[int]:
+    """Numbers of the groups that have a node /dev/vfio/N now. `noiommu-N` nodes are not among them."""
+    return frozenset(int(name) for name in _listed(paths.vfio_class) if name.isascii() and name.isdecimal())
+
+
+def read_kernel_has_cdevs(paths: HostPaths) -> bool | None:
+    """Whether this kernel makes VFIO cdevs, as far as /proc/devices tells; None where it does not.
+
+    vfio_cdev_init in drivers/vfio/device_cdev.c registers the character devices named `vfio-dev`, next to `vfio` for
+    the groups; /proc/devices is not namespaced, so a container sees the host's. Before vfio is loaded neither is
+    there, and nothing is known.
+    """
+    text = _text_or_none(paths.devices_list, limit=65536)
+    if text is None:
+        return None
+    names = {line.split()[1] for line in text.splitlines() if len(line.split()) == 2}
+    if "vfio-dev" in names:
+        return True
+    return False if "vfio" in names else None
+
+
+def read_dev_nodes(paths: HostPaths) -> frozenset[str] | None:
+    """VFIO nodes that the host's live /dev shows, or None where only a copy of it, or nothing, is visible."""
+    if not _dev_vfio_is_live(paths):
+        return None
+    names = [name for name in _listed(paths.dev_vfio) if name.isdecimal()]
+    names += [f"devices/{name}" for name in _listed(paths.dev_vfio / "devices") if _VFIO_DEV.fullmatch(name)]
+    return frozenset(f"/dev/vfio/{name}" for name in names)
+
+
+def _dev_vfio_is_live(paths: HostPaths) -> bool:
+    """A container's own /dev is a copy made at its start and proves nothing; a devtmpfs is the kernel's own.
+
+    A bind mount of a /dev/vfio that was removed and made anew (rmmod vfio) stays empty for ever; mountinfo marks its
+    root as deleted (Documentation/filesystems/proc.rst, section 3.5).
+    """
+    if paths.root != Path("/"):
+        return paths.dev.is_dir()
+    best = ""
+    live = False
+    for line in (_text_or_none(paths.mountinfo, limit=1 << 20) or "").splitlines():
+        fields, _, tail = line.partition(" - ")
+        parts = fields.split()
+        if len(parts) < 5 or not tail:
+            continue
+        mount_root, mount_point = parts[3], parts[4]
+        if mount_point in ("/", "/dev", "/dev/vfio") and len(mount_point) >= len(best):
+            best, live = mount_point, tail.split()[0] == "devtmpfs" and not mount_root.endswith("//deleted")
+    return live
+
+
+class _Optional:
+    """Reads attributes that a function may do without, and keeps a line about each that failed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.unread: list[str] = []
+
+    def text(self, name: str) -> str | None:
+        try:
+            return _text(self._folder / name)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self.unread.append(f"{name}: {error.strerror}")
+            return None
+
+    def number(self, name: str) -> int | None:
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            return int(text)
+        except ValueError:
+            self.unread.append(f"{name}: {text[:40]!r} is not a number")
+            return None
+
+    def hex(self, name: str, digits: int) -> int | None:
+        text = self.text(name)
+        if text is None:
+            return None
+        try:
+            return _hex(text, name, digits)
+        except ValueError as error:
+            self.unread.append(str(error))
+            return None
+
+    def link_name(self, name: str) -> str | None:
+        try:
+            return _link_name(self._folder / name)
+        except OSError as error:
+            self.unread.append(f"{name}: {error.strerror}")
+            return None
+
+    def bars(self) -> tuple[Bar, ...]:
+        text = self.text("resource")
+        try:
+            return tuple(_parse_bars((text or "").splitlines()[:_REGIONS_OF_FUNCTION]))
+        except ValueError:
+            self.unread.append("resource: not lines of three numbers")
+            return ()
+
+    def fatal_errors(self) -> int | None:
+        """The last line of `aer_dev_fatal` is TOTAL_ERR_FATAL (Documentation/ABI/testing/sysfs-bus-pci-devices-aer)."""
+        for line in (self.text("aer_dev_fatal") or "").splitlines():
+            name, _, count = line.partition(" ")
+            if name == "TOTAL_ERR_FATAL" and count.isdecimal():
+                return int(count)
+        return None
+
+
+def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
+    for index, line in enumerate(lines):
+        start, end, flags = (int(word, 16) for word in line.split())
+        if flags & (_IO_REGION | _MEM_REGION) and end > start:
+            yield Bar(
+                index=index,
+                size=end - start + 1,
+                prefetchable=bool(flags & _PREFETCH),
+                wide=bool(flags & _MEM_64),
+                io=bool(flags & _IO_REGION),
+            )
+
+
+def _is_awake(bridge: Path) -> bool:
+    """Whether reading through this bridge wakes nothing. A bridge that cannot say so counts as asleep."""
+    state = _text_or_none(bridge / "power_state")
+    if state is None:  # before Linux 5.11 there is no power_state
+        return _text_or_none(bridge / "power/runtime_status") == "active"
+    return state == "D0"
+
+
+def _group_number(folder: Path) -> int | None:
+    name = _link_name(folder / "iommu_group")
+    if name is None:
+        return None
+    if not (name.isascii() and name.isdecimal()):
+        raise ValueError(f"iommu_group leads to {name!r}, not to a numbered group")
+    return int(name)
+
+
+def _vfio_dev(folder: Path) -> VfioDev | None:
+    """The first `vfio-dev/vfioN`. Other names there (noiommu ones) are no node that could be offered."""
+    for name in sorted(_listed(folder / "vfio-dev")):
+        if match := _VFIO_DEV.fullmatch(name):
+            numbers = _text_or_none(folder / "vfio-dev" / name / "dev")
+            cdev = numbers if numbers is not None and _DEV_NUMBERS.fullmatch(numbers) else None
+            return VfioDev(number=int(match[1]), cdev=cdev)
+    return None
+
+
+def _bridges(folder: Path, address: str) -> tuple[str, ...]:
+    """From the path of the function's real folder: `.../devices/pci0000:15/0000:15:01.0/.../<address>`."""
+    parts = Path(os.path.realpath(folder)).parts
+    for index, part in enumerate(parts):
+        if _HOST_BRIDGE.fullmatch(part):
+            return tuple(p for p in parts[index:-1] if p == part or PCI_ADDRESS.fullmatch(p))
+    raise ValueError(f"{address} does not lie below a PCI host bridge")
+
+
+def _known_node(number: int | None) -> int | None:
+    return None if number is None or number < 0 else number
+
+
+def _hex(text: str, name: str, digits: int) -> int:
+    if not re.fullmatch(rf"0x[0-9a-fA-F]{{1,{digits}}}", text):
+        raise ValueError(f"{name} is {text[:40]!r}, not a hexadecimal number")
+    return int(text, 16)
+
+
+def _link_name(link: Path) -> str | None:
+    try:
+        return os.path.basename(os.readlink(link))
+    except FileNotFoundError:
+        return None
+
+
+def _listed(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _text(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        chunks = []
+        while limit > 0 and (chunk := os.read(descriptor, limit)):
+            chunks.append(chunk)
+            limit -= len(chunk)
+        return b"".join(chunks).decode("utf-8", "replace").strip()
+    finally:
+        os.close(descriptor)
+
+
+def _text_or_none(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
+    try:
+        return _text(file, limit)
+    except OSError:
+        return None
+
+
+def _why(error: OSError) -> str:
+    name = os.path.basename(str(error.filename or ""))
+    if isinstance(error, FileNotFoundError):
+        return f"{name} is missing (the function is vanishing, or this is no PCI function)"
+    return f"{name} cannot be read: {error.strerror}"

@@ -1,0 +1,188 @@
+"""One look at the whole host, off the loop's thread.
+
+A sysfs read can hang in the kernel where no signal reaches it, so a scan runs on daemon threads that nothing joins.
+A function that has not answered for `patience` seconds is reported as unreadable and left to its thread; the others
+are read on by a new one. There is never more than one thread for each function that hangs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+
+from sandbox_plugin.host import read
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.model import HostFacts, PciFunction
+
+_BUS = "the PCI bus"
+"""What the sweep is reading while it is not at one function."""
+
+
+def scan_now(paths: HostPaths) -> HostFacts:
+    """Reads the whole host on the calling thread, however long that takes: for commands that have no loop."""
+    sweep = _Sweep(paths=paths)
+    sweep.run()
+    return sweep.facts()
+
+
+class HostScanner:
+    """Scans a host again and again without ever blocking the loop.
+
+    Usage:
+
+        scanner = HostScanner(paths, on_late=wake)
+        facts = await scanner.scan()
+
+    `on_late` is called on the loop when a function that hung has answered after all: a reason to scan again.
+    """
+
+    def __init__(self, paths: HostPaths, *, on_late: Callable[[], None], patience: float = 1.0) -> None:
+        self._paths = paths
+        self._on_late = on_late
+        self._patience = patience
+        self._hanging: set[str] = set()
+
+    async def scan(self) -> HostFacts:
+        """One look at everything. Takes at most about `patience` seconds for each function that newly hangs."""
+        loop = asyncio.get_running_loop()
+        if _BUS in self._hanging:
+            return HostFacts(unreachable=f"sysfs has not answered for {self._patience:g} s")
+        sweep = _Sweep(paths=self._paths, skipped=dict.fromkeys(self._hanging, self._silence()))
+        try:
+            while True:
+                finished = asyncio.Event()
+                sweep.start(partial(_call_soon, loop, finished.set))
+                if await self._finish_or_hang(sweep, finished):
+                    return sweep.facts()
+                hung_at = sweep.reading
+                self._hanging.add(hung_at)
+                sweep.leave(partial(_call_soon, loop, self._answered, hung_at))
+                if hung_at == _BUS:
+                    return HostFacts(unreachable=self._silence())
+                sweep = sweep.rest(without=hung_at, because=self._silence())
+        finally:
+            sweep.leave(lambda: None)
+
+    async def _finish_or_hang(self, sweep: _Sweep, finished: asyncio.Event) -> bool:
+        """True when the sweep is through, False when one read has taken longer than the patience lasts."""
+        while True:
+            deadline = sweep.reading_since + self._patience
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await finished.wait()
+                return True
+            except TimeoutError:
+                if finished.is_set():
+                    return True
+                if sweep.reading_since + self._patience <= time.monotonic():
+                    return False
+
+    def _silence(self) -> str:
+        return f"sysfs has not answered for {self._patience:g} s"
+
+    def _answered(self, address: str) -> None:
+        self._hanging.discard(address)
+        self._on_late()
+
+
+@dataclass(kw_only=True)
+class _Sweep:
+    """One pass over all functions on a thread of its own; the loop only looks at it."""
+
+    paths: HostPaths
+    skipped: dict[str, str] = field(default_factory=dict)
+    functions: dict[str, PciFunction] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    unreachable: str | None = None
+    reading: str = _BUS
+    reading_since: float = 0.0
+    result: HostFacts | None = None
+    error: BaseException | None = None
+    _ended: bool = False
+    _left: Callable[[], None] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self, when_done: Callable[[], None]) -> None:
+        self.reading_since = time.monotonic()
+        threading.Thread(target=self._work, args=(when_done,), name="host-scan", daemon=True).start()
+
+    def leave(self, when_it_answers: Callable[[], None]) -> None:
+        """Nobody waits for this sweep any more: it stops after the read it is at, and says so then."""
+        with self._lock:
+            if self._left is not None:
+                return
+            self._left = when_it_answers
+            ended = self._ended
+        if ended:
+            when_it_answers()
+
+    def rest(self, *, without: str, because: str) -> _Sweep:
+        """A new sweep that goes on where this one hangs. What this one found is kept."""
+        return _Sweep(
+            paths=self.paths,
+            skipped={**self.skipped, without: because},
+            functions=dict(self.functions),
+            unreadable=dict(self.unreadable),
+        )
+
+    def facts(self) -> HostFacts:
+        if self.error is not None:
+            raise self.error
+        if self.result is None:
+            return HostFacts(unreachable=self.unreachable or "the scan did not end")
+        return self.result
+
+    def _work(self, when_done: Callable[[], None]) -> None:
+        try:
+            self.run()
+        except BaseException as error:  # a fault of ours: it must end the daemon, not this thread alone
+            self.error = error
+        with self._lock:
+            self._ended = True
+            left = self._left
+        (left or when_done)()
+
+    def run(self) -> None:
+        try:
+            addresses = read.list_addresses(self.paths)
+        except OSError as error:
+            self.unreachable = f"{error.filename}: {error.strerror}"
+            return
+        for address in addresses:
+            if self._left is not None:
+                return
+            if address in self.functions or address in self.unreadable or address in self.skipped:
+                continue
+            self._at(address)
+            try:
+                function = read.read_function(self.paths, address)
+            except read.FunctionUnreadable as error:
+                self.unreadable[address] = str(error)
+            else:
+                self.functions[address] = function
+        self._at(_BUS)
+        self.result = HostFacts(
+            functions=MappingProxyType({a: self.functions[a] for a in addresses if a in self.functions}),
+            unreadable=MappingProxyType(self.unreadable | {a: self.skipped[a] for a in addresses if a in self.skipped}),
+            groups=MappingProxyType(read.read_groups(self.paths, self.functions)),
+            group_nodes=read.read_group_nodes(self.paths),
+            kernel_has_cdevs=read.read_kernel_has_cdevs(self.paths),
+            dev_nodes=read.read_dev_nodes(self.paths),
+        )
+
+    def _at(self, what: str) -> None:
+        self.reading_since = time.monotonic()
+        self.reading = what
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:
+    """From a scan thread. The loop may have ended while the thread hung; then there is nobody left to tell."""
+    try:
+        loop.call_soon_threadsafe(callback, *args)
+    except RuntimeError:
+        return

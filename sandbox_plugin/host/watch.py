@@ -1,0 +1,105 @@
+"""Folders that are watched with inotify: something in them changed, so look again.
+
+What changed is not reported: it is a reason to look, never a fact. Folders may be missing, come, go, and come again;
+a watch that cannot be had is logged once and tried again. Callers must look now and then without being told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+from watchfiles import awatch
+from watchfiles._rust_notify import WatchfilesRustInternalError
+
+from sandbox_plugin.host.paths import HostPaths
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_STEP_MS = 10
+"""How long watchfiles waits for more before it reports; the default, 50, costs a bind some 90 ms."""
+_RECHECK_MS = 5000
+"""How often it is checked that the watched folders are still the ones at these paths."""
+
+
+@dataclass(kw_only=True)
+class FolderWatcher:
+    """Calls `on_change` whenever an entry appears, goes or is changed in one of `folders()` (not below them).
+
+    The folder above each is watched too, and in place of one that is missing the nearest that exists. `on_change` is
+    also called each time the watch begins anew, for what happened before.
+    """
+
+    folders: Callable[[], Sequence[Path]]
+    on_change: Callable[[], None]
+    retry: float = 5.0
+    """Seconds before a watch that could not be had is tried again."""
+    _failing: bool = False
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        while True:
+            try:
+                await self._watch_once()
+            except (OSError, WatchfilesRustInternalError) as error:
+                if not self._failing:
+                    paths = [str(f) for f in self.folders()]
+                    log.warning("folders cannot be watched, the timer alone goes on", path=paths, reason=str(error))
+                self._failing = True
+                await asyncio.sleep(self.retry)
+
+    async def _watch_once(self) -> None:
+        """Watches until one of the folders is another one than it was."""
+        targets = self._targets()
+        watch = awatch(
+            *targets,
+            watch_filter=None,
+            recursive=False,  # these folders hold links into all of sysfs, and a recursive watch follows them
+            step=_STEP_MS,
+            rust_timeout=_RECHECK_MS,
+            yield_on_timeout=True,
+        )
+        async with aclosing(watch) as batches:
+            self.on_change()
+            async for changes in batches:
+                self._failing = False
+                if changes:
+                    self.on_change()
+                if self._targets() != targets:
+                    return
+
+    def _targets(self) -> dict[Path, int]:
+        """What to watch now, with inode numbers, which tell a folder that was made anew from the one before."""
+        targets = {}
+        for folder in self.folders():
+            for path in (folder, folder.parent):
+                while (inode := _inode(path)) is None and path != path.parent:
+                    path = path.parent
+                targets[path] = inode or 0
+        return targets
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError:
+        return None
+
+
+def host_folders(paths: HostPaths) -> list[Path]:
+    """The folders of a host that say something when a device is bound or unbound.
+
+    On a real kernel sysfs makes its links without telling inotify; there /dev/vfio speaks, and kernel uevents do. In a
+    fake tree all of them speak.
+    """
+    drivers = [paths.pci_drivers / "vfio-pci"]
+    try:
+        drivers += [d for d in sorted(paths.pci_drivers.iterdir()) if "vfio" in d.name and d.name != "vfio-pci"]
+    except OSError:
+        pass
+    return [*drivers, paths.dev_vfio, paths.dev_vfio / "devices"]

@@ -1,0 +1,139 @@
+"""From PCI functions to devices: what one device is, and its ID.
+
+On a kernel with VFIO cdevs a device is one claimed function that has a cdev, and its ID is N of vfioN. On any other
+kernel a device is an IOMMU group with a claimed function in it, and its ID is the number of the group. The kind of
+kernel is never guessed from /dev/iommu or from the name `vfio-dev`, which are there without cdevs as well.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sandbox_plugin.inventory.health import assess, is_vfio_bound
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Claim, claim
+from sandbox_plugin.model import Device, Health, HostFacts, PciFunction, Placement, Reason, id_order
+from sandbox_plugin.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What one set of facts amounts to, without any memory of earlier ones."""
+
+    devices: tuple[Device, ...]
+    unoffered: Mapping[str, str]
+    """PCI address -> why a function that a rule wants, or that could not be read, is not a device."""
+    cdevs: bool
+    """Whether devices are cdevs (else groups)."""
+
+
+def find_devices(facts: HostFacts, settings: Settings, names: ModelNames, *, cdevs_known: bool = False) -> Found:
+    """Groups functions into devices and judges them. `cdevs_known`: this kernel has shown cdevs before."""
+    cdevs = cdevs_known or bool(facts.kernel_has_cdevs) or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
+    unoffered = dict(facts.unreadable)
+    wanted: list[tuple[PciFunction, Claim]] = []
+    for function in facts.functions.values():
+        answer = claim(function, settings, names)
+        if answer is None:
+            continue
+        if why_not := _why_not(function, answer, facts, cdevs=cdevs):
+            unoffered[function.address] = why_not
+        else:
+            wanted.append((function, answer))
+    build = _by_cdev if cdevs else _by_group
+    devices = [replace(d, health=assess(d, facts)) for d in build(wanted, facts, names)]
+    return Found(devices=tuple(_with_mates(devices)), unoffered=unoffered, cdevs=cdevs)
+
+
+def _why_not(function: PciFunction, answer: Claim, facts: HostFacts, *, cdevs: bool) -> str | None:
+    if answer.resource is None:
+        return f"excluded by {answer.rule}"
+    if not is_vfio_bound(function, facts):
+        return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
+    if function.iommu_group is None:
+        return "in no IOMMU group: is the IOMMU switched on?"
+    if facts.groups[function.iommu_group].noiommu:
+        return "in a group without an IOMMU (vfio's unsafe no-IOMMU mode)"
+    if cdevs and (function.vfio is None or function.vfio.cdev is None):
+        return "being bound: its cdev is not there yet"
+    return None
+
+
+def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
+    devices = []
+    for function, answer in wanted:
+        assert function.vfio is not None and function.iommu_group is not None and answer.resource is not None
+        devices.append(
+            Device(
+                id=str(function.vfio.number),
+                resource=answer.resource,
+                node=f"/dev/vfio/devices/vfio{function.vfio.number}",
+                model=names.describe(function.vendor, function.device),
+                placements=(_placement(function),),
+                iommu_group=function.iommu_group,
+            )
+        )
+    return devices
+
+
+def _by_group(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
+    """One device for each group. Where rules of two resources meet in one group, the first rule has it."""
+    by_group: dict[int, list[tuple[PciFunction, Claim]]] = defaultdict(list)
+    for function, answer in wanted:
+        assert function.iommu_group is not None
+        by_group[function.iommu_group].append((function, answer))
+    devices = []
+    for number, members in by_group.items():
+        _, winner = min(members, key=lambda member: (member[1].rank, member[0].address))
+        functions = [f for f, answer in members if answer.resource == winner.resource]
+        assert winner.resource is not None
+        models = dict.fromkeys(names.describe(f.vendor, f.device) for f in functions)
+        devices.append(
+            Device(
+                id=str(number),
+                resource=winner.resource,
+                node=f"/dev/vfio/{number}",
+                model=" + ".join(models),
+                placements=tuple(_placement(f) for f in functions),
+                iommu_group=number,
+                node_exists=number in facts.group_nodes,
+            )
+        )
+    return devices
+
+
+def _with_mates(devices: list[Device]) -> list[Device]:
+    by_group: dict[int, list[str]] = defaultdict(list)
+    for device in devices:
+        by_group[device.iommu_group].append(device.id)
+    return sorted(
+        (replace(d, mates=tuple(i for i in by_group[d.iommu_group] if i != d.id)) for d in devices),
+        key=lambda d: (d.resource, id_order(d.id)),
+    )
+
+
+def _placement(function: PciFunction) -> Placement:
+    return Placement(address=function.address, numa_node=function.numa_node, bridges=function.bridges)
+
+
+def lost(device: Device, facts: HostFacts) -> Health:
+    """Why a device that was there before is not there any more."""
+    for placement in device.placements:
+        if facts.unreachable is not None:
+            return Health(reason=Reason.UNREADABLE, detail=f"the PCI bus cannot be read: {facts.unreachable}")
+        if placement.address in facts.unreadable:
+            return Health(
+                reason=Reason.UNREADABLE, detail=f"{placement.address}: {facts.unreadable[placement.address]}"
+            )
+    function = facts.functions.get(device.address)
+    if function is None:
+        return Health(reason=Reason.GONE, detail=f"{device.address} is not on the PCI bus any more")
+    if not is_vfio_bound(function, facts):
+        holder = f"bound to {function.driver}" if function.driver else "bound to no driver"
+        return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is {holder}, not to a vfio driver")
+    if function.vfio is not None and device.node != f"/dev/vfio/devices/vfio{function.vfio.number}":
+        detail = f"{device.address} was bound anew and is vfio{function.vfio.number} now"
+        return Health(reason=Reason.NOT_BOUND, detail=detail)
+    return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is no longer offered")

@@ -1,0 +1,82 @@
+"""Whether a device could be given to a VM now, judged from one set of host facts, with the reason in words.
+
+Each check is a pure function of the facts; `assess` asks them in the order in which a person would want to know.
+What needs memory (damping, promises to pods, AER recoveries) is in `inventory.advance`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, PciFunction, Reason
+
+_OFF_THE_BUS_SPEED = "Unknown"
+_OFF_THE_BUS_WIDTH = 63
+"""What a link register of all ones reads as: nothing answers (measured; drivers/pci/pci-sysfs.c decodes it)."""
+
+_BRIDGE_CLASSES = (0x0600, 0x0604)
+"""Host bridge and PCI-to-PCI bridge."""
+
+
+def is_vfio_bound(function: PciFunction, facts: HostFacts) -> bool:
+    """Bound to vfio-pci or any variant driver, whatever its name.
+
+    `vfio-dev` is there from Linux 6.1; before, the group has a node and the driver's name says vfio.
+    """
+    if function.vfio is not None:
+        return True
+    return function.driver is not None and "vfio" in function.driver and function.iommu_group in facts.group_nodes
+
+
+def assess(device: Device, facts: HostFacts) -> Health:
+    """The verdict on a device that the facts show as bound."""
+    functions = [facts.functions[p.address] for p in device.placements]
+    for verdict in (
+        _answers(functions),
+        _viable(device, facts),
+        _node_is_there(device, facts),
+    ):
+        if not verdict.healthy:
+            return verdict
+    return HEALTHY
+
+
+def _answers(functions: Sequence[PciFunction]) -> Health:
+    for function in functions:
+        if function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH:
+            return Health(
+                reason=Reason.OFF_THE_BUS,
+                detail=f"{function.address} does not answer on the PCI bus (link speed Unknown, width 63)",
+            )
+    return HEALTHY
+
+
+def _viable(device: Device, facts: HostFacts) -> Health:
+    """A group is viable while no host driver holds any of its functions (vfio_dev_viable in drivers/vfio/group.c)."""
+    for address in facts.groups[device.iommu_group].members:
+        member = facts.functions.get(address)
+        if member is None:
+            if address in facts.unreadable:
+                where = f"{address} in its IOMMU group {device.iommu_group}"
+                return Health(reason=Reason.NOT_VIABLE, detail=f"{where} cannot be read: {facts.unreadable[address]}")
+            continue  # it came or went while the scan ran: the event of that has already asked for the next scan
+        if not _leaves_group_viable(member):
+            return Health(
+                reason=Reason.NOT_VIABLE,
+                detail=f"{address} in its IOMMU group {device.iommu_group} is bound to {member.driver}",
+            )
+    return HEALTHY
+
+
+def _leaves_group_viable(member: PciFunction) -> bool:
+    if member.driver is None or member.vfio is not None or "vfio" in member.driver or member.driver == "pci-stub":
+        return True
+    return member.driver == "pcieport" and member.class_code >> 8 in _BRIDGE_CLASSES
+
+
+def _node_is_there(device: Device, facts: HostFacts) -> Health:
+    if not device.node_exists:
+        return Health(reason=Reason.NO_NODE, detail=f"sysfs shows no node {device.node}")
+    if facts.dev_nodes is not None and device.node not in facts.dev_nodes:
+        return Health(reason=Reason.NO_NODE, detail=f"{device.node} is not in the host's /dev")
+    return HEALTHY

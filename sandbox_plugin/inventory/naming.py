@@ -1,0 +1,113 @@
+"""Names: of models, of resources, and of the files that carry a resource's name.
+
+The rule for a model's resource name is the reference plugin's, so that a pod that asks for one finds it with ours
+too: the name in pci.ids in capitals, `/`, `.` and white space as `_`, everything else dropped that is no letter, digit
+or `_`. Where that gives no valid name it is repaired, and the model's ID is put at its end.
+
+The table is NVIDIA's part of pci.ids, made by scripts/generate-pci-names.py. It is read once, by `ModelNames.load`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.resources import files
+
+from sandbox_plugin.model import NVIDIA
+
+NAME_LENGTH = 63
+"""Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
+
+_CLASS = re.compile(r"[A-Za-z]([A-Za-z0-9_-]*[A-Za-z0-9])?")
+"""A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot."""
+_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
+"""A DNS subdomain in lower case (IsDNS1123Subdomain)."""
+_DOMAIN_LENGTH = 253
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """What models are called. Keys of `table` are (vendor, device)."""
+
+    table: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls) -> ModelNames:
+        """Reads the packaged table."""
+        text = files(__package__).joinpath("pci_names.tsv").read_text(encoding="utf-8")
+        rows = (line.split("\t", 1) for line in text.splitlines() if not line.startswith("#"))
+        return cls({(NVIDIA, int(device, 16)): name for device, name in rows})
+
+    def describe(self, vendor: int, device: int) -> str:
+        """For people: `GH100 [H100 SXM5 80GB]`, or the bare ID of an unknown model."""
+        return self.table.get((vendor, device), f"unknown model {vendor:04x}:{device:04x}")
+
+    def resource_name(self, vendor: int, device: int) -> str:
+        """The last part of the model's resource name, e.g. `GH100_H100_SXM5_80GB`. Always valid.
+
+        Unknown models get a name that tells them apart: `UNKNOWN_10DE_2FFF`.
+        """
+        name = self.table.get((vendor, device))
+        return f"UNKNOWN_{vendor:04X}_{device:04X}" if name is None else clean_name(name, device)
+
+    def is_resource_name(self, name: str) -> bool:
+        """Whether some model, known or unknown, has this resource name."""
+        return name in self._resource_names or re.fullmatch(r"UNKNOWN_[0-9A-F]{4}_[0-9A-F]{4}", name) is not None
+
+    @cached_property
+    def _resource_names(self) -> frozenset[str]:
+        return frozenset(clean_name(name, device) for (_, device), name in self.table.items())
+
+
+def clean_name(name: str, device: int) -> str:
+    """A model's name by the reference's rule; where that is not valid, repaired and with the device ID at its end."""
+    cleaned = re.sub(r"[^A-Z0-9_]", "", re.sub(r"\s+|[/.]", "_", name.upper()))
+    if len(cleaned) <= NAME_LENGTH and _CLASS.fullmatch(cleaned):
+        return cleaned
+    begun = cleaned if cleaned[:1].isalpha() else f"MODEL_{cleaned}"
+    suffix = f"_{device:04X}"
+    return begun[: NAME_LENGTH - len(suffix)].rstrip("_") + suffix
+
+
+def check_alias(alias: str) -> None:
+    """Raises ValueError, saying what is allowed, unless `alias` is a valid last part of a resource name."""
+    if len(alias) > NAME_LENGTH or not _CLASS.fullmatch(alias):
+        raise ValueError(
+            f"{alias!r} is not a valid resource name: allowed are at most {NAME_LENGTH} letters, digits, `-` and `_`, "
+            "a letter first and a letter or digit last"
+        )
+
+
+def check_resource_name(resource: str) -> None:
+    """Raises ValueError, saying what is allowed, unless `resource` is a `domain/name` for the kubelet and for CDI."""
+    domain, separator, name = resource.partition("/")
+    if not separator or len(domain) > _DOMAIN_LENGTH or not _DOMAIN.fullmatch(domain):
+        raise ValueError(f"{resource!r} is not domain/name with a domain in lower case, such as 'example.com/gpu'")
+    if not domain[0].isalpha():
+        raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter")
+    if "kubernetes.io" in domain:  # IsNativeResource in k8s.io/kubernetes/pkg/apis/core/v1/helper
+        raise ValueError(f"{resource!r}: names with kubernetes.io in them belong to Kubernetes")
+    check_alias(name)
+
+
+def socket_name(resource: str, *, max_bytes: int) -> str:
+    """File name of a resource's socket: `sandbox-pgpu.sock`, with the domain in it where that is not nvidia.com.
+
+    A name over `max_bytes` is shortened, with a digest of the whole in it, so that it is still unique; so is one whose
+    domain has no dot, which could be a name of nvidia.com's.
+    """
+    domain, _, name = resource.partition("/")
+    stem = f"sandbox-{name}" if domain == "nvidia.com" else f"sandbox-{domain}-{name}"
+    if "." in domain and len(stem) + len(".sock") <= max_bytes:
+        return f"{stem}.sock"
+    digest = hashlib.sha256(resource.encode()).hexdigest()[:12]
+    room = max(0, max_bytes - len(f"-{digest}.sock"))
+    return f"{stem[:room]}-{digest}.sock"
+
+
+def cdi_file_name(resource: str) -> str:
+    """File name of a resource's CDI spec, e.g. `nvidia.com-pgpu.yaml`."""
+    return f"{resource.replace('/', '-', 1)}.yaml"

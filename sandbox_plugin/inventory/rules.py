@@ -1,0 +1,70 @@
+"""Which PCI function is offered as what: the resource rules, asked in order, first match wins.
+
+The built-in rules are NVIDIA's GPUs and NVSwitches. Rules of the config file (`settings.ResourceRule`) come first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import NVIDIA, PciFunction
+from sandbox_plugin.settings import ResourceRule, Settings
+
+_GPU_CLASSES = (0x030000, 0x030200)
+"""VGA controller and 3D controller, programming interface 0 (PCI Code and ID Assignment Specification)."""
+_NVSWITCH_CLASS = 0x068000
+"""Other bridge: what an NVSwitch function says it is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A rule's answer for one function. Of two claims on one device the one with the lower rank wins."""
+
+    rank: int
+    resource: str | None
+    """Full resource name, or None: the rule says not to offer this function."""
+    rule: str
+    """The rule's name, for people."""
+
+
+def claim(function: PciFunction, settings: Settings, names: ModelNames) -> Claim | None:
+    """The first rule that matches, or None: nothing wants this function."""
+    for rank, rule in enumerate(settings.resources):
+        if matches(rule, function):
+            return Claim(rank=rank, resource=rule.name, rule=rule.label)
+    builtin = len(settings.resources)
+    if function.vendor == NVIDIA and function.class_code in _GPU_CLASSES:
+        return Claim(rank=builtin, resource=_nvidia(settings.gpu_alias, function, names), rule="NVIDIA GPU")
+    if function.vendor == NVIDIA and function.class_code == _NVSWITCH_CLASS:
+        resource = _nvidia(settings.nvswitch_alias, function, names)
+        return Claim(rank=builtin + 1, resource=resource, rule="NVIDIA NVSwitch")
+    return None
+
+
+def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
+    """Whether these settings can give a device this resource name: what PodResources tells of others is not ours."""
+    if resource in {rule.name for rule in settings.resources}:
+        return True
+    domain, _, name = resource.partition("/")
+    if domain != "nvidia.com":
+        return False
+    aliases = {settings.gpu_alias, settings.nvswitch_alias}
+    return name in aliases - {""} or ("" in aliases and names.is_resource_name(name))
+
+
+def matches(rule: ResourceRule, function: PciFunction) -> bool:
+    """Whether every condition that the rule states holds."""
+    return (
+        (not rule.vendors or function.vendor in rule.vendors)
+        and (not rule.devices or function.device in rule.devices)
+        and (not rule.classes or any(f"{function.class_code:06x}".startswith(prefix) for prefix in rule.classes))
+        and (not rule.subsystems or (function.subsystem_vendor, function.subsystem_device) in rule.subsystems)
+        and (not rule.addresses or any(fnmatchcase(function.address, pattern) for pattern in rule.addresses))
+        and (not rule.drivers or function.driver in rule.drivers)
+    )
+
+
+def _nvidia(alias: str, function: PciFunction, names: ModelNames) -> str:
+    return f"nvidia.com/{alias or names.resource_name(function.vendor, function.device)}"

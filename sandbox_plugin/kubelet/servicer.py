@@ -1,0 +1,130 @@
+"""The device plugin service of one resource: pure readers of the registry.
+
+Every call takes one snapshot and answers from it. Nothing here knows sockets or registration; that streams open and
+end is what the endpoint must know, and it wraps each in `stream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import structlog
+from grpclib import GRPCError, Status
+
+from sandbox_plugin.api import v1beta1
+from sandbox_plugin.inventory.advance import Inventory
+from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
+from sandbox_plugin.model import Device
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Policy
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
+"""The only words the kubelet knows (pkg/apis/deviceplugin/v1beta1/constants.go)."""
+_PERMISSIONS = "mrw"
+"""A VM needs the node whole: read, write, and mknod for runtimes that make it anew in the sandbox."""
+
+
+@dataclass(kw_only=True)
+class DevicePluginServicer(v1beta1.DevicePluginBase):
+    """Serves one resource. Each ListAndWatch stream lives inside `stream()`."""
+
+    resource: str
+    registry: Registry
+    policy: Policy
+    stream: Callable[[], AbstractContextManager[None]]
+
+    async def get_device_plugin_options(self, empty: v1beta1.Empty) -> v1beta1.DevicePluginOptions:
+        return v1beta1.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
+
+    async def list_and_watch(self, empty: v1beta1.Empty) -> AsyncIterator[v1beta1.ListAndWatchResponse]:
+        """Sends the whole list at once and then on every change of it, never twice the same.
+
+        The kubelet writes a checkpoint to disk for each message, so silence is kept where nothing changed.
+        """
+        with self.stream():
+            inventory = self.registry.current
+            sent = None
+            while True:
+                devices = [_listed(d) for d in inventory.resources.get(self.resource, ())]
+                if devices != sent:
+                    yield v1beta1.ListAndWatchResponse(devices=devices)
+                    sent = devices
+                inventory = await self.registry.newer_than(inventory.version)
+
+    async def get_preferred_allocation(
+        self, request: v1beta1.PreferredAllocationRequest
+    ) -> v1beta1.PreferredAllocationResponse:
+        """One answer for each container. An error rejects the pod, so only a question without any answer gets one."""
+        inventory = self.registry.current
+        devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
+        answers = []
+        for asked in request.container_requests:
+            try:
+                ids = prefer(
+                    devices,
+                    available=asked.available_device_i_ds,
+                    must_include=asked.must_include_device_i_ds,
+                    size=asked.allocation_size,
+                    policy=self.policy,
+                )
+            except InvalidRequest as error:
+                raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
+            answers.append(v1beta1.ContainerPreferredAllocationResponse(device_i_ds=list(ids)))
+        return v1beta1.PreferredAllocationResponse(container_responses=answers)
+
+    async def allocate(self, request: v1beta1.AllocateRequest) -> v1beta1.AllocateResponse:
+        """One answer for each container, or an error and nothing promised.
+
+        Between the check and the promise nothing is awaited: of two Allocates for one group the second sees the first.
+        """
+        inventory = self.registry.current
+        if not request.container_requests:
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: no container asks for anything")
+        chosen = [self._choose(inventory, asked.devices_ids) for asked in request.container_requests]
+        devices = [device for container in chosen for device in container]
+        if len({d.id for d in devices}) != len(devices):
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: two containers ask for the same device")
+        self.registry.learn(allocated=[(d.resource, d.id) for d in devices])
+        for device in devices:
+            log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
+        return v1beta1.AllocateResponse(container_responses=[_answer(container) for container in chosen])
+
+    async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
+        """Not asked for by our options; answered all the same."""
+        return v1beta1.PreStartContainerResponse()
+
+    def _choose(self, inventory: Inventory, ids: Sequence[str]) -> list[Device]:
+        if not ids:
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: a container asks for no device")
+        if len(set(ids)) != len(ids):
+            twice = next(i for i in ids if list(ids).count(i) > 1)
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice!r} is asked for twice")
+        devices = []
+        for device_id in ids:
+            device = inventory.device(self.resource, device_id)
+            if device is None:
+                raise GRPCError(Status.NOT_FOUND, f"{self.resource}: there is no device {device_id!r}")
+            if not device.health.healthy:
+                where = f"{self.resource}: device {device.id} ({device.address})"
+                raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {device.health}")
+            devices.append(device)
+        return devices
+
+
+def _listed(device: Device) -> v1beta1.Device:
+    """NUMA nodes only where they are known: an empty TopologyInfo is worse than none."""
+    listed = v1beta1.Device(id=device.id, health=HEALTHY if device.health.healthy else UNHEALTHY)
+    if device.numa_nodes:
+        listed.topology = v1beta1.TopologyInfo(nodes=[v1beta1.NumaNode(id=node) for node in device.numa_nodes])
+    return listed
+
+
+def _answer(devices: Sequence[Device]) -> v1beta1.ContainerAllocateResponse:
+    """The device's own node and nothing else: docs/architecture.md says why there is no CDI name, env or mount."""
+    return v1beta1.ContainerAllocateResponse(
+        devices=[v1beta1.DeviceSpec(container_path=d.node, host_path=d.node, permissions=_PERMISSIONS) for d in devices]
+    )

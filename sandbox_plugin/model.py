@@ -1,0 +1,206 @@
+"""The nouns that every room uses: what a host shows, and what we make of it.
+
+All of them are frozen values without behaviour that does I/O, so that a snapshot may be handed to any reader
+and kept for as long as the reader likes. Host facts (`PciFunction`, `IommuGroup`, `HostFacts`) say what sysfs
+says and nothing more; inventory (`Device`, `Health`, `Inventory`) is what follows from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+NVIDIA = 0x10DE
+"""PCI vendor ID of NVIDIA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bar:
+    """One base address register (or the expansion ROM, index 6) of a PCI function.
+
+    `size` is in bytes. A region that the firmware left unassigned is not listed.
+    """
+
+    index: int
+    size: int
+    prefetchable: bool
+    wide: bool
+    """64-bit memory region."""
+    io: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VfioDev:
+    """The `vfio-dev/vfioN` folder of a function that a vfio driver holds (Linux 6.1 and later)."""
+
+    number: int
+    """N of vfioN."""
+    cdev: str | None
+    """`major:minor` of /dev/vfio/devices/vfioN; None where the folder has no `dev` file: there is no such node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PciFunction:
+    """One PCI function, as its folder in `/sys/bus/pci/devices` shows it. Nothing here was read in a way that
+    wakes a sleeping device.
+
+    Optional attributes are None where the kernel has none, says "unknown" (a NUMA node of -1) or where reading
+    failed; in the last case `unread` says why.
+    """
+
+    address: str
+    """`DDDD:BB:DD.F`, lower-case hex; domains of more than four digits exist."""
+    vendor: int
+    device: int
+    class_code: int
+    """24 bits: base class, subclass, programming interface, e.g. 0x030200."""
+    subsystem_vendor: int | None = None
+    subsystem_device: int | None = None
+    revision: int | None = None
+    driver: str | None = None
+    """Name of the bound driver, e.g. `vfio-pci`."""
+    iommu_group: int | None = None
+    vfio: VfioDev | None = None
+    numa_node: int | None = None
+    link_speed: str | None = None
+    """`current_link_speed` as the kernel words it; read only where that wakes nothing."""
+    link_width: int | None = None
+    enable: int | None = None
+    """1 while someone, a VM for a vfio-bound function, has the function enabled."""
+    power_state: str | None = None
+    """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""
+    runtime_status: str | None = None
+    bars: tuple[Bar, ...] = ()
+    bridges: tuple[str, ...] = ()
+    """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""
+    virtual_functions: int = 0
+    """Number of SR-IOV virtual functions that this physical function has enabled (`sriov_numvfs`)."""
+    physical_function: str | None = None
+    """Address of the physical function, for an SR-IOV virtual function (`physfn`)."""
+    fatal_errors: int | None = None
+    """TOTAL_ERR_FATAL of `aer_dev_fatal`: a count since boot."""
+    unread: tuple[str, ...] = ()
+    """One line for each optional attribute that could not be read or made no sense."""
+
+    @property
+    def model_id(self) -> tuple[int, int]:
+        """Vendor and device ID: what pci.ids names."""
+        return (self.vendor, self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IommuGroup:
+    """An IOMMU group that holds at least one function bound to a vfio driver."""
+
+    number: int
+    members: tuple[str, ...]
+    """Addresses of every function in the group, readable or not, sorted."""
+    noiommu: bool = False
+    """A group without an IOMMU (vfio's unsafe no-IOMMU mode): never offered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFacts:
+    """Everything one scan of a host found. Nothing in it is derived; nothing in it is ours."""
+
+    functions: Mapping[str, PciFunction] = field(default_factory=lambda: MappingProxyType({}))
+    """By PCI address."""
+    unreadable: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """PCI address -> why that function could not be read in this scan."""
+    groups: Mapping[int, IommuGroup] = field(default_factory=lambda: MappingProxyType({}))
+    group_nodes: frozenset[int] = frozenset()
+    """Groups that have an entry in `/sys/class/vfio`, so a node /dev/vfio/N."""
+    kernel_has_cdevs: bool | None = None
+    """Whether the kernel registered VFIO's cdevs (`vfio-dev` in /proc/devices); None: it cannot be told."""
+    dev_nodes: frozenset[str] | None = None
+    """Nodes under the host's live /dev/vfio (`/dev/vfio/12`); None where only a copy, or nothing, is visible."""
+    unreachable: str | None = None
+    """Why there is nothing at all: the PCI bus folder itself could not be read."""
+
+
+class Reason(StrEnum):
+    """Why a device is Unhealthy. docs/operations.md tells for each what a person does about it."""
+
+    UNREADABLE = "unreadable"
+    GONE = "gone"
+    NOT_BOUND = "not-bound"
+    NO_CDEV = "no-cdev"
+    NO_NODE = "no-node"
+    NOT_VIABLE = "not-viable"
+    OFF_THE_BUS = "off-the-bus"
+    FATAL_ERROR = "fatal-error"
+    IN_USE_ELSEWHERE = "in-use-elsewhere"
+    GROUP_TAKEN = "group-taken"
+    ID_HELD = "id-held"
+    NOT_IN_CDI = "not-in-cdi"
+    SETTLING = "settling"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """A verdict on one device: healthy when `reason` is None, else why not, in words for a person."""
+
+    reason: Reason | None = None
+    detail: str = ""
+
+    @property
+    def healthy(self) -> bool:
+        return self.reason is None
+
+    def __str__(self) -> str:
+        return "healthy" if self.reason is None else f"{self.reason}: {self.detail}"
+
+
+HEALTHY = Health()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where one of a device's functions sits: what topology is computed from."""
+
+    address: str
+    numa_node: int | None
+    bridges: tuple[str, ...]
+    """As in `PciFunction.bridges`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """What a pod asks for one of: a GPU or NVSwitch function, or a whole IOMMU group on kernels without cdevs."""
+
+    id: str
+    """The number of its VFIO node, in decimal: N of vfioN, or of the group. One ID is one node path."""
+    resource: str
+    """Full name, e.g. `nvidia.com/pgpu`."""
+    node: str
+    """The node's own path on the host, e.g. `/dev/vfio/devices/vfio3`, never prefixed with a fake root."""
+    model: str
+    """For people, from pci.ids."""
+    placements: tuple[Placement, ...]
+    """The functions that make it a device, lowest address first (not those that only ride along).
+
+    Empty for a device that only PodResources still knows.
+    """
+    iommu_group: int
+    mates: tuple[str, ...] = ()
+    """IDs of the other devices in its IOMMU group, which the kernel gives to one VM only, of any resource."""
+    node_exists: bool = True
+    """Whether sysfs shows the node: what does not exist must not stand in a CDI spec."""
+    health: Health = HEALTHY
+
+    @property
+    def address(self) -> str:
+        """PCI address of its first function, for logs and tables; `-` where the node no longer shows it."""
+        return self.placements[0].address if self.placements else "-"
+
+    @property
+    def numa_nodes(self) -> tuple[int, ...]:
+        """NUMA nodes of its functions, ascending; empty where unknown."""
+        return tuple(sorted({p.numa_node for p in self.placements if p.numa_node is not None}))
+
+
+def id_order(device_id: str) -> tuple[int, int, str]:
+    """Sort key for device IDs: by number where it is one, then by text."""
+    return (0, int(device_id), device_id) if device_id.isdecimal() else (1, 0, device_id)

@@ -1,0 +1,191 @@
+"""CDI specs: what tells Kata which node belongs to a device name.
+
+`render_specs` is pure. `CdiWriter` keeps the folder equal to what it renders: each file is replaced whole, a device is
+in the spec before it is listed as Healthy, and a node that is gone leaves the spec. A file is ours when its first line
+carries our mark, or when its name and its kind are those of a resource that we serve (the reference plugin and
+kata-manager write such files); nothing else is ever touched.
+
+Rules of the format: CDI specification 0.5.0. Kata reads versions 0.1.0 to 0.6.0 strictly, and one bad spec in the
+folder fails every pod, hence: no empty `devices`, only the device's own node, no field that is not needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiofiles
+import aiofiles.os
+import structlog
+
+from sandbox_plugin.inventory.advance import Inventory
+from sandbox_plugin.inventory.naming import cdi_file_name
+from sandbox_plugin.model import Device
+from sandbox_plugin.registry import Registry
+
+MARK = "# Written by sandbox-plugin, which replaces this file whenever the node's devices change.\n"
+_MARK_START = b"# Written by sandbox-plugin"
+_KIND = re.compile(rb'^[ {]*"?kind"?\s*:\s*["\']?([^\s"\',}]+)', re.MULTILINE)
+_TEMPORARY = ".sandbox-plugin.tmp"
+"""Not .yaml and not .json: readers of the folder do not look at it."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+def render_specs(inventory: Inventory) -> dict[str, str]:
+    """Resource name -> the text of its spec, for every resource with at least one device whose node exists."""
+    return {
+        resource: render_spec(resource, [d for d in devices if d.node_exists])
+        for resource, devices in inventory.resources.items()
+        if any(d.node_exists for d in devices)
+    }
+
+
+def render_spec(resource: str, devices: list[Device]) -> str:
+    """One spec. Kata looks up `<resource name>=<device ID>`, so the kind is the resource and the name is the ID."""
+    lines = ['cdiVersion: "0.5.0"', f"kind: {json.dumps(resource)}", "devices:"]
+    for device in devices:
+        lines += [
+            f"  - name: {json.dumps(device.id)}",
+            "    containerEdits:",
+            "      deviceNodes:",
+            f"        - path: {json.dumps(device.node)}",
+        ]
+    return MARK + "\n".join(lines) + "\n"
+
+
+@dataclass(kw_only=True)
+class CdiWriter:
+    """Keeps the specs in `folder` equal to the registry's inventory, and tells the registry what stands on disk.
+
+    `is_ours(resource)` says whether a resource name is one that we may serve. Every `recheck` seconds the files are
+    looked at again, so that what somebody else deleted or overwrote comes back.
+    """
+
+    folder: Path
+    registry: Registry
+    is_ours: Callable[[str], bool]
+    recheck: float = 5.0
+    _seen: dict[str, bytes] = field(default_factory=dict)
+    _trouble: dict[str, str] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Runs until cancelled. The specs stay then: running pods may be restarted against them."""
+        while True:
+            inventory = self.registry.current
+            if inventory.version:
+                await self._sync(inventory)
+            try:
+                async with asyncio.timeout(min(self.recheck, 1.0) if self._trouble else self.recheck):
+                    await self.registry.newer_than(inventory.version)
+            except TimeoutError:
+                continue
+
+    async def _sync(self, inventory: Inventory) -> None:
+        specs = render_specs(inventory)
+        in_cdi: dict[str, frozenset[str]] = {}
+        trouble: dict[str, str] = {}
+        for resource, text in specs.items():
+            try:
+                await self._put(resource, text.encode())
+            except OSError as error:
+                trouble[resource] = f"its CDI spec cannot be written: {error.filename or self.folder}: {error.strerror}"
+            except _NotOurs as error:
+                trouble[resource] = str(error)
+            else:
+                in_cdi[resource] = frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
+        stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
+        for about, why in (trouble | stale).items():
+            if self._trouble.get(about) != why:
+                log.error("cdi trouble", resource=about, reason=why)
+        self._trouble = trouble | stale
+        self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)
+
+    async def _put(self, resource: str, text: bytes) -> None:
+        file = self.folder / cdi_file_name(resource)
+        found = await _content(file)
+        if found == text:
+            self._seen[resource] = text
+            return
+        self._explain(resource, file, found)
+        await aiofiles.os.makedirs(self.folder, exist_ok=True)
+        await _replace(file, text)
+        self._seen[resource] = text
+        log.info("cdi spec written", resource=resource, path=str(file))
+
+    def _explain(self, resource: str, file: Path, found: bytes | None) -> None:
+        """Says whose file is about to be replaced. Raises `_NotOurs` for one that must not be."""
+        if found is None or found == self._seen.get(resource) or found.startswith(_MARK_START):
+            return
+        kind = _kind(found)
+        if kind != resource:
+            raise _NotOurs(f"{file} is somebody else's (kind {kind}): move it away or choose another alias")
+        log.warning(
+            "cdi spec of another writer replaced",
+            resource=resource,
+            path=str(file),
+            reason="it has the name and the kind of a resource that this plugin serves",
+        )
+
+    async def _remove_stale(self, wanted: set[str]) -> dict[str, str]:
+        """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
+        try:
+            names = await aiofiles.os.listdir(self.folder)
+        except OSError:
+            return {}
+        trouble = {}
+        for name in sorted(set(names) - wanted):
+            file = self.folder / name
+            try:
+                if name.endswith(".yaml") and self._is_stale(name, await _content(file) or b""):
+                    await aiofiles.os.unlink(file)
+                    log.info("stale cdi spec removed", path=str(file))
+            except OSError as error:
+                trouble[name] = f"stale CDI spec {file} cannot be removed: {error.strerror}"
+        return trouble
+
+    def _is_stale(self, name: str, content: bytes) -> bool:
+        if content.startswith(_MARK_START):
+            return True
+        kind = _kind(content)
+        return kind is not None and self.is_ours(kind) and name == cdi_file_name(kind)
+
+
+class _NotOurs(Exception):
+    """The file that has our name is not ours to replace."""
+
+
+def _kind(content: bytes) -> str | None:
+    match = _KIND.search(content)
+    return match[1].decode("utf-8", "replace") if match else None
+
+
+async def _content(file: Path) -> bytes | None:
+    try:
+        async with aiofiles.open(file, "rb") as opened:
+            return await opened.read(1 << 20)
+    except FileNotFoundError:
+        return None
+
+
+async def _replace(file: Path, content: bytes) -> None:
+    """Replaces a file whole: a reader sees the old one or the new one. Leaves nothing behind when it fails."""
+    temporary = file.with_name(f".{file.name}{_TEMPORARY}")
+    try:
+        async with aiofiles.open(temporary, "wb", opener=_open_0644) as opened:
+            await opened.write(content)
+        await aiofiles.os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _open_0644(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes of other users read it
+    return descriptor

@@ -1,0 +1,98 @@
+"""The one truth of the process: the current inventory, and waiting for a newer one.
+
+Everything that may change the inventory goes through `Registry.observe` (a scan's facts) or `Registry.learn` (what
+readers found out). Both take one step with the pure `inventory.advance`, on the loop's thread and without awaiting,
+so that an Allocate which notes its promise can be sure that the next Allocate sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from sandbox_plugin.inventory.advance import DeviceKey, Holdings, Inventory, Signals, advance
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import HostFacts
+from sandbox_plugin.settings import Settings
+
+
+class Registry:
+    """Holds the current `Inventory`. Readers take `current` and keep it for the whole call.
+
+    Usage, by a reader that follows the inventory:
+
+        inventory = registry.current
+        while True:
+            ...                                            # use this one snapshot
+            inventory = await registry.newer_than(inventory.version)
+
+    A slow reader gets the latest inventory, never a backlog of old ones.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        names: ModelNames,
+        *,
+        requires_cdi: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._names = names
+        self._clock = clock
+        self._facts: HostFacts | None = None
+        self._signals = Signals(in_cdi={} if requires_cdi else None)
+        self._inventory = Inventory()
+        self._wake_at: float | None = None
+        self._changed = asyncio.Event()
+
+    @property
+    def current(self) -> Inventory:
+        return self._inventory
+
+    @property
+    def wake_at(self) -> float | None:
+        """When, in this registry's clock, the same facts would lead further; None: never."""
+        return self._wake_at
+
+    async def newer_than(self, version: int) -> Inventory:
+        """Waits, without polling, until the current inventory's version is above `version`, and returns it."""
+        while self._inventory.version <= version:
+            await self._changed.wait()
+        return self._inventory
+
+    def observe(self, facts: HostFacts, *, aer: Iterable[tuple[str, str]] = ()) -> Inventory:
+        """Takes in a scan, with the AER events that had arrived before it began."""
+        self._facts = facts
+        return self._step(replace(self._signals, aer=tuple(aer)))
+
+    def learn(
+        self,
+        *,
+        allocated: Iterable[DeviceKey] = (),
+        holdings: Holdings | None = None,
+        in_cdi: Mapping[str, frozenset[str]] | None = None,
+        cdi_trouble: Mapping[str, str] | None = None,
+    ) -> Inventory:
+        """Takes in what readers found out; what is not given stays as it was known."""
+        if holdings is not None:
+            self._signals = replace(self._signals, holdings=holdings)
+        if in_cdi is not None:
+            self._signals = replace(self._signals, in_cdi=in_cdi)
+        if cdi_trouble is not None:
+            self._signals = replace(self._signals, cdi_trouble=cdi_trouble)
+        return self._step(replace(self._signals, allocated=tuple(allocated)))
+
+    def _step(self, signals: Signals) -> Inventory:
+        if self._facts is None:
+            return self._inventory
+        before = self._inventory
+        self._inventory, self._wake_at = advance(
+            before, self._facts, signals, self._clock(), self._settings, self._names
+        )
+        if self._inventory.version != before.version:
+            self._changed.set()
+            self._changed = asyncio.Event()
+        return self._inventory

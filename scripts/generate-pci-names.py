@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Makes sandbox_plugin/inventory/pci_names.tsv, NVIDIA's part of pci.ids, from Debian's package `pci.ids`.
+
+    scripts/generate-pci-names.py             fetch the newest package with apt (nothing is installed; no root needed)
+    scripts/generate-pci-names.py FILE        use this pci.ids instead
+
+Standard library only. The package is taken from Debian's newest suite at the mirror that this machine's apt already
+uses, since the database of a stable release is as old as the release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "sandbox_plugin" / "inventory" / "pci_names.tsv"
+NVIDIA = "10de"
+LICENCE = (
+    "This file can be distributed under either the GNU General Public License",
+    "(version 2 or higher) or the 3-clause BSD License.",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make the table of NVIDIA's model names anew from pci.ids.")
+    parser.add_argument("file", nargs="?", type=Path, help="a pci.ids; without it Debian's newest is fetched with apt")
+    file: Path | None = parser.parse_args().file
+    if file is not None:
+        text = file.read_text(encoding="utf-8")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            text = fetch(Path(folder)).read_text(encoding="utf-8")
+    table = extract(text)
+    TABLE.write_text(table, encoding="utf-8")
+    print(f"{TABLE.relative_to(ROOT)}: {table.count(chr(10)) - 1} lines, {table.splitlines()[0].removeprefix('# ')}")
+    return 0
+
+
+def fetch(folder: Path) -> Path:
+    """Downloads and unpacks the package below `folder`; the machine's own package lists stay as they are."""
+    targets = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]
+    mirrors = subprocess.run(targets, check=True, capture_output=True, text=True).stdout.split()
+    mirror = next((m for m in mirrors if m.rstrip("/").endswith("/debian")), None)
+    if mirror is None:
+        sys.exit("generate-pci-names: apt knows no Debian mirror here: give a pci.ids file instead")
+    (folder / "lists/partial").mkdir(parents=True)
+    (folder / "cache/archives/partial").mkdir(parents=True)
+    (folder / "sources.list").write_text(f"deb {mirror} sid main\n")
+    options = {
+        "Dir::Etc::sourcelist": folder / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": folder / "lists",
+        "Dir::Cache": folder / "cache",
+        "APT::Sandbox::User": "",
+        "Acquire::Languages": "none",
+    }
+    apt = ["apt-get", "-q", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
+    subprocess.run([*apt, "update"], check=True, cwd=folder)
+    subprocess.run([*apt, "download", "pci.ids"], check=True, cwd=folder)
+    (package,) = folder.glob("pci.ids_*.deb")
+    subprocess.run(["dpkg", "-x", package, folder / "package"], check=True)
+    return folder / "package/usr/share/misc/pci.ids"
+
+
+def extract(text: str) -> str:
+    """The table: where it comes from and its licence, then `device ID <tab> name` for each of NVIDIA's devices."""
+    lines = text.splitlines()
+    version = next(line for line in lines if line.startswith("#\tVersion:")).split()[-1]
+    if not all(f"#\t{line}" in lines for line in LICENCE):
+        sys.exit("generate-pci-names: the licence in this pci.ids is another one than ours says: read it first")
+    head = [f"pci.ids {version}, the part of vendor {NVIDIA}", *LICENCE]
+    return "".join(f"# {line}\n" for line in head) + "".join(rows(lines))
+
+
+def rows(lines: list[str]) -> list[str]:
+    found: list[str] = []
+    inside = False
+    for line in lines:
+        if line and line[0] not in "#\t":
+            inside = line.startswith(f"{NVIDIA}  ")
+        elif inside and line.startswith("\t") and not line.startswith("\t\t"):
+            device, _, name = line.strip().partition("  ")
+            found.append(f"{device}\t{name}\n")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
