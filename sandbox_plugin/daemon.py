@@ -18,7 +18,7 @@ from pathlib import Path
 import structlog
 
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.scan import HostScanner
+from sandbox_plugin.host.scan import HostScanner, why_not_bound
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
 from sandbox_plugin.inventory.advance import Inventory
@@ -26,6 +26,7 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
+from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason
 from sandbox_plugin.outputs.cdi import CdiWriter
 from sandbox_plugin.registry import Registry
@@ -37,6 +38,8 @@ _DEBOUNCE = 0.005
 """Seconds between the first sign of a change and the scan: a bind is several events within a few milliseconds."""
 
 
+_RECHECK_PATIENCE = 0.1
+"""Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer."""
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 
@@ -47,26 +50,40 @@ async def run(settings: Settings) -> None:
     paths = HostPaths(settings.host_root)
     registry = Registry(settings, names)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(settings, registry)
+    endpoints = Endpoints(settings, registry, paths)
+    turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
+    specs = CdiWriter(
+        folder=settings.cdi_dir,
+        registry=registry,
+        is_ours=lambda resource: may_be_ours(resource, settings, names),
+        recheck=settings.health_interval,
+    )
+
+    def look_at_kubelet() -> None:
+        turn.look()
+        endpoints.look()
+
     await poller.ask(patience=_FIRST_ANSWER)
     async with asyncio.TaskGroup() as group:
         if settings.host_root == Path("/"):
             group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
         group.create_task(FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake).run())
-        group.create_task(FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=endpoints.look).run())
+        group.create_task(FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet).run())
         group.create_task(rescans.run())
         group.create_task(poller.run())
         group.create_task(report(registry))
-        group.create_task(
-            CdiWriter(
-                folder=settings.cdi_dir,
-                registry=registry,
-                is_ours=lambda resource: may_be_ours(resource, settings, names),
-                recheck=settings.health_interval,
-            ).run()
-        )
-        group.create_task(endpoints.run())
+        group.create_task(serve(turn, specs, endpoints))
+
+
+async def serve(turn: Turn, specs: CdiWriter, endpoints: Endpoints) -> None:
+    """Writes specs and serves the kubelet whenever it is this plugin's turn."""
+    while True:
+        async with turn.taken(), asyncio.TaskGroup() as group:
+            tasks = [group.create_task(specs.run()), group.create_task(endpoints.run())]
+            await turn.lost()
+            for task in tasks:
+                task.cancel()
 
 
 class Rescans:
@@ -116,6 +133,7 @@ class Endpoints:
 
     settings: Settings
     registry: Registry
+    paths: HostPaths
     _running: dict[str, _Running] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -124,15 +142,19 @@ class Endpoints:
             running.endpoint.look()
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as group:
-            inventory = self.registry.current
-            while True:
-                for resource in self._running.keys() - inventory.resources.keys():
-                    await self._end(resource)
-                for resource, devices in inventory.resources.items():
-                    if resource not in self._running and _may_be_advertised(devices):
-                        self._begin(group, resource)
-                inventory = await self.registry.newer_than(inventory.version)
+        """Runs until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                inventory = self.registry.current
+                while True:
+                    for resource in self._running.keys() - inventory.resources.keys():
+                        await self._end(resource)
+                    for resource, devices in inventory.resources.items():
+                        if resource not in self._running and _may_be_advertised(devices):
+                            self._begin(group, resource)
+                    inventory = await self.registry.newer_than(inventory.version)
+        finally:
+            self._running.clear()
 
     def _begin(self, group: asyncio.TaskGroup, resource: str) -> None:
         endpoint = Endpoint(
@@ -140,6 +162,7 @@ class Endpoints:
             kubelet_dir=self.settings.kubelet_dir,
             registry=self.registry,
             policy=self.settings.allocation_policy,
+            why_not=lambda devices: why_not_bound(self.paths, devices, _RECHECK_PATIENCE),
         )
         self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))
 
@@ -176,7 +199,11 @@ async def report(registry: Registry) -> None:
 
 def _report_devices(known: dict[tuple[str, str], Device], inventory: Inventory) -> dict[tuple[str, str], Device]:
     now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
-    now = {key: d for key, d in now.items() if d.health.reason is not Reason.NOT_IN_CDI or key in known}
+    now = {
+        key: known[key] if waiting else device
+        for key, device in now.items()
+        if not (waiting := device.health.reason is Reason.NOT_IN_CDI) or key in known
+    }
     for key in sorted(known.keys() | now.keys()):
         before, after = known.get(key), now.get(key)
         about = {"resource": key[0], "device": key[1]}

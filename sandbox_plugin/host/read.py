@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, IommuGroup, PciFunction, VfioDev
+from sandbox_plugin.model import Bar, Device, IommuGroup, PciFunction, VfioDev
 
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
@@ -98,6 +98,22 @@ def read_function(paths: HostPaths, address: str) -> PciFunction:
         fatal_errors=optional.fatal_errors(),
         unread=tuple(optional.unread),
     )
+
+
+def still_bound(paths: HostPaths, device: Device) -> str | None:
+    """Looks once more, at as little as possible, before a device is promised. Returns what is wrong, or None."""
+    for placement in device.placements:
+        folder = paths.pci_devices / placement.address
+        try:
+            driver, vfio = _link_name(folder / "driver"), _vfio_dev(folder)
+        except OSError as error:
+            return f"{placement.address}: {_why(error)}"
+        if driver is None or (vfio is None and "vfio" not in driver):
+            return f"{placement.address} is bound to {driver or 'no driver'} now"
+        node = f"/dev/vfio/devices/vfio{vfio.number}" if vfio is not None and vfio.cdev else None
+        if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
+            return f"{device.node} is gone"
+    return None
 
 
 def read_groups(paths: HostPaths, functions: Mapping[str, PciFunction]) -> dict[int, IommuGroup]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
 from sandbox_plugin.host import read
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import HostFacts, PciFunction
+from sandbox_plugin.model import Device, HostFacts, PciFunction
 
 _BUS = "the PCI bus"
 """What the sweep is reading while it is not at one function."""
@@ -88,6 +88,31 @@ class HostScanner:
     def _answered(self, address: str) -> None:
         self._hanging.discard(address)
         self._on_late()
+
+
+async def why_not_bound(paths: HostPaths, devices: Sequence[Device], patience: float) -> dict[str, str]:
+    """Looks at these devices once more. Returns, by ID, what speaks against giving them away now.
+
+    Takes `patience` seconds at most; a device that has not answered by then is one of those.
+    """
+    loop = asyncio.get_running_loop()
+    finished = asyncio.Event()
+    answers: dict[str, str | None] = {}
+
+    def look() -> None:
+        for device in devices:
+            answers[device.id] = read.still_bound(paths, device)
+        _call_soon(loop, finished.set)
+
+    threading.Thread(target=look, name="recheck", daemon=True).start()
+    try:
+        async with asyncio.timeout(patience):
+            await finished.wait()
+    except TimeoutError:
+        pass
+    silence = f"sysfs has not answered for {patience:g} s"
+    found = {device.id: answers.get(device.id, silence) for device in devices}
+    return {device_id: why for device_id, why in found.items() if why is not None}
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +98,6 @@ def host_folders(paths: HostPaths) -> list[Path]:
     fake tree all of them speak.
     """
     drivers = [paths.pci_drivers / "vfio-pci"]
-    try:
+    with suppress(OSError):
         drivers += [d for d in sorted(paths.pci_drivers.iterdir()) if "vfio" in d.name and d.name != "vfio-pci"]
-    except OSError:
-        pass
     return [*drivers, paths.dev_vfio, paths.dev_vfio / "devices"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -33,6 +33,7 @@ from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.naming import socket_name
 from sandbox_plugin.kubelet import socket
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
+from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Policy
 
@@ -92,6 +93,8 @@ class Endpoint:
     kubelet_dir: Path
     registry: Registry
     policy: Policy
+    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    """As in `DevicePluginServicer`."""
     state: State = State.SERVING
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     """Rung by everything that is worth a look. Only `_wait` waits for it."""
@@ -130,7 +133,11 @@ class Endpoint:
         listener, own = socket.listen_at(self.path)
         try:
             servicer = DevicePluginServicer(
-                resource=self.resource, registry=self.registry, policy=self.policy, stream=self._stream
+                resource=self.resource,
+                registry=self.registry,
+                policy=self.policy,
+                stream=self._stream,
+                why_not=self.why_not,
             )
             server = Server([servicer])
             await server.start(sock=listener)

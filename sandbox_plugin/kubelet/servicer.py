@@ -6,7 +6,8 @@ end is what the endpoint must know, and it wraps each in `stream`.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     registry: Registry
     policy: Policy
     stream: Callable[[], AbstractContextManager[None]]
+    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    """Looks at these devices once more: device ID -> why it must not be given away now. Answers soon."""
 
     async def get_device_plugin_options(self, empty: v1beta1.Empty) -> v1beta1.DevicePluginOptions:
         return v1beta1.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
@@ -79,40 +82,43 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     async def allocate(self, request: v1beta1.AllocateRequest) -> v1beta1.AllocateResponse:
         """One answer for each container, or an error and nothing promised.
 
-        Between the check and the promise nothing is awaited: of two Allocates for one group the second sees the first.
+        The devices are looked at once more, shortly, since all pod admission of the node waits. After that nothing is
+        awaited between the last check and the promise: of two Allocates for one group the second sees the first.
         """
-        inventory = self.registry.current
-        if not request.container_requests:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: no container asks for anything")
-        chosen = [self._choose(inventory, asked.devices_ids) for asked in request.container_requests]
-        devices = [device for container in chosen for device in container]
-        if len({d.id for d in devices}) != len(devices):
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: two containers ask for the same device")
-        self.registry.learn(allocated=[(d.resource, d.id) for d in devices])
-        for device in devices:
+        asked = [container.devices_ids for container in request.container_requests]
+        chosen = self._choose(self.registry.current, asked)
+        self._refuse(await self.why_not(chosen))
+        chosen = self._choose(self.registry.current, asked)
+        self.registry.learn(allocated=[(d.resource, d.id) for d in chosen])
+        for device in chosen:
             log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
-        return v1beta1.AllocateResponse(container_responses=[_answer(container) for container in chosen])
+        by_id = {d.id: d for d in chosen}
+        return v1beta1.AllocateResponse(container_responses=[_answer([by_id[i] for i in ids]) for ids in asked])
 
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
         """Not asked for by our options; answered all the same."""
         return v1beta1.PreStartContainerResponse()
 
-    def _choose(self, inventory: Inventory, ids: Sequence[str]) -> list[Device]:
-        if not ids:
+    def _choose(self, inventory: Inventory, asked: Sequence[Sequence[str]]) -> list[Device]:
+        """The devices that these containers ask for, if all of them can be had. Raises GRPCError."""
+        if not asked or not all(asked):
             raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: a container asks for no device")
-        if len(set(ids)) != len(ids):
-            twice = next(i for i in ids if list(ids).count(i) > 1)
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice!r} is asked for twice")
-        devices = []
-        for device_id in ids:
-            device = inventory.device(self.resource, device_id)
-            if device is None:
-                raise GRPCError(Status.NOT_FOUND, f"{self.resource}: there is no device {device_id!r}")
-            if not device.health.healthy:
-                where = f"{self.resource}: device {device.id} ({device.address})"
-                raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {device.health}")
-            devices.append(device)
-        return devices
+        counts = Counter(device_id for ids in asked for device_id in ids)
+        if twice := [device_id for device_id, count in counts.items() if count > 1]:
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice[0]!r} is asked for twice")
+        devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
+        if unknown := [device_id for device_id in counts if device_id not in devices]:
+            raise GRPCError(Status.NOT_FOUND, f"{self.resource}: there is no device {unknown[0][:80]!r}")
+        chosen = [devices[device_id] for device_id in counts]
+        self._refuse({d.id: str(d.health) for d in chosen if not d.health.healthy})
+        return chosen
+
+    def _refuse(self, ill: Mapping[str, str]) -> None:
+        for device_id, why in ill.items():
+            device = self.registry.current.device(self.resource, device_id)
+            where = f"{self.resource}: device {device_id} ({device.address if device else '-'})"
+            log.warning("allocation refused", resource=self.resource, device=device_id, reason=why)
+            raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {why}")
 
 
 def _listed(device: Device) -> v1beta1.Device:

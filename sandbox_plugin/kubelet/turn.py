@@ -1,0 +1,118 @@
+"""Whose turn it is, when two plugins run on one node: a rolling update starts the new pod while the old one runs.
+
+Both want the same sockets and the same CDI specs. A lock on a file in the kubelet's folder, which both mount, decides:
+who has it serves, the other stands by, alive and ready, and takes over when the lock is free. The kernel frees it when
+its holder ends, however it ends (flock(2)). The kubelet deletes sockets from that folder, and leaves plain files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+LOCK_NAME = ".sandbox-plugin.lock"
+_RETRY = 0.5
+"""Seconds between attempts that no event asked for: a killed holder leaves no event."""
+_CHECK = 5.0
+"""Seconds between looks at the lock that is held."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+@dataclass(kw_only=True)
+class Turn:
+    """Waits for the lock in `folder`, and notices when it is worth nothing any more.
+
+    Usage:
+
+        async with turn.taken():
+            ...                      # serve
+            await turn.lost()        # somebody removed the folder; stop serving and wait for the next turn
+    """
+
+    folder: Path
+    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+    _said: str | None = None
+    _held: int | None = None
+    """Descriptor of the locked file."""
+
+    def look(self) -> None:
+        """Something changed in the folder: perhaps the other one is gone."""
+        self._bell.set()
+
+    @asynccontextmanager
+    async def taken(self) -> AsyncIterator[None]:
+        """Waits as long as it takes, then holds the lock for as long as the context."""
+        while (descriptor := self._try()) is None:
+            await self._wait(_RETRY)
+        if self._said is not None:
+            log.info("taking over", path=str(self.folder / LOCK_NAME))
+            self._said = None
+        self._held = descriptor
+        try:
+            yield
+        finally:
+            os.close(self._held)
+            self._held = None
+
+    async def lost(self) -> None:
+        """Returns when the locked file is not the one in the folder any more, and the new one cannot be had."""
+        while True:
+            await self._wait(_CHECK)
+            if self._held is not None and _is_at(self.folder / LOCK_NAME, self._held):
+                continue
+            descriptor = self._try()
+            if descriptor is None:
+                return
+            if self._held is not None:
+                os.close(self._held)
+            self._held = descriptor
+
+    async def _wait(self, seconds: float) -> None:
+        self._bell.clear()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._bell.wait()
+        except TimeoutError:
+            return
+
+    def _try(self) -> int | None:
+        """The locked file, or None: said once, why not."""
+        path = self.folder / LOCK_NAME
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            self._say("waiting for the kubelet's folder", path, error.strerror)
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):
+                return descriptor
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                self._say("standing by", path, "another plugin serves this node; this one takes over when it ends")
+            else:
+                self._say("waiting for the kubelet's folder", path, error.strerror)
+        os.close(descriptor)
+        return None
+
+    def _say(self, event: str, path: Path, reason: str | None) -> None:
+        if self._said != event:
+            log.warning(event, path=str(path), reason=reason)
+        self._said = event
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is still the one at `path`: a lock on a file that was removed keeps nobody out."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
