@@ -31,7 +31,7 @@ from grpclib.server import Server
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.naming import socket_name
-from sandbox_plugin.kubelet import socket
+from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
@@ -121,7 +121,7 @@ class Endpoint:
             self.state = State.SERVING
             try:
                 async with self._serving() as own:
-                    while socket.identity(self.path) == own:
+                    while sockets.identity(self.path) == own:
                         kubelet = await self._register(own)
                         await self._until_lost(own, kubelet)
             except OSError as error:
@@ -129,8 +129,8 @@ class Endpoint:
                 await self._pause(own=None)
 
     @asynccontextmanager
-    async def _serving(self) -> AsyncIterator[socket.Identity]:
-        listener, own = socket.listen_at(self.path)
+    async def _serving(self) -> AsyncIterator[sockets.Identity]:
+        listener, own = sockets.listen_at(self.path)
         try:
             servicer = DevicePluginServicer(
                 resource=self.resource,
@@ -148,7 +148,7 @@ class Endpoint:
                 await server.wait_closed()
         finally:
             listener.close()
-            socket.remove(self.path, own)
+            sockets.remove(self.path, own)
 
     @contextmanager
     def _stream(self) -> Iterator[None]:
@@ -164,13 +164,13 @@ class Endpoint:
                 self._newest_is_open = False
                 self._bell.set()
 
-    async def _register(self, own: socket.Identity) -> socket.Identity | None:
+    async def _register(self, own: sockets.Identity) -> sockets.Identity | None:
         """Tries until the kubelet has accepted us and opened a stream, or our own socket is gone.
 
         Returns the kubelet.sock that this happened at.
         """
         self.state = State.REGISTERING
-        while socket.identity(self.path) == own:
+        while sockets.identity(self.path) == own:
             kubelet, opened = self._kubelet(), self._opened
             why_not = await self._register_once(own) if kubelet else f"no {KUBELET_SOCKET} in {self.kubelet_dir}"
             if why_not is None and not await self._wait(partial(self._has_opened_since, opened), _STREAM_TIMEOUT):
@@ -185,7 +185,7 @@ class Endpoint:
             await self._pause(own)
         return None
 
-    async def _register_once(self, own: socket.Identity) -> str | None:
+    async def _register_once(self, own: sockets.Identity) -> str | None:
         """One Register call, given up when either socket changes meanwhile. Returns why it failed, or None.
 
         While it waits the kubelet dials our socket and asks for our options.
@@ -203,23 +203,23 @@ class Endpoint:
                 call = group.create_task(_outcome(v1beta1.RegistrationStub(channel).register(request)))
                 call.add_done_callback(lambda _: self._bell.set())
                 await self._wait(
-                    lambda: call.done() or self._kubelet() != kubelet or socket.identity(self.path) != own,
+                    lambda: call.done() or self._kubelet() != kubelet or sockets.identity(self.path) != own,
                     _REGISTER_TIMEOUT,
                 )
                 if call.done():
                     return call.result()
                 call.cancel()
-                changed = self._kubelet() != kubelet or socket.identity(self.path) != own
+                changed = self._kubelet() != kubelet or sockets.identity(self.path) != own
                 return "a socket was replaced meanwhile" if changed else f"no answer in {_REGISTER_TIMEOUT:g} s"
         finally:
             channel.close()
 
-    async def _until_lost(self, own: socket.Identity, kubelet: socket.Identity | None) -> None:
+    async def _until_lost(self, own: sockets.Identity, kubelet: sockets.Identity | None) -> None:
         """Waits until the registration is worth nothing any more, and says why."""
         if self.state is not State.REGISTERED:
             return
         while True:
-            if socket.identity(self.path) != own:
+            if sockets.identity(self.path) != own:
                 reason = "our socket is gone"
             elif self._kubelet() not in (kubelet, None):
                 reason = f"{KUBELET_SOCKET} is a new one"
@@ -232,12 +232,12 @@ class Endpoint:
             log.warning("registration lost", resource=self.resource, reason=reason)
             return
 
-    async def _pause(self, own: socket.Identity | None) -> None:
+    async def _pause(self, own: sockets.Identity | None) -> None:
         """Until the next attempt: some time, or until kubelet.sock is made anew or our own socket changes."""
         kubelet = self._kubelet()
 
         def worth_an_attempt() -> bool:
-            return self._kubelet() not in (kubelet, None) or (own is not None and socket.identity(self.path) != own)
+            return self._kubelet() not in (kubelet, None) or (own is not None and sockets.identity(self.path) != own)
 
         if await self._wait(worth_an_attempt, self._backoff.next()):
             self._backoff.reset()
@@ -261,8 +261,8 @@ class Endpoint:
     def _has_opened_since(self, opened: int) -> bool:
         return self._opened > opened
 
-    def _kubelet(self) -> socket.Identity | None:
-        return socket.identity(self.kubelet_dir / KUBELET_SOCKET)
+    def _kubelet(self) -> sockets.Identity | None:
+        return sockets.identity(self.kubelet_dir / KUBELET_SOCKET)
 
     def _complain(self, why: str) -> None:
         """Logs a trouble once, and not again before it changes."""
