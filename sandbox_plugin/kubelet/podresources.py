@@ -20,6 +20,7 @@ from grpclib.exceptions import StreamTerminatedError
 
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.advance import Holdings
+from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
 
 INTERVAL = 5.0
@@ -55,7 +56,7 @@ class HoldingsPoller:
         asked_at = self.clock()
         try:
             async with asyncio.timeout(patience):
-                answer = await list_pods(self.socket)
+                learnt = holdings(await list_pods(self.socket), asked_at)
         except FileNotFoundError:
             self._complain("there is no such socket")
         except TimeoutError:
@@ -64,10 +65,12 @@ class HoldingsPoller:
             self._complain(str(error))
         except GRPCError as error:
             self._complain(f"{error.status.name}: {error.message}")
+        except MalformedMessage as error:
+            self._complain(f"the answer is malformed: {error}")
         else:
             self._trouble = None
             self._answered = True
-            self.registry.learn(holdings=holdings(answer, asked_at))
+            self.registry.learn(holdings=learnt)
 
     def _complain(self, why: str) -> None:
         if why != self._trouble:
@@ -85,7 +88,8 @@ async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
 
 
 def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:
-    """Which pod holds which device, out of an answer."""
+    """Which pod holds which device, out of an answer. Raises `MalformedMessage`."""
+    check(answer)
     return Holdings(
         asked_at=asked_at,
         pods={

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import betterproto
 import structlog
 from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
+from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Policy
@@ -62,8 +64,8 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         self, request: v1beta1.PreferredAllocationRequest
     ) -> v1beta1.PreferredAllocationResponse:
         """One answer for each container. An error rejects the pod, so only a question without any answer gets one."""
-        inventory = self.registry.current
-        devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
+        self._check(request)
+        devices = {d.id: d for d in self.registry.current.resources.get(self.resource, ())}
         answers = []
         for asked in request.container_requests:
             try:
@@ -85,6 +87,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         The devices are looked at once more, shortly, since all pod admission of the node waits. After that nothing is
         awaited between the last check and the promise: of two Allocates for one group the second sees the first.
         """
+        self._check(request)
         asked = [container.devices_ids for container in request.container_requests]
         chosen = self._choose(self.registry.current, asked)
         self._refuse(await self.why_not(chosen))
@@ -98,6 +101,12 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
         """Not asked for by our options; answered all the same."""
         return v1beta1.PreStartContainerResponse()
+
+    def _check(self, request: betterproto.Message) -> None:
+        try:
+            check(request)
+        except MalformedMessage as error:
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
 
     def _choose(self, inventory: Inventory, asked: Sequence[Sequence[str]]) -> list[Device]:
         """The devices that these containers ask for, if all of them can be had. Raises GRPCError."""

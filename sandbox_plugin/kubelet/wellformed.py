@@ -1,0 +1,52 @@
+"""Whether a message that was parsed is what its type says.
+
+betterproto takes what the wire says over what the .proto says: a number where a message or a string belongs is handed
+on as a number. What reads foreign messages checks them here first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import cache
+from typing import Any
+
+import betterproto
+
+
+class MalformedMessage(ValueError):
+    """The message names the field that is wrong."""
+
+
+def check(message: betterproto.Message) -> None:
+    """Raises `MalformedMessage` unless every field, all the way down, has the type that it is declared with."""
+    for name, declared in _types(type(message)).items():
+        _check_value(getattr(message, name), declared, f"{type(message).__name__}.{name}")
+
+
+@cache
+def _types(kind: type[betterproto.Message]) -> dict[str, Any]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _check_value(value: Any, declared: Any, where: str) -> None:
+    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
+    if origin is typing.Union:  # Optional
+        if value is not None:
+            _check_value(value, arguments[0], where)
+    elif origin is list:
+        for item in _expect(value, list, where):
+            _check_value(item, arguments[0], where)
+    elif origin is dict:
+        for key, item in _expect(value, dict, where).items():
+            _check_value(key, arguments[0], where)
+            _check_value(item, arguments[1], where)
+    elif isinstance(_expect(value, declared, where), betterproto.Message):
+        check(value)
+
+
+def _expect(value: Any, kind: type, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise MalformedMessage(f"{where} is no {kind.__name__}")
+    return value
