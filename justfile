@@ -54,6 +54,10 @@ upgrade: setup
 generate-api: setup
     python scripts/generate-api.py
 
+# make the table of model names anew from Debian's newest pci.ids, or from a file
+pci-names *file: setup
+    python scripts/generate-pci-names.py "$@"
+
 # print what a cluster gets from an overlay
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}

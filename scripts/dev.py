@@ -213,9 +213,7 @@ def run(commands: list[list[str]]) -> int:
 
 def main(arguments: list[str]) -> int:
     if sys.version_info < OLDEST_PYTHON:
-        raise SetupError(
-            "Python {}.{} or newer is needed, this is {}.{}".format(*OLDEST_PYTHON, *sys.version_info)
-        )
+        raise SetupError("Python {}.{} or newer is needed, this is {}.{}".format(*OLDEST_PYTHON, *sys.version_info))
     if Path(sys.prefix).resolve() == VENV:
         # Called with .venv's own Python, which may be about to be replaced: go on with the one it came from.
         python = os.path.join(sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info))

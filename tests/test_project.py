@@ -269,9 +269,7 @@ def test_called_by_the_environments_own_python_it_can_still_replace_the_environm
 
 def test_without_a_command_it_explains_itself_and_a_wrong_command_is_an_error(checkout: Checkout) -> None:
     for arguments, status in ([], 0), (["help"], 0), (["tset"], 2):
-        asked = subprocess.run(
-            checkout.command(*arguments), capture_output=True, text=True, check=False, timeout=30
-        )
+        asked = subprocess.run(checkout.command(*arguments), capture_output=True, text=True, check=False, timeout=30)
         assert asked.returncode == status
         assert "scripts/dev.py demo" in asked.stdout
     assert checkout.installed() == []

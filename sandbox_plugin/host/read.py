@@ -287,8 +287,8 @@ def _vfio_dev(folder: Path) -> VfioDev | None:
 
 
 def _bridges(folder: Path, address: str) -> tuple[str, ...]:
-    """From the path of the function's real folder: `.../devices/pci0000:15/0000:15:01.0/.../<address>`."""
-    parts = Path(os.path.realpath(folder)).parts
+    """From where the function's link leads: `../../../devices/pci0000:15/0000:15:01.0/.../<address>`."""
+    parts = os.readlink(folder).split("/")
     for index, part in enumerate(parts):
         if _HOST_BRIDGE.fullmatch(part):
             return tuple(p for p in parts[index:-1] if p == part or PCI_ADDRESS.fullmatch(p))

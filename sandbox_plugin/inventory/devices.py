@@ -64,7 +64,9 @@ def _why_not(function: PciFunction, answer: Claim, facts: HostFacts, *, cdevs: b
 def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
     devices = []
     for function, answer in wanted:
-        assert function.vfio is not None and function.iommu_group is not None and answer.resource is not None
+        assert function.vfio is not None
+        assert function.iommu_group is not None
+        assert answer.resource is not None
         devices.append(
             Device(
                 id=str(function.vfio.number),

@@ -1,0 +1,208 @@
+"""`sandbox-plugin fake-node`: makes a made-up node in a folder, and changes it as hardware would.
+
+For development and for people who want to watch the daemon follow a node: run it with `--fake-sysfs DIR` in one
+terminal and use these verbs in another.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sandbox_plugin.fake.attributes import OFF_THE_BUS
+from sandbox_plugin.fake.node import FakeNode, FakeNodeError
+from sandbox_plugin.fake.presets import PRESETS
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import PciFunction
+from sandbox_plugin.settings import UsageError
+
+_KINDS = {
+    0x0300: "graphics",
+    0x0302: "3D controller",
+    0x0600: "host bridge",
+    0x0601: "ISA bridge",
+    0x0604: "PCI bridge",
+    0x0680: "bridge",
+    0x0200: "Ethernet",
+    0x0207: "InfiniBand",
+    0x0403: "audio",
+    0x0500: "memory",
+    0x0580: "memory controller",
+    0x0880: "system peripheral",
+    0x0C03: "USB",
+    0x0C05: "SMBus",
+    0x0C80: "serial bus",
+}
+"""Base class and subclass in words, for what has no name of its own here."""
+_MACHINERY = (0x06, 0x08)
+"""Base classes of what only holds a machine together: bridges and system peripherals."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "fake-node",
+        help="make a made-up node, and change it as hardware would",
+        description="A made-up node is a folder that looks to the daemon like a host's root: run `sandbox-plugin run "
+        "--fake-sysfs DIR` on it, and change it with these verbs. It needs no privileges and touches nothing else.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    create = _verb(verbs, "create", _create, "make a node in a new or empty folder")
+    create.add_argument("preset", metavar="PRESET", help=", ".join(PRESETS))
+    create.add_argument("dir", metavar="DIR")
+    _verb(verbs, "presets", _presets, "list the presets")
+    show = _verb(verbs, "show", _show, "list the functions of a node")
+    show.add_argument("dir", metavar="DIR")
+    show.add_argument("--all", action="store_true", help="bridges and system peripherals too")
+    bind = _on_function(verbs, "bind", _bind, "bind a function to a driver, taking it from another")
+    bind.add_argument("--driver", metavar="NAME", default="vfio-pci", help="default: vfio-pci")
+    _on_function(verbs, "unbind", _unbind, "take a function from its driver")
+    _on_function(verbs, "remove", _remove, "hot-remove a function, and what hangs below it")
+    _on_function(verbs, "add", _add, "put a removed function back")
+    _on_function(verbs, "sicken", _sicken, "let a device fall off the bus")
+    _on_function(verbs, "heal", _heal, "let it answer again")
+    enable = _on_function(verbs, "enable", _enable, "let a VM open (1) or close (0) a function")
+    enable.add_argument("value", metavar="0|1", choices=("0", "1"))
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], str], text: str) -> argparse.ArgumentParser:
+    """A verb that prints what `run` returns. What goes wrong in a node is a wrong input here."""
+
+    def run_and_print(args: argparse.Namespace) -> int:
+        try:
+            said = run(args)
+        except FakeNodeError as error:
+            raise UsageError(str(error)) from None
+        except OSError as error:
+            raise UsageError(f"{error.filename}: {error.strerror}") from None
+        if said:
+            print(said)
+        return 0
+
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.set_defaults(run=run_and_print)
+    return parser
+
+
+def _on_function(verbs: Any, name: str, run: Callable[[argparse.Namespace], str], text: str) -> argparse.ArgumentParser:
+    parser = _verb(verbs, name, run, text)
+    parser.add_argument("dir", metavar="DIR")
+    parser.add_argument("address", metavar="ADDRESS", type=_address, help="PCI address, e.g. 0000:1b:00.0 or 1b:00.0")
+    return parser
+
+
+def _address(text: str) -> str:
+    """As sysfs writes it: lower-case, with the domain, which people leave out when it is 0000."""
+    text = text.lower()
+    return f"0000:{text}" if text.count(":") == 1 else text
+
+
+def _create(args: argparse.Namespace) -> str:
+    node = FakeNode.create(args.dir, args.preset)
+    bound = sum(1 for function in node.functions() if function.vfio)
+    return f"{args.dir}: {PRESETS[args.preset].summary}; {bound} functions bound to vfio"
+
+
+def _presets(args: argparse.Namespace) -> str:
+    width = max(map(len, PRESETS))
+    return "\n".join(f"{name:{width}}  {preset.summary}" for name, preset in PRESETS.items())
+
+
+def _bind(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    node.bind(args.address, args.driver)
+    return _told(node, args.address)
+
+
+def _unbind(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    node.unbind(args.address)
+    return _told(node, args.address)
+
+
+def _remove(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    before = set(node.removed())
+    node.remove(args.address)
+    return f"removed: {', '.join(name for name in node.removed() if name not in before)}"
+
+
+def _add(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    node.add(args.address)
+    return _told(node, args.address)
+
+
+def _sicken(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    node.sicken(args.address)
+    return _told(node, args.address)
+
+
+def _heal(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    node.heal(args.address)
+    return _told(node, args.address)
+
+
+def _enable(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    node.set_enable(args.address, int(args.value))
+    return _told(node, args.address)
+
+
+def _show(args: argparse.Namespace) -> str:
+    node = FakeNode.open(args.dir)
+    names = ModelNames.load()
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in ("ADDRESS", "MODEL", "DRIVER", "GROUP", "VFIO", "NUMA", "STATE"):
+        table.add_column(column, no_wrap=True)
+    functions = node.functions()
+    shown = [f for f in functions if args.all or f.vfio or f.class_code >> 16 not in _MACHINERY]
+    for f in shown:
+        numa = "-" if f.numa_node is None else str(f.numa_node)
+        table.add_row(f.address, _model(f, names), f.driver or "-", str(f.iommu_group), _vfio(f), numa, _state(f))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # lines for other programs are never cut
+    console.print(table)
+    if len(shown) < len(functions):
+        console.print(f"and {len(functions) - len(shown)} bridges and system peripherals (--all)")
+    if removed := node.removed():
+        console.print(f"removed: {', '.join(removed)}")
+    return ""
+
+
+def _told(node: FakeNode, address: str) -> str:
+    """One function in one line, after a change."""
+    function = node.function(address)
+    parts = [f"driver {function.driver}" if function.driver else "no driver", f"group {function.iommu_group}"]
+    if function.vfio:
+        parts.append(_vfio(function))
+    if state := _state(function):
+        parts.append(state)
+    return f"{address}: {', '.join(parts)}"
+
+
+def _model(function: PciFunction, names: ModelNames) -> str:
+    vendor, device = function.model_id
+    kind = _KINDS.get(function.class_code >> 8, f"class {function.class_code:06x}")
+    return names.table.get(function.model_id) or f"{kind} [{vendor:04x}:{device:04x}]"
+
+
+def _vfio(function: PciFunction) -> str:
+    """vfioM, with the reason why there is no such node where there is none."""
+    if function.vfio is None:
+        return "-"
+    return f"vfio{function.vfio.number}" + ("" if function.vfio.cdev else " (no cdev)")
+
+
+def _state(function: PciFunction) -> str:
+    if function.link_speed == OFF_THE_BUS.speed:
+        return "off the bus"
+    by_vm = function.enable and (function.driver is None or function.vfio)
+    return "in use by a VM" if by_vm else ""

@@ -1,0 +1,183 @@
+"""The nouns of made-up machines: a model of PCI function, one such function in its place, a kernel, a preset.
+
+Apart from `presets`, so that presets are data alone, and from `node`, which knows nothing of any model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from sandbox_plugin.model import Bar
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """A PCIe link as `current_link_speed` and `current_link_width` word it."""
+
+    speed: str
+    """E.g. `32.0 GT/s PCIe` (pci_speed_string in drivers/pci/probe.c)."""
+    width: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sriov:
+    """What `sriov_*` of a physical function says. Its virtual functions' BARs are left unassigned unless given."""
+
+    total_vfs: int
+    offset: int
+    vf_device: int
+    vf_bars: tuple[Bar, ...] = ()
+    """Of one virtual function."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """Everything that is the same for all PCI functions of one model."""
+
+    vendor: int
+    device: int
+    class_code: int
+    """24 bits, e.g. 0x030200."""
+    revision: int = 0
+    subsystem: tuple[int, int] = (0, 0)
+    """Subsystem vendor and device."""
+    bars: tuple[Bar, ...] = ()
+    """Index 6 is the expansion ROM."""
+    max_link: Link | None = None
+    """None: not a PCIe device, or one inside the root complex, without a link."""
+    aer: bool = False
+    """Whether it has the Advanced Error Reporting capability, so `aer_dev_*`."""
+    sriov: Sriov | None = None
+    host_driver: str | None = None
+    """The driver that claims such a function by itself when it appears."""
+
+    @property
+    def is_bridge(self) -> bool:
+        return self.class_code >> 8 == 0x0604
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionSpec:
+    """One PCI function in its place: what `FakeNode.add` puts into a tree."""
+
+    address: str
+    """`DDDD:BB:DD.F`, lower-case."""
+    model: Model
+    parent: str
+    """Address of the bridge above, or the host bridge's name, e.g. `pci0000:15`."""
+    driver: str | None = None
+    """Driver that is bound at the start."""
+    iommu_group: int | None = None
+    """None: a group of its own, with the lowest number that is free."""
+    numa_node: int = -1
+    link: Link | None = None
+    """What the link was trained to; None: the model's best."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """What differs between kernels, as far as passthrough shows it."""
+
+    cdevs: bool
+    """Built with IOMMUFD and VFIO cdevs: /dev/vfio/devices/vfioM and /dev/iommu exist."""
+    group_major: int
+    """Device major of /dev/vfio/N."""
+    cdev_major: int
+    """Device major of /dev/vfio/devices/vfioM; without meaning where there are no cdevs."""
+    iommu: str
+    """Name of the IOMMU in `class/iommu`."""
+    first_group: int
+    """Lowest IOMMU group number of this machine.
+
+    On a real one it is 0. Here groups start above any vfioM, so that taking one number for the other shows.
+    """
+    vfio_loaded: bool = True
+    """Whether vfio is loaded at the start; binding to a vfio driver loads it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumaNode:
+    number: int
+    cpulist: str
+    """E.g. `0-55,112-167`; empty for a node that has memory alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """A function of a preset, with what hangs below it."""
+
+    place: str
+    """The address without its domain, `BB:DD.F`."""
+    model: Model
+    below: tuple[At, ...] = ()
+    vfio: str | None = None
+    """The vfio driver bound to it; None: the model's own host driver."""
+    group: int | str | None = None
+    """IOMMU group: a number, a label that functions of one group share, or None for a group of its own."""
+    link: Link | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootBus:
+    """A host bridge and what hangs below it."""
+
+    name: str
+    """`pciDDDD:BB`, as in sys/devices."""
+    functions: tuple[At, ...]
+    numa_node: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A whole machine."""
+
+    summary: str
+    """One line for people."""
+    kernel: Kernel
+    nodes: tuple[NumaNode, ...]
+    buses: tuple[RootBus, ...]
+
+    def functions(self) -> tuple[FunctionSpec, ...]:
+        """All functions in the order in which a kernel finds them, groups numbered in that order."""
+        places = [(bus, parent, at) for bus in self.buses for parent, at in _walk(bus.name, bus.functions)]
+        taken = {at.group for _, _, at in places if isinstance(at.group, int)}
+        free = (number for number in count(self.kernel.first_group) if number not in taken)
+        labels: dict[str, int] = {}
+
+        def number(group: int | str | None) -> int:
+            if isinstance(group, int):
+                return group
+            if group is None:
+                return next(free)
+            if group not in labels:
+                labels[group] = next(free)
+            return labels[group]
+
+        return tuple(
+            FunctionSpec(
+                address=_address(bus, at),
+                model=at.model,
+                parent=parent,
+                driver=at.vfio or at.model.host_driver,
+                iommu_group=number(at.group),
+                numa_node=bus.numa_node,
+                link=at.link,
+            )
+            for bus, parent, at in places
+        )
+
+
+def _walk(parent: str, functions: Sequence[At]) -> Iterator[tuple[str, At]]:
+    """Every function with the name of what it hangs below, depth first."""
+    domain = parent.removeprefix("pci").partition(":")[0]
+    for at in functions:
+        yield parent, at
+        yield from _walk(f"{domain}:{at.place}", at.below)
+
+
+def _address(bus: RootBus, at: At) -> str:
+    return f"{bus.name.removeprefix('pci').partition(':')[0]}:{at.place}"

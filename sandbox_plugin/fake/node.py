@@ -1,0 +1,425 @@
+"""A made-up node: a folder with `sys`, `dev` and `proc` in it that looks like a host's, and verbs that change it.
+
+Each verb does to the tree what a kernel does to its own when hardware, or somebody who writes to sysfs, makes the
+same change, and in the same order, so that a reader who comes in the middle sees what it could see on a real host.
+All of it works as an ordinary user; device nodes are plain files. The tree is the only state. What a kernel knows
+and sysfs does not show lies apart in one hidden folder, `.fake-node`, whose presence also tells a made-up tree from
+a real host's root.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sandbox_plugin.fake.attributes import GONE_CONFIG, NO_OVERRIDE, OFF_THE_BUS
+from sandbox_plugin.fake.files import (
+    create_file,
+    is_plain_file,
+    listed,
+    remove_if_empty,
+    remove_if_there,
+    replace_file,
+    text_of,
+)
+from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
+from sandbox_plugin.fake.pci import Pci, addresses_in, driver_of, group_of, number_in
+from sandbox_plugin.fake.presets import PRESETS
+from sandbox_plugin.fake.vfio import Vfio, is_vfio_driver
+from sandbox_plugin.model import PciFunction, VfioDev
+
+_STATE = ".fake-node"
+_HARMLESS_DRIVERS = ("pci-stub", "pcieport")
+"""Host drivers that leave the DMA of their function's group alone (driver_managed_dma in struct pci_driver)."""
+
+
+class FakeNodeError(ValueError):
+    """What was asked for cannot be done; a kernel would refuse it too. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Removed:
+    """What is remembered of a function that was hot-removed, beside its folder."""
+
+    parent: str
+    """Folder it hung in, relative to sys/devices."""
+    mates: tuple[str, ...]
+    """Functions that share its IOMMU group when they are there."""
+    driver: str | None
+    """The host driver that will claim it again; not a vfio driver, whose driver_override goes with the function."""
+
+
+class FakeNode:
+    """The made-up node in one folder.
+
+        node = FakeNode.create(tmp_path / "node", "hgx-h100")
+        node.unbind("0000:1b:00.0")
+
+    Addresses are full and lower-case, `DDDD:BB:DD.F`. Every verb raises `FakeNodeError` when there is no such function
+    or when the kernel would refuse. Processes may open the same node one after another, not at the same time.
+    """
+
+    def __init__(self, root: Path, kernel: Kernel) -> None:
+        """Not for callers: see `create` and `open`."""
+        self.root = root
+        """What the daemon takes as its host root."""
+        self.kernel = kernel
+        top = os.path.abspath(root)
+        self._hidden = f"{top}/{_STATE}"
+        self._spare = f"{self._hidden}/spare"
+        self._pci = Pci(top, kernel, self._spare)
+        self._vfio = Vfio(top, kernel, self._spare)
+
+    @classmethod
+    def create(cls, directory: str | os.PathLike[str], preset: str | Preset) -> FakeNode:
+        """Makes a tree in a folder that is empty or does not exist yet.
+
+        Raises `FakeNodeError` for an unknown preset and for a folder with something in it, OSError when the folder
+        cannot be made or written.
+        """
+        root = Path(directory)
+        if isinstance(preset, str):
+            if preset not in PRESETS:
+                raise FakeNodeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+            preset = PRESETS[preset]
+        if root.exists() and not root.is_dir():
+            raise FakeNodeError(f"{root} is not a folder")
+        if root.is_dir() and any(root.iterdir()):
+            raise FakeNodeError(f"{root} is not empty: a fake node is made in a folder of its own")
+        node = cls(root, preset.kernel)
+        node._build(preset)
+        return node
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> FakeNode:
+        """The node in a folder that `create` made. Raises `FakeNodeError` for any other folder."""
+        root = Path(directory)
+        try:
+            kernel = (root / _STATE / "kernel.json").read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            raise FakeNodeError(f"{root} is not a fake node (`fake-node create` makes one)") from None
+        return cls(root, Kernel(**json.loads(kernel)))
+
+    # What is there
+
+    def functions(self) -> list[PciFunction]:
+        """The PCI functions that are there now, by address: what they are, their driver, group, node and link."""
+        return [self.function(address) for address in self._pci.addresses()]
+
+    def function(self, address: str) -> PciFunction:
+        """One of them. What a test has broken reads as 0 or None."""
+        folder = self._folder(address)
+        numa_node = number_in(f"{folder}/numa_node", 10)
+        return PciFunction(
+            address=address,
+            vendor=number_in(f"{folder}/vendor"),
+            device=number_in(f"{folder}/device"),
+            class_code=number_in(f"{folder}/class"),
+            driver=driver_of(folder),
+            iommu_group=group_of(folder),
+            vfio=_vfio_dev(folder),
+            numa_node=None if numa_node < 0 else numa_node,
+            link_speed=text_of(f"{folder}/current_link_speed"),
+            enable=number_in(f"{folder}/enable", 10),
+        )
+
+    def removed(self) -> list[str]:
+        """Addresses of the functions that were hot-removed and can be put back."""
+        return [name for name in listed(self._state("removed")) if not name.endswith(".json")]
+
+    def folder(self, address: str) -> Path:
+        """The real folder of a function, below sys/devices."""
+        return Path(self._folder(address))
+
+    # Drivers
+
+    def bind(self, address: str, driver: str = "vfio-pci") -> None:
+        """Gives a function to a driver, taking it from another that has it.
+
+        As with driver_override and drivers_probe: links first, then, for a vfio driver, the group's node if it is the
+        group's first, then vfioM, the lowest that is free, and its node. A vfio driver lets the idle function sleep;
+        any other enables it. The module, and vfio, are loaded if they were not.
+
+        Raises `FakeNodeError` when it has this driver already, when a VM still holds it, and when a VM holds a group
+        mate and the driver is a host's (iommu_device_use_default_domain in drivers/iommu/iommu.c).
+        """
+        folder = self._folder(address)
+        bound = driver_of(folder)
+        if bound == driver:
+            raise FakeNodeError(f"{address} is bound to {driver} already")
+        if self._is_held(address, folder):
+            raise FakeNodeError(f"{address} is held by a VM: its enable must be 0 first")
+        if not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
+            self._refuse_if_owned(folder)
+        if bound:
+            self.unbind(address)
+        if is_vfio_driver(driver) and not self._vfio.loaded:
+            self._vfio.load()
+        self._pci.add_driver(driver)
+        self._pci.write(folder, "driver_override", driver if is_vfio_driver(driver) else NO_OVERRIDE)
+        self._pci.link_driver(folder, driver)
+        if is_vfio_driver(driver):
+            self._pci.sleep(folder)
+            self._vfio.register(folder, group_of(folder) or 0, self._held_numbers())
+        else:
+            self._pci.write(folder, "enable", "1")
+
+    def unbind(self, address: str) -> None:
+        """Takes a function from its driver.
+
+        The driver's links go first, then the cdev, then, with the group's last function, the group's node. While a VM
+        holds the function (`enable` is 1) a kernel stops after the cdev, and the rest waits for `set_enable(.., 0)`.
+        """
+        folder = self._folder(address)
+        driver = driver_of(folder)
+        if driver is None:
+            raise FakeNodeError(f"{address} is not bound to a driver")
+        in_use = self._is_held(address, folder)
+        self._pci.unlink_driver(folder, driver)
+        number = self._vfio.remove_device(folder)
+        if number is None:
+            self._pci.write(folder, "enable", "0")
+        elif in_use:
+            create_file(self._state("held", address), str(number))
+        else:
+            self._release(folder)
+
+    def set_enable(self, address: str, value: int) -> None:
+        """A VM opens (1) or closes (0) the function.
+
+        It is awake while a VM has it and asleep afterwards. Closing one that was unbound meanwhile lets the unbind come
+        to its end. Raises `FakeNodeError` when a VM could not open it: the group is not viable (EPERM).
+        """
+        if value not in (0, 1):
+            raise FakeNodeError(f"enable is 0 or 1, not {value}")
+        folder = self._folder(address)
+        has_vfio = is_vfio_driver(driver_of(folder))
+        if value:
+            if has_vfio:
+                self._refuse_if_not_viable(folder)
+                self._pci.wake(folder, "auto")
+            self._pci.write(folder, "enable", "1")
+            return
+        self._pci.write(folder, "enable", "0")
+        if self._held_number(address) is not None:
+            os.unlink(self._state("held", address))
+            self._release(folder)
+        elif has_vfio:
+            self._pci.sleep(folder)
+
+    # Hot-plug
+
+    def remove(self, address: str) -> None:
+        """Takes a function out of the machine, and first what hangs below it.
+
+        A VM that has it is taken to let go at once. Group numbers and vfioM that become free are handed out again.
+        """
+        folder = self._folder(address)
+        for below in reversed(addresses_in(folder)):
+            self.remove(below)
+        driver = driver_of(folder)
+        if self._is_held(address, folder):
+            self.set_enable(address, 0)
+        if driver:
+            self.unbind(address)
+        remembered = _Removed(
+            parent=os.path.relpath(os.path.dirname(folder), self._pci.devices),
+            mates=self._mates(address, folder),
+            driver=None if is_vfio_driver(driver) else driver,
+        )
+        self._pci.disappear(folder)
+        os.rename(folder, self._state("removed", address))
+        create_file(self._state("removed", f"{address}.json"), json.dumps(asdict(remembered)))
+
+    def add(self, function: str | FunctionSpec, *, iommu_group: int | None = None) -> None:
+        """Puts a function into the machine: one that was removed, by address, or a new one.
+
+        A removed one comes back well, with what was below it; unbound from vfio, but claimed by a host driver if it
+        had one. Its IOMMU group is the one its group mates are in, else `iommu_group`, else the lowest number that is
+        free (as iommu_group_alloc does: what is removed and put back alone has the number it had).
+        """
+        address = function if isinstance(function, str) else function.address
+        if address in self._pci.addresses():
+            raise FakeNodeError(f"{address} is there already")
+        if isinstance(function, FunctionSpec):
+            self._forget(address)
+            self._add_new(function if iommu_group is None else replace(function, iommu_group=iommu_group))
+        elif address in self.removed():
+            self._put_back(address, iommu_group)
+        else:
+            raise FakeNodeError(f"no function {address!r} was removed from {self.root}")
+
+    # Sickness
+
+    def sicken(self, address: str) -> None:
+        """The device no longer answers, as after a power cut behind the driver's back; no event tells.
+
+        The link reads Unknown and 63, `config` all ones; the rest looks as ever. It befalls all functions of the slot
+        and what hangs below them.
+        """
+        answers: dict[str, str | bytes] = {
+            "current_link_speed": f"{OFF_THE_BUS.speed}\n",
+            "current_link_width": f"{OFF_THE_BUS.width}\n",
+            "config": GONE_CONFIG,
+        }
+        for folder in self._pci.slot(self._folder_with_link(address)):
+            stash = self._state("sick", os.path.basename(folder))
+            if os.path.isdir(stash):
+                continue
+            os.mkdir(stash)
+            for name, answer in answers.items():
+                if is_plain_file(f"{folder}/{name}"):
+                    shutil.copy(f"{folder}/{name}", f"{stash}/{name}")
+                    replace_file(f"{folder}/{name}", answer, self._spare)
+
+    def heal(self, address: str) -> None:
+        """The device, with all functions of its slot and what hangs below, answers again."""
+        for folder in self._pci.slot(self._folder_with_link(address)):
+            self._heal(folder)
+
+    def set_attribute(self, address: str, name: str, text: str | bytes) -> None:
+        """Gives a file of the function, e.g. `numa_node` or `power/runtime_status`, a new content, sense or nonsense.
+
+        A `str` that is not empty gets a newline at its end if it has none. A reader sees the old content or the new
+        one. Raises `FakeNodeError` for what is no file in the function's own folder.
+        """
+        folder = self._folder(address)
+        path = os.path.normpath(f"{folder}/{name}")
+        inside = path.startswith(f"{folder}/") and os.path.isdir(os.path.dirname(path))
+        if not inside or os.path.islink(path) or os.path.isdir(path):
+            raise FakeNodeError(f"{address} has no attribute {name!r}")
+        if isinstance(text, str) and text and not text.endswith("\n"):
+            text += "\n"
+        replace_file(path, text, self._spare)
+
+    # How
+
+    def _build(self, preset: Preset) -> None:
+        for name in ("removed", "held", "sick"):
+            os.makedirs(self._state(name))
+        os.makedirs(f"{self._pci.root}/dev")
+        self._pci.create(preset.nodes)
+        self._vfio.write_majors(loaded=False)
+        if preset.kernel.vfio_loaded:
+            self._vfio.load()
+            self._pci.add_driver("vfio-pci")
+        specs = preset.functions()
+        space = self._pci.address_space()
+        for spec in specs:  # the kernel has found them all before drivers come
+            folder = self._pci.create_function(spec, self._parent(spec), space)
+            self._pci.appear(folder, spec.iommu_group)
+        for spec in specs:
+            if spec.driver:
+                self.bind(spec.address, spec.driver)
+        create_file(f"{self._hidden}/kernel.json", json.dumps(asdict(self.kernel)))
+
+    def _add_new(self, spec: FunctionSpec) -> None:
+        folder = self._pci.create_function(spec, self._parent(spec), self._pci.address_space())
+        self._pci.appear(folder, spec.iommu_group)
+        if spec.driver:
+            self.bind(spec.address, spec.driver)
+
+    def _put_back(self, address: str, iommu_group: int | None) -> None:
+        remembered = self._remembered(address)
+        parent = f"{self._pci.devices}/{remembered.parent}"
+        if not os.path.isdir(parent):
+            raise FakeNodeError(f"{os.path.basename(parent)}, the bridge above {address}, is not there")
+        mates = (folder for mate in remembered.mates if (folder := self._pci.folder(mate)))
+        group = next((group_of(folder) for folder in mates), iommu_group)
+        folder = f"{parent}/{address}"
+        os.rename(self._state("removed", address), folder)
+        os.unlink(self._state("removed", f"{address}.json"))
+        self._heal(folder)
+        self._pci.write(folder, "driver_override", NO_OVERRIDE)
+        self._pci.appear(folder, group)
+        if remembered.driver:
+            self.bind(address, remembered.driver)
+        for below in [a for a in self.removed() if self._remembered(a).parent == f"{remembered.parent}/{address}"]:
+            self._put_back(below, None)
+
+    def _release(self, folder: str) -> None:
+        """The end of an unbind from vfio, when nobody holds the function any more."""
+        group = group_of(folder)
+        in_vfio = any(
+            os.path.isdir(f"{member}/vfio-dev") or self._held_number(address) is not None
+            for address, member in self._pci.members(folder)
+        )
+        if group is not None and not in_vfio:
+            self._vfio.remove_group(group)
+        self._pci.wake(folder, "on")
+
+    def _heal(self, folder: str) -> None:
+        stash = self._state("sick", os.path.basename(folder))
+        for name in listed(stash):
+            os.replace(f"{stash}/{name}", f"{folder}/{name}")
+        remove_if_empty(stash)
+
+    def _forget(self, address: str) -> None:
+        """Another card is put where one was removed."""
+        for kind in ("removed", "sick"):
+            shutil.rmtree(self._state(kind, address), ignore_errors=True)
+        remove_if_there(self._state("removed", f"{address}.json"))
+
+    # What is asked on the way
+
+    def _state(self, *parts: str) -> str:
+        return "/".join((self._hidden, *parts))
+
+    def _folder(self, address: str) -> str:
+        folder = self._pci.folder(address)
+        if folder is None:
+            raise FakeNodeError(f"there is no PCI function {address!r} in {self.root}")
+        return folder
+
+    def _folder_with_link(self, address: str) -> str:
+        folder = self._folder(address)
+        if not os.path.lexists(f"{folder}/current_link_speed"):
+            raise FakeNodeError(f"{address} has no PCIe link")
+        return folder
+
+    def _parent(self, spec: FunctionSpec) -> str:
+        return f"{self._pci.devices}/{spec.parent}" if spec.parent.startswith("pci") else self._folder(spec.parent)
+
+    def _mates(self, address: str, folder: str) -> tuple[str, ...]:
+        there = {mate for mate, _ in self._pci.members(folder)} - {address}
+        away = {gone for gone in self.removed() if address in self._remembered(gone).mates}
+        return tuple(sorted(there | away))
+
+    def _remembered(self, address: str) -> _Removed:
+        values = json.loads(text_of(self._state("removed", f"{address}.json")) or "{}")
+        return _Removed(parent=values["parent"], mates=tuple(values["mates"]), driver=values["driver"])
+
+    def _is_held(self, address: str, folder: str) -> bool:
+        """Whether a VM has the function open, bound to vfio or unbound meanwhile."""
+        if self._held_number(address) is not None:
+            return True
+        return is_vfio_driver(driver_of(folder)) and number_in(f"{folder}/enable", 10) > 0
+
+    def _held_number(self, address: str) -> int | None:
+        """M of the vfioM of a function that was unbound while a VM holds it: not free until the VM lets go."""
+        text = text_of(self._state("held", address))
+        return None if text is None else int(text)
+
+    def _held_numbers(self) -> set[int]:
+        numbers = map(self._held_number, listed(self._state("held")))
+        return {number for number in numbers if number is not None}
+
+    def _refuse_if_owned(self, folder: str) -> None:
+        for mate, member in self._pci.members(folder):
+            if self._is_held(mate, member):
+                raise FakeNodeError(f"a VM holds IOMMU group {group_of(folder)} through {mate}: binding fails (EBUSY)")
+
+    def _refuse_if_not_viable(self, folder: str) -> None:
+        for mate, member in self._pci.members(folder):
+            driver = driver_of(member)
+            if driver and not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
+                raise FakeNodeError(f"IOMMU group {group_of(folder)} is not viable (EPERM): {mate} has driver {driver}")
+
+
+def _vfio_dev(folder: str) -> VfioDev | None:
+    for name in listed(f"{folder}/vfio-dev"):
+        return VfioDev(number=int(name.removeprefix("vfio")), cdev=text_of(f"{folder}/vfio-dev/{name}/dev"))
+    return None

@@ -1,0 +1,169 @@
+"""Where devices sit in the PCIe tree, and how far that puts them apart.
+
+Apart from `prefer` because people ask the same question without choosing anything: `list --topology` prints it.
+
+A device's place is its way down from the system: NUMA node, host bridge, root port, switch. Two devices are as far
+apart as the last of these parts that they share, so distances form a tree: if A is near B and B near C, A is no farther
+from C than the worse of the two. `prefer` rests on that.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+from sandbox_plugin.model import Device, Placement
+
+
+class Link(IntEnum):
+    """What a transfer between two devices crosses, in the words of `nvidia-smi topo -m`; the value is its weight.
+
+    sysfs gives a function's bridges as `pci0000:15/0000:15:01.0/0000:16:00.0/0000:17:02.0`: host bridge, root port,
+    then two for each switch, its upstream port and the downstream port that leads on. So:
+
+    - PIX: both hang on the same switch, whichever its ports (a switch is counted as the one bridge that it is, not as
+      the two or three port functions on the way), or they share a root port or a slot with no switch in between.
+      Functions of one board are PIX.
+    - PXB: the same root port, but more than one switch on the way.
+    - PHB: the same host bridge, different root ports.
+    - NODE: the same NUMA node, different host bridges.
+    - SYS: different NUMA nodes, or it is not known that they are the same.
+    """
+
+    PIX = 1
+    PXB = 2
+    PHB = 3
+    NODE = 4
+    SYS = 5
+
+
+LEGEND: Mapping[Link, str] = {
+    Link.PIX: "at most one PCIe switch between them",
+    Link.PXB: "several PCIe switches, below one root port",
+    Link.PHB: "the host bridge that both hang on",
+    Link.NODE: "the way between host bridges of one NUMA node",
+    Link.SYS: "the way between NUMA nodes, or it is not known that they share one",
+}
+
+
+class Step(NamedTuple):
+    """A part of the host that a device sits in."""
+
+    level: Link
+    """How far apart two devices are whose places have this step in common, but none further down."""
+    name: str
+    group: bool = False
+    """This step is an IOMMU group of several devices. It is no place by itself: its level is that of the step above."""
+
+
+Place = tuple[Step, ...]
+"""From the widest part to the narrowest. Two devices with the same place are as close as its last step says."""
+
+
+def link(one: Place, other: Place) -> Link:
+    """How far apart two different devices are."""
+    shared = _common([one, other])
+    return shared[-1].level if shared else Link.SYS
+
+
+def places(devices: Sequence[Device]) -> tuple[Place, ...]:
+    """The place of each device among all of them, in their order.
+
+    A device of several functions sits in the narrowest part that holds all of them, and so does an IOMMU group of
+    several devices: the slowest pair of functions counts, since a VM gets them all. Thus a node makes the same choices
+    on a kernel with cdevs, where a group is many devices, and on one without, where it is one.
+
+    A host bridge belongs to one NUMA node (the kernel hands the bridge's down to every function below: pcibus_to_node
+    in drivers/pci/probe.c). A function whose node is unknown is therefore in the node that another below its host
+    bridge tells; where they contradict each other, which takes a write to `numa_node`, in the lowest. If none tells,
+    the way up to the host bridge is all that counts.
+    """
+    nodes = _nodes_of_host_bridges(devices)
+    own = [_common([_function_place(p, nodes) for p in device.placements]) for device in devices]
+    mates: dict[int, list[Place]] = defaultdict(list)
+    for device, place in zip(devices, own, strict=True):
+        if device.mates:
+            mates[device.iommu_group].append(place)
+    groups = {number: _group_place(number, inside) for number, inside in mates.items() if len(inside) > 1}
+    return tuple(
+        # The group is one step more, in between what its devices share and what they do not.
+        (*groups[device.iommu_group], *place[len(groups[device.iommu_group]) - 1 :])
+        if device.mates and device.iommu_group in groups
+        else place
+        for device, place in zip(devices, own, strict=True)
+    )
+
+
+def matrix(devices: Sequence[Device]) -> tuple[tuple[Link | None, ...], ...]:
+    """The links between all devices, in their order; None from a device to itself."""
+    placed = places(devices)
+    return tuple(
+        tuple(None if row == column else link(placed[row], placed[column]) for column in range(len(placed)))
+        for row in range(len(placed))
+    )
+
+
+def matrix_lines(devices: Sequence[Device]) -> list[str]:
+    """The matrix as `nvidia-smi topo -m` prints one: a header of device IDs, a line for each device, NUMA node last."""
+    rows = [["", *(d.id for d in devices), "NUMA", "PCI ADDRESS"]]
+    for device, links in zip(devices, matrix(devices), strict=True):
+        numa = ",".join(map(str, device.numa_nodes)) or "-"
+        rows.append([device.id, *("X" if a is None else a.name for a in links), numa, device.address])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def legend_lines() -> list[str]:
+    """What the matrix's words mean, nearest first."""
+    return ["X     the device itself", *(f"{a.name:<4}  {words}" for a, words in LEGEND.items())]
+
+
+def _nodes_of_host_bridges(devices: Sequence[Device]) -> dict[str, int]:
+    nodes: dict[str, int] = {}
+    for device in devices:
+        for placement in device.placements:
+            if placement.bridges and placement.numa_node is not None:
+                bridge = placement.bridges[0]
+                nodes[bridge] = min(placement.numa_node, nodes.get(bridge, placement.numa_node))
+    return nodes
+
+
+def _function_place(placement: Placement, nodes: Mapping[str, int]) -> Place:
+    bridges = placement.bridges
+    node = nodes.get(bridges[0]) if bridges else placement.numa_node
+    steps = []
+    if node is not None:
+        steps.append(Step(Link.NODE, f"node {node}"))
+    if bridges:
+        steps.append(Step(Link.PHB, bridges[0]))
+    if len(bridges) > 1:
+        steps.append(Step(Link.PXB, bridges[1]))
+    steps.append(Step(Link.PIX, _switch(placement)))
+    return tuple(steps)
+
+
+def _switch(placement: Placement) -> str:
+    """What its neighbours at PIX share with it: the upstream port of its switch, or its root port, or its slot."""
+    bridges = placement.bridges
+    if len(bridges) > 2:
+        return bridges[-2]
+    if len(bridges) == 2:
+        return bridges[1]
+    return placement.address.rpartition(".")[0]
+
+
+def _group_place(number: int, mates: Sequence[Place]) -> Place:
+    shared = _common(mates)
+    return (*shared, Step(shared[-1].level if shared else Link.SYS, f"group {number}", group=True))
+
+
+def _common(places: Sequence[Place]) -> Place:
+    """The steps that all of them begin with."""
+    if len(places) < 2:
+        return places[0] if places else ()
+    # What the least and the greatest begin with, all that are sorted between them begin with.
+    first, last = min(places), max(places)
+    depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return first[:depth]
