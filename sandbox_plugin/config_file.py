@@ -1,13 +1,15 @@
 """The TOML config file: resource rules, and any setting by its flag's name. A wrong file is refused whole.
 
-    gpu-alias = "pgpu"
+    gpu-alias = ""                 # a resource for each model
+    [names]                        # what models are called then, instead of their names in pci.ids
+    "10de:2330" = "H100"
 
     [[resources]]                  # asked in order before the built-in rules; the first that matches wins
     name = "example.com/gpu"       # or: exclude = true
     vendor = "1002"                # hexadecimal, as lspci -nn prints it; a list means any of them
     class = "0300"                 # two to six digits; the rest may be anything
 
-Pure: text in, settings' values out. Every `UsageError` says which key is wrong and what is allowed.
+Pure: text in, values out. Every `UsageError` says which key is wrong and what is allowed.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sandbox_plugin.inventory.naming import check_resource_name
+from sandbox_plugin.inventory.naming import check_alias, check_resource_name
 from sandbox_plugin.settings import ResourceRule, UsageError
 
 _T = TypeVar("_T")
@@ -25,25 +28,52 @@ _T = TypeVar("_T")
 _CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
 
 
-def parse_config(text: str, where: str, keys: frozenset[str]) -> tuple[dict[str, str], tuple[ResourceRule, ...]]:
-    """Settings by key, still as a person wrote them, and the resource rules.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFile:
+    """What a config file says."""
 
-    `keys` are the settings that there are; `where` names the file in messages.
-    """
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """By flag name without its dashes, still as a person wrote them."""
+    resources: tuple[ResourceRule, ...] = ()
+    model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+
+def parse_config(text: str, where: str, keys: frozenset[str]) -> ConfigFile:
+    """Reads a config file. `keys` are the settings that there are; `where` names the file in messages."""
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: {error}") from None
     settings = {}
     for key, value in document.items():
-        if key == "resources":
+        if key in ("resources", "names"):
             continue
         if key not in keys:
-            raise UsageError(f"{where}: unknown key {key!r}; allowed are {', '.join(sorted([*keys, 'resources']))}")
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise UsageError(f"{where}: {key} must be a string or a number")
+            allowed = ", ".join(sorted([*keys, "resources", "names"]))
+            raise UsageError(f"{where}: unknown key {key!r}; allowed are {allowed}")
+        if not isinstance(value, str | int | float):
+            raise UsageError(f"{where}: {key} must be a string, a number, true or false")
         settings[key] = str(value)
-    return settings, _rules(document.get("resources", []), where)
+    return ConfigFile(
+        settings=settings,
+        resources=_rules(document.get("resources", []), where),
+        model_names=_names(document.get("names", {}), f"{where}: names"),
+    )
+
+
+def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where} must be a table of lines such as '10de:2330' = 'H100'")
+    names = {}
+    for model, name in table.items():
+        try:
+            if not isinstance(name, str):
+                raise ValueError("a name must be a string")
+            check_alias(name)
+            names[_pair(model)] = name
+        except ValueError as error:
+            raise UsageError(f"{where}: {model}: {error}") from None
+    return names
 
 
 def _rules(tables: Any, where: str) -> tuple[ResourceRule, ...]:
@@ -65,7 +95,7 @@ def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
         vendors=frozenset(_hex_list(table, "vendor", where)),
         devices=frozenset(_hex_list(table, "device", where)),
         classes=tuple(_words(table, "class", where, _class_prefix)),
-        subsystems=frozenset(_words(table, "subsystem", where, _subsystem)),
+        subsystems=frozenset(_words(table, "subsystem", where, _pair)),
         addresses=tuple(_words(table, "address", where, _address)),
         drivers=frozenset(_words(table, "driver", where, str)),
     )
@@ -116,7 +146,7 @@ def _class_prefix(word: str) -> str:
     return digits
 
 
-def _subsystem(word: str) -> tuple[int, int]:
+def _pair(word: str) -> tuple[int, int]:
     vendor, separator, device = word.partition(":")
     if not separator:
         raise ValueError(f"{word!r} is not VENDOR:DEVICE, e.g. '10de:16c1'")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox_plugin.config_file import parse_config
+from sandbox_plugin.config_file import ConfigFile, parse_config
 from sandbox_plugin.inventory.naming import check_alias
-from sandbox_plugin.settings import Policy, ResourceRule, Settings, UsageError
+from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
 CONFIG_VARIABLE = "SANDBOX_PLUGIN_CONFIG"
 
@@ -29,6 +29,8 @@ class Option:
     metavar: str
     help: str
     parse: Callable[[str], Any]
+    switch: bool = False
+    """The flag alone means true."""
     empty_counts: bool = False
     """Whether a variable that is set but empty is a value of its own; else it is as good as unset."""
 
@@ -40,8 +42,8 @@ class Option:
 
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
     """The settings, from the flags that were given, by field name, and the environment. Raises `UsageError`."""
-    from_file, resources = _from_file(flags.get("config", environment.get(CONFIG_VARIABLE, "")))
-    values: dict[str, Any] = {"resources": resources}
+    from_file, rules = _from_file(flags.get("config", environment.get(CONFIG_VARIABLE, "")))
+    values: dict[str, Any] = {"resources": rules.resources, "model_names": rules.model_names}
     for option in OPTIONS:
         if option.name in flags:
             given, where = flags[option.name], option.flag
@@ -61,10 +63,10 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> S
     return settings
 
 
-def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], tuple[ResourceRule, ...]]:
-    """Settings by field name, each with where it was found, and the resource rules. No path, nothing."""
+def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], ConfigFile]:
+    """Settings by field name, each with where it was found, and the file as a whole. No path, nothing."""
     if not path:
-        return {}, ()
+        return {}, ConfigFile()
     where = f"config file {path}"
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -72,8 +74,8 @@ def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], tuple[ResourceRul
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{where}: cannot be read: {reason}") from None
     by_key = {option.flag.removeprefix("--"): option.name for option in OPTIONS}
-    settings, resources = parse_config(text, where, frozenset(by_key))
-    return {by_key[key]: (value, f"{where}: {key}") for key, value in settings.items()}, resources
+    config = parse_config(text, where, frozenset(by_key))
+    return {by_key[key]: (value, f"{where}: {key}") for key, value in config.settings.items()}, config
 
 
 def _alias(text: str) -> str:
@@ -149,6 +151,23 @@ OPTIONS: tuple[Option, ...] = (
         help="NVSwitches are nvidia.com/NAME; empty: a resource per model",
         parse=_alias,
         empty_counts=True,
+    ),
+    Option(
+        name="consumer",
+        flag="--consumer",
+        environment="SANDBOX_PLUGIN_CONSUMER",
+        metavar="CONSUMER",
+        help="who takes the devices: kata or kubevirt",
+        parse=lambda text: Consumer(_one_of(*Consumer)(text)),
+    ),
+    Option(
+        name="require_iommufd",
+        flag="--require-iommufd",
+        environment="SANDBOX_PLUGIN_REQUIRE_IOMMUFD",
+        metavar="BOOL",
+        switch=True,
+        help="true: devices without an iommufd cdev are Unhealthy, as confidential guests need",
+        parse=lambda text: _one_of("true", "false")(text.lower()) == "true",
     ),
     Option(
         name="allocation_policy",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason
 from sandbox_plugin.outputs.cdi import CdiWriter
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Settings
+from sandbox_plugin.settings import Consumer, Settings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -48,7 +49,8 @@ async def run(settings: Settings) -> None:
     """Runs the daemon until it is cancelled. Raises an ExceptionGroup when a part of it fails unexpectedly."""
     names = ModelNames.load()
     paths = HostPaths(settings.host_root)
-    registry = Registry(settings, names)
+    needs_cdi = settings.consumer is Consumer.KATA
+    registry = Registry(settings, names, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
     endpoints = Endpoints(settings, registry, paths)
     turn = Turn(folder=settings.kubelet_dir)
@@ -73,14 +75,14 @@ async def run(settings: Settings) -> None:
         group.create_task(rescans.run())
         group.create_task(poller.run())
         group.create_task(report(registry))
-        group.create_task(serve(turn, specs, endpoints))
+        group.create_task(serve(turn, [endpoints.run, specs.run] if needs_cdi else [endpoints.run]))
 
 
-async def serve(turn: Turn, specs: CdiWriter, endpoints: Endpoints) -> None:
-    """Writes specs and serves the kubelet whenever it is this plugin's turn."""
+async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]]) -> None:
+    """Runs what others on this node must not do at the same time, whenever it is this plugin's turn."""
     while True:
         async with turn.taken(), asyncio.TaskGroup() as group:
-            tasks = [group.create_task(specs.run()), group.create_task(endpoints.run())]
+            tasks = [group.create_task(part()) for part in parts]
             await turn.lost()
             for task in tasks:
                 task.cancel()
@@ -162,6 +164,7 @@ class Endpoints:
             kubelet_dir=self.settings.kubelet_dir,
             registry=self.registry,
             policy=self.settings.allocation_policy,
+            consumer=self.settings.consumer,
             why_not=lambda devices: why_not_bound(self.paths, devices, _RECHECK_PATIENCE),
         )
         self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))

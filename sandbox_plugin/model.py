@@ -79,6 +79,11 @@ class PciFunction:
     """Number of SR-IOV virtual functions that this physical function has enabled (`sriov_numvfs`)."""
     physical_function: str | None = None
     """Address of the physical function, for an SR-IOV virtual function (`physfn`)."""
+    mdev_type: str | None = None
+    """For a mediated device the name of its type, e.g. `GRID T4-1Q`.
+
+    Its `address` is its UUID then, and vendor, device, NUMA node and bridges are those of the function that carries it.
+    """
     fatal_errors: int | None = None
     """TOTAL_ERR_FATAL of `aer_dev_fatal`: a count since boot."""
     unread: tuple[str, ...] = ()
@@ -186,6 +191,10 @@ class Device:
     iommu_group: int
     mates: tuple[str, ...] = ()
     """IDs of the other devices in its IOMMU group, which the kernel gives to one VM only, of any resource."""
+    mdev: bool = False
+    """A mediated device: the address is a UUID."""
+    group_node: str | None = None
+    """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both."""
     node_exists: bool = True
     """Whether sysfs shows the node: what does not exist must not stand in a CDI spec."""
     health: Health = HEALTHY

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -12,6 +13,15 @@ class UsageError(Exception):
 
     `cli.main` turns it into that line on stderr and exit status 2.
     """
+
+
+class Consumer(StrEnum):
+    """Who takes the devices of this node: what they need excludes each other, so a node serves one."""
+
+    KATA = "kata"
+    """Kata Containers: CDI specs, and nothing but the device's node in a container."""
+    KUBEVIRT = "kubevirt"
+    """KubeVirt: PCI addresses in environment variables, and VFIO's own nodes in the container."""
 
 
 class Policy(StrEnum):
@@ -54,9 +64,14 @@ class Settings:
     """Last part of the GPUs' resource name; empty: a resource for each model."""
     nvswitch_alias: str = "nvswitch"
     pod_resources_socket: Path = Path("/var/lib/kubelet/pod-resources/kubelet.sock")
+    consumer: Consumer = Consumer.KATA
+    require_iommufd: bool = False
+    """Confidential guests take cdevs only: devices that have none are Unhealthy."""
     allocation_policy: Policy = Policy.PACKED
     resources: tuple[ResourceRule, ...] = ()
     """Resource rules, asked before the built-in ones; the first that matches wins."""
+    model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """(vendor, device) -> last part of the resource name, for models that a person named."""
     health_interval: float = 5.0
     """Seconds between rescans that no event asked for."""
     log_format: str | None = None

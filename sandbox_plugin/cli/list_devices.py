@@ -17,6 +17,8 @@ from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import Inventory, Signals, advance
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import claim
+from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
 from sandbox_plugin.model import Device, HostFacts
 from sandbox_plugin.settings import Settings
 
@@ -29,8 +31,14 @@ def add_parser(commands: Any) -> None:
         "would not be. Nothing is changed and no kubelet is needed.",
         allow_abbrev=False,
     )
-    add_options(parser, "gpu_alias", "nvswitch_alias")
+    add_options(parser, "gpu_alias", "nvswitch_alias", "require_iommufd")
     parser.add_argument("--output", choices=("table", "json"), default="table", help="default: table")
+    parser.add_argument(
+        "--topology", action="store_true", help="also how close the devices are to each other, as `nvidia-smi topo -m`"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every PCI function, with the rule that took it or why none did"
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,10 +48,22 @@ def run(args: argparse.Namespace) -> int:
         facts = scan_now(HostPaths(settings.host_root))
         inventory = _look(facts, settings, names)
     if args.output == "json":
-        json.dump(_as_json(inventory, facts, names), sys.stdout, indent=2)
+        document = _as_json(inventory, facts, names)
+        if args.topology:
+            document["topology"] = _topology_as_json(inventory)
+        if args.all:
+            document["functions"] = [
+                dict(zip(_ALL_KEYS, row, strict=True)) for row in _all_rows(facts, settings, names)
+            ]
+        json.dump(document, sys.stdout, indent=2)
         print()
     else:
-        _print_tables(inventory, facts, names)
+        console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+        _print_tables(console, inventory, facts, names)
+        if args.topology:
+            console.print("", *matrix_lines(_devices(inventory)), "", *legend_lines(), sep="\n", markup=False)
+        if args.all:
+            _print_all(console, _all_rows(facts, settings, names))
     return 1 if facts.unreachable else 0
 
 
@@ -81,8 +101,52 @@ def _device_as_json(device: Device) -> dict[str, Any]:
     }
 
 
-def _print_tables(inventory: Inventory, facts: HostFacts, names: ModelNames) -> None:
-    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
+def _topology_as_json(inventory: Inventory) -> list[dict[str, Any]]:
+    devices = _devices(inventory)
+    links = zip(devices, matrix(devices), strict=True)
+    return [
+        {"id": d.id, "links": {o.id: a.name for o, a in zip(devices, row, strict=True) if a is not None}}
+        for d, row in links
+    ]
+
+
+def _devices(inventory: Inventory) -> list[Device]:
+    return [device for devices in inventory.resources.values() for device in devices]
+
+
+_ALL_KEYS = ("pci_address", "class", "id", "driver", "iommu_group", "resource", "rule")
+
+
+def _all_rows(facts: HostFacts, settings: Settings, names: ModelNames) -> list[tuple[str, ...]]:
+    """One row for each PCI function: what it is, and the rule that wants it or why none does."""
+    rows = []
+    for function in facts.functions.values():
+        answer = claim(function, settings, names)
+        resource = answer.resource if answer is not None and answer.resource is not None else "-"
+        rows.append(
+            (
+                function.address,
+                f"{function.class_code:06x}",
+                f"{function.vendor:04x}:{function.device:04x}",
+                function.driver or "-",
+                "-" if function.iommu_group is None else str(function.iommu_group),
+                resource,
+                "no rule matches" if answer is None else answer.rule,
+            )
+        )
+    rows += [(address, "-", "-", "-", "-", "-", f"unreadable: {why}") for address, why in facts.unreadable.items()]
+    return sorted(rows)
+
+
+def _print_all(console: Console, rows: list[tuple[str, ...]]) -> None:
+    table = _table("PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE")
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+
+
+def _print_tables(console: Console, inventory: Inventory, facts: HostFacts, names: ModelNames) -> None:
     if facts.unreachable:
         console.print(f"The PCI bus cannot be read: {facts.unreachable}")
     elif not inventory.resources:

@@ -35,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
             parser.add_argument(
                 option.flag,
                 dest=option.name,
+                nargs="?" if option.switch else None,
+                const="true" if option.switch else None,
                 metavar=option.metavar,
                 default=None,
                 help=f"{option.help} [{option.environment}; default: {option.default_text}]",

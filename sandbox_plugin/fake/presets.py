@@ -57,7 +57,12 @@ XEON_ROOT_PORT = Model(
 )
 XEON_PCH_ROOT_PORT = Model(
     # which root port the NVSwitches' hub hangs on is not known
-    vendor=0x8086, device=0x1BB8, class_code=0x060400, revision=0x11, max_link=_link("8.0", 4), host_driver="pcieport"
+    vendor=0x8086,
+    device=0x1BB8,
+    class_code=0x060400,
+    revision=0x11,
+    max_link=_link("8.0", 4),
+    host_driver="pcieport",
 )
 CONNECTX7_SWITCH = Model(
     vendor=0x15B3, device=0x1979, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport"
@@ -81,7 +86,7 @@ H100_SXM5 = Model(
     bars=(_mem64(0, 16 * MIB), _mem64(2, 128 * GIB), _mem64(4, 32 * MIB)),
     max_link=_link("32.0", 16),
     aer=True,
-    sriov=Sriov(total_vfs=20, offset=4, vf_device=0),  # it has SR-IOV; these figures are the A100's
+    sriov=Sriov(total_vfs=20, offset=4, vf_device=0),  # it has SR-IOV; how many functions is a guess
     host_driver="nvidia",
 )
 NVSWITCH3_HUB = Model(

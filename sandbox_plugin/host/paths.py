@@ -17,6 +17,10 @@ class HostPaths:
         return self.root / "sys/bus/pci/devices"
 
     @property
+    def mdev_devices(self) -> Path:
+        return self.root / "sys/bus/mdev/devices"
+
+    @property
     def pci_drivers(self) -> Path:
         return self.root / "sys/bus/pci/drivers"
 

@@ -17,6 +17,7 @@ from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import Bar, Device, IommuGroup, PciFunction, VfioDev
 
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
@@ -34,8 +35,11 @@ class FunctionUnreadable(Exception):
 
 
 def list_addresses(paths: HostPaths) -> list[str]:
-    """Addresses of all PCI functions, sorted. Raises OSError when the bus folder itself cannot be listed."""
-    return sorted(name for name in os.listdir(paths.pci_devices))
+    """Addresses of all PCI functions, then UUIDs of all mediated devices, sorted.
+
+    Raises OSError when the folder of the PCI bus cannot be listed; most machines have no mediated devices.
+    """
+    return sorted(os.listdir(paths.pci_devices)) + sorted(_listed(paths.mdev_devices))
 
 
 def read_function(paths: HostPaths, address: str) -> PciFunction:
@@ -45,6 +49,8 @@ def read_function(paths: HostPaths, address: str) -> PciFunction:
     holds, since nothing else is ever offered. Raises `FunctionUnreadable` when one of the former cannot be read or
     makes no sense.
     """
+    if UUID.fullmatch(address):
+        return _read_mdev(paths, address)
     if not PCI_ADDRESS.fullmatch(address):
         raise FunctionUnreadable(f"{address!r} is not a PCI address")
     folder = paths.pci_devices / address
@@ -100,10 +106,34 @@ def read_function(paths: HostPaths, address: str) -> PciFunction:
     )
 
 
+def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
+    """A mediated device (Documentation/driver-api/vfio-mediated-device.rst): its folder lies in its parent's."""
+    folder = paths.mdev_devices / uuid
+    try:
+        carrier = Path(os.readlink(folder)).parent.name
+        parent = read_function(paths, carrier)
+        return PciFunction(
+            address=uuid,
+            vendor=parent.vendor,
+            device=parent.device,
+            class_code=parent.class_code,
+            driver=_link_name(folder / "driver"),
+            iommu_group=_group_number(folder),
+            vfio=_vfio_dev(folder),
+            numa_node=_known_node(_Optional(paths.pci_devices / carrier).number("numa_node")),
+            bridges=(*parent.bridges, carrier),
+            mdev_type=_text_or_none(folder / "mdev_type/name") or _link_name(folder / "mdev_type"),
+        )
+    except OSError as error:
+        raise FunctionUnreadable(_why(error)) from None
+    except ValueError as error:
+        raise FunctionUnreadable(str(error)) from None
+
+
 def still_bound(paths: HostPaths, device: Device) -> str | None:
     """Looks once more, at as little as possible, before a device is promised. Returns what is wrong, or None."""
     for placement in device.placements:
-        folder = paths.pci_devices / placement.address
+        folder = (paths.mdev_devices if device.mdev else paths.pci_devices) / placement.address
         try:
             driver, vfio = _link_name(folder / "driver"), _vfio_dev(folder)
         except OSError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from sandbox_plugin.inventory.health import assess, is_vfio_bound
 from sandbox_plugin.inventory.naming import ModelNames
@@ -43,7 +44,8 @@ def find_devices(facts: HostFacts, settings: Settings, names: ModelNames, *, cde
         else:
             wanted.append((function, answer))
     build = _by_cdev if cdevs else _by_group
-    devices = [replace(d, health=assess(d, facts)) for d in build(wanted, facts, names)]
+    judge = partial(assess, facts=facts, require_iommufd=settings.require_iommufd)
+    devices = [replace(d, health=judge(d)) for d in build(wanted, facts, names)]
     return Found(devices=tuple(_with_mates(devices)), unoffered=unoffered, cdevs=cdevs)
 
 
@@ -52,6 +54,8 @@ def _why_not(function: PciFunction, answer: Claim, facts: HostFacts, *, cdevs: b
         return f"excluded by {answer.rule}"
     if not is_vfio_bound(function, facts):
         return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
+    if function.virtual_functions:
+        return f"carries {function.virtual_functions} SR-IOV virtual functions: those can be offered, not the whole"
     if function.iommu_group is None:
         return "in no IOMMU group: is the IOMMU switched on?"
     if facts.groups[function.iommu_group].noiommu:
@@ -72,9 +76,11 @@ def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: M
                 id=str(function.vfio.number),
                 resource=answer.resource,
                 node=f"/dev/vfio/devices/vfio{function.vfio.number}",
-                model=names.describe(function.vendor, function.device),
+                model=_model(function, names),
                 placements=(_placement(function),),
                 iommu_group=function.iommu_group,
+                mdev=function.mdev_type is not None,
+                group_node=_group_node(function.iommu_group, facts),
             )
         )
     return devices
@@ -91,7 +97,7 @@ def _by_group(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: 
         _, winner = min(members, key=lambda member: (member[1].rank, member[0].address))
         functions = [f for f, answer in members if answer.resource == winner.resource]
         assert winner.resource is not None
-        models = dict.fromkeys(names.describe(f.vendor, f.device) for f in functions)
+        models = dict.fromkeys(_model(f, names) for f in functions)
         devices.append(
             Device(
                 id=str(number),
@@ -100,6 +106,8 @@ def _by_group(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: 
                 model=" + ".join(models),
                 placements=tuple(_placement(f) for f in functions),
                 iommu_group=number,
+                mdev=functions[0].mdev_type is not None,
+                group_node=_group_node(number, facts),
                 node_exists=number in facts.group_nodes,
             )
         )
@@ -114,6 +122,17 @@ def _with_mates(devices: list[Device]) -> list[Device]:
         (replace(d, mates=tuple(i for i in by_group[d.iommu_group] if i != d.id)) for d in devices),
         key=lambda d: (d.resource, id_order(d.id)),
     )
+
+
+def _model(function: PciFunction, names: ModelNames) -> str:
+    name = names.describe(function.vendor, function.device)
+    if function.mdev_type is not None:
+        return f"{function.mdev_type} on {name}"
+    return f"{name}, virtual function of {function.physical_function}" if function.physical_function else name
+
+
+def _group_node(group: int, facts: HostFacts) -> str | None:
+    return f"/dev/vfio/{group}" if group in facts.group_nodes else None
 
 
 def _placement(function: PciFunction) -> Placement:

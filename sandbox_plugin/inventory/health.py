@@ -28,10 +28,11 @@ def is_vfio_bound(function: PciFunction, facts: HostFacts) -> bool:
     return function.driver is not None and "vfio" in function.driver and function.iommu_group in facts.group_nodes
 
 
-def assess(device: Device, facts: HostFacts) -> Health:
-    """The verdict on a device that the facts show as bound."""
+def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -> Health:
+    """The verdict on a device that the facts show as bound. `require_iommufd`: only cdevs will do."""
     functions = [facts.functions[p.address] for p in device.placements]
     for verdict in (
+        _has_needed_node(device, require_iommufd),
         _answers(functions),
         _viable(device, facts),
         _node_is_there(device, facts),
@@ -39,6 +40,13 @@ def assess(device: Device, facts: HostFacts) -> Health:
         if not verdict.healthy:
             return verdict
     return HEALTHY
+
+
+def _has_needed_node(device: Device, require_iommufd: bool) -> Health:
+    if not require_iommufd or device.node.startswith("/dev/vfio/devices/"):
+        return HEALTHY
+    detail = f"confidential guests need an iommufd cdev, and this kernel has only the group node {device.node}"
+    return Health(reason=Reason.NO_CDEV, detail=detail)
 
 
 def _answers(functions: Sequence[PciFunction]) -> Health:

@@ -72,6 +72,18 @@ def clean_name(name: str, device: int) -> str:
     return begun[: NAME_LENGTH - len(suffix)].rstrip("_") + suffix
 
 
+def type_name(name: str) -> str:
+    """The last part of a resource name for a type of vGPU: `GRID T4-1Q` is `GRID_T4-1Q`, as KubeVirt's users know it.
+
+    Always valid; what had to be cut or changed has a digest of the whole at its end.
+    """
+    cleaned = re.sub(r"[^A-Za-z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name))
+    if len(cleaned) <= NAME_LENGTH and _CLASS.fullmatch(cleaned):
+        return cleaned
+    suffix = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"T{cleaned}"[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix
+
+
 def check_alias(alias: str) -> None:
     """Raises ValueError, saying what is allowed, unless `alias` is a valid last part of a resource name."""
     if len(alias) > NAME_LENGTH or not _CLASS.fullmatch(alias):

@@ -18,8 +18,8 @@ with them: the kubelet may know less than we do for a moment, and fills an answe
 How it is found: all of this is one number, a sum over the parts of the PCIe tree (`topology.places`), to which each
 part contributes by how many of its devices are taken, and by nothing else. So the best set follows from the leaves up:
 for each part, the best way to take one, two, three devices there. Nothing is left out and nothing is tried twice.
-That is optimal for any request on up to 512 devices, and for those on more that ask for, or leave, at most 64.
-Beyond, two large parts share their devices in one of three ways only (`_merge_roughly`), of which one is greedy's.
+That is optimal for any request on up to 362 devices, and on 1,024 for those that take, or leave, at most 33 of them.
+Beyond, two large parts share devices in one of three ways only (see `_merge_roughly`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ from sandbox_plugin.inventory.topology import Link, Place, places
 from sandbox_plugin.model import Device, id_order
 from sandbox_plugin.settings import Policy
 
-
 EXACT = 1 << 15
 """Up to this product of devices taken and devices left the search is exact; it bounds the number of sums."""
-_SMALL = 8
+_SMALL = 16
 """Where it is not exact, parts of which at most so many more or fewer devices may be taken still share exactly."""
 
 
@@ -176,6 +175,7 @@ class _Search:
                 loose += inside
         if loose:
             tables.append(self._alike(sorted(loose, reverse=True)))
+        tables.sort(key=lambda t: not t.forced)
         while len(tables) > 1:
             merged = [self._merge(one, other) for one, other in zip(tables[::2], tables[1::2], strict=False)]
             tables = [*merged, *tables[len(merged) * 2 :]]
@@ -237,28 +237,24 @@ def _merge_exactly(one: _Table, other: _Table, wanted: range) -> list[int]:
 def _merge_roughly(one: _Table, other: _Table, wanted: range) -> list[int]:
     """For each number the least of three sums: as few of the first part as can be, as many, or what greedy takes.
 
-    Greedy takes each next device where it costs least. A set that fills one part before it begins the next, which is
-    what greedy makes of `packed`, is among the first two.
+    Greedy goes from each number to the next by the cheaper device. Where tables are convex, as in `spread` without
+    groups, that is the least of all sums. In `packed` greedy fills one part before it begins the next, and then it is
+    among the first two.
     """
     costs, rests = one.costs, other.costs
     first, last = one.first, one.first + len(costs) - 1
-    least, most = other.first, other.first + len(rests) - 1
+    most = other.first + len(rests) - 1
+    at = -other.first - first  # of `number` devices, `here + first` from the first part: rests[number - here + at]
+    start = range(max(0, wanted.start - most - first), min(last, wanted.start - other.first) - first + 1)
+    greedy = min(start, key=lambda here: costs[here] + rests[wanted.start - here + at])
     merged = []
-    greedy = max(first, wanted.start - most)
     for number in wanted:
-        low, high = max(first, number - most), min(last, number - least)
+        low, high, rest = max(0, number - most - first), min(last, number - other.first) - first, number + at
         greedy = max(greedy, low)
-        if greedy < high:
-            stay = costs[greedy - first] + rests[number - greedy - least]
-            move = costs[greedy + 1 - first] + rests[number - greedy - 1 - least]
-            greedy += move < stay
-        merged.append(
-            min(
-                costs[low - first] + rests[number - low - least],
-                costs[high - first] + rests[number - high - least],
-                costs[greedy - first] + rests[number - greedy - least],
-            )
-        )
+        taken = costs[greedy] + rests[rest - greedy]
+        if greedy < high and (further := costs[greedy + 1] + rests[rest - greedy - 1]) < taken:
+            greedy, taken = greedy + 1, further
+        merged.append(min(costs[low] + rests[rest - low], costs[high] + rests[rest - high], taken))
     return merged
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.naming import ModelNames, type_name
 from sandbox_plugin.model import NVIDIA, PciFunction
 from sandbox_plugin.settings import ResourceRule, Settings
 
@@ -35,10 +35,18 @@ def claim(function: PciFunction, settings: Settings, names: ModelNames) -> Claim
         if matches(rule, function):
             return Claim(rank=rank, resource=rule.name, rule=rule.label)
     builtin = len(settings.resources)
+    if function.mdev_type is not None:
+        if function.vendor != NVIDIA:
+            return None
+        return Claim(rank=builtin, resource=f"nvidia.com/{type_name(function.mdev_type)}", rule="NVIDIA vGPU")
     if function.vendor == NVIDIA and function.class_code in _GPU_CLASSES:
-        return Claim(rank=builtin, resource=_nvidia(settings.gpu_alias, function, names), rule="NVIDIA GPU")
+        if function.physical_function is not None:
+            # A part of a GPU is not a GPU: it never shares a resource with whole ones.
+            resource = f"nvidia.com/{type_name(_model_name(function, settings, names) + '_VF')}"
+            return Claim(rank=builtin, resource=resource, rule="NVIDIA GPU, virtual function")
+        return Claim(rank=builtin, resource=_nvidia(settings.gpu_alias, function, settings, names), rule="NVIDIA GPU")
     if function.vendor == NVIDIA and function.class_code == _NVSWITCH_CLASS:
-        resource = _nvidia(settings.nvswitch_alias, function, names)
+        resource = _nvidia(settings.nvswitch_alias, function, settings, names)
         return Claim(rank=builtin + 1, resource=resource, rule="NVIDIA NVSwitch")
     return None
 
@@ -51,7 +59,9 @@ def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
     if domain != "nvidia.com":
         return False
     aliases = {settings.gpu_alias, settings.nvswitch_alias}
-    return name in aliases - {""} or ("" in aliases and names.is_resource_name(name))
+    if name in aliases - {""}:
+        return True
+    return "" in aliases and (name in settings.model_names.values() or names.is_resource_name(name))
 
 
 def matches(rule: ResourceRule, function: PciFunction) -> bool:
@@ -66,5 +76,10 @@ def matches(rule: ResourceRule, function: PciFunction) -> bool:
     )
 
 
-def _nvidia(alias: str, function: PciFunction, names: ModelNames) -> str:
-    return f"nvidia.com/{alias or names.resource_name(function.vendor, function.device)}"
+def _nvidia(alias: str, function: PciFunction, settings: Settings, names: ModelNames) -> str:
+    return f"nvidia.com/{alias or _model_name(function, settings, names)}"
+
+
+def _model_name(function: PciFunction, settings: Settings, names: ModelNames) -> str:
+    given = settings.model_names.get(function.model_id)
+    return names.resource_name(function.vendor, function.device) if given is None else given

@@ -35,7 +35,7 @@ from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Policy
+from sandbox_plugin.settings import Consumer, Policy
 
 KUBELET_SOCKET = "kubelet.sock"
 API_VERSION = "v1beta1"
@@ -93,6 +93,7 @@ class Endpoint:
     kubelet_dir: Path
     registry: Registry
     policy: Policy
+    consumer: Consumer
     why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
     """As in `DevicePluginServicer`."""
     state: State = State.SERVING
@@ -136,6 +137,7 @@ class Endpoint:
                 resource=self.resource,
                 registry=self.registry,
                 policy=self.policy,
+                consumer=self.consumer,
                 stream=self._stream,
                 why_not=self.why_not,
             )

@@ -18,17 +18,16 @@ from grpclib import GRPCError, Status
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
+from sandbox_plugin.kubelet.answers import answer
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Policy
+from sandbox_plugin.settings import Consumer, Policy
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 """The only words the kubelet knows (pkg/apis/deviceplugin/v1beta1/constants.go)."""
-_PERMISSIONS = "mrw"
-"""A VM needs the node whole: read, write, and mknod for runtimes that make it anew in the sandbox."""
 
 
 @dataclass(kw_only=True)
@@ -38,6 +37,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     resource: str
     registry: Registry
     policy: Policy
+    consumer: Consumer
     stream: Callable[[], AbstractContextManager[None]]
     why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
     """Looks at these devices once more: device ID -> why it must not be given away now. Answers soon."""
@@ -96,7 +96,9 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         for device in chosen:
             log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
         by_id = {d.id: d for d in chosen}
-        return v1beta1.AllocateResponse(container_responses=[_answer([by_id[i] for i in ids]) for ids in asked])
+        return v1beta1.AllocateResponse(
+            container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
+        )
 
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
         """Not asked for by our options; answered all the same."""
@@ -136,10 +138,3 @@ def _listed(device: Device) -> v1beta1.Device:
     if device.numa_nodes:
         listed.topology = v1beta1.TopologyInfo(nodes=[v1beta1.NumaNode(id=node) for node in device.numa_nodes])
     return listed
-
-
-def _answer(devices: Sequence[Device]) -> v1beta1.ContainerAllocateResponse:
-    """The device's own node and nothing else: docs/architecture.md says why there is no CDI name, env or mount."""
-    return v1beta1.ContainerAllocateResponse(
-        devices=[v1beta1.DeviceSpec(container_path=d.node, host_path=d.node, permissions=_PERMISSIONS) for d in devices]
-    )

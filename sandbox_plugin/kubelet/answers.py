@@ -1,0 +1,62 @@
+"""What Allocate gives a container, for each consumer: pure functions of the devices. docs/consumers.md shows them.
+
+Kata gets the device's own node and nothing else: it finds the CDI name in PodResources, and the policy of a
+confidential guest checks every variable and device. KubeVirt's virt-launcher needs to be told the PCI addresses, and
+needs the nodes that libvirt opens: those of the device, and VFIO's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sandbox_plugin.api import v1beta1
+from sandbox_plugin.model import Device
+from sandbox_plugin.settings import Consumer
+
+_PERMISSIONS = "mrw"
+"""A VM needs the node whole: read, write, and mknod for runtimes that make it anew in the sandbox."""
+_CONTAINER_NODE = "/dev/vfio/vfio"
+"""What group nodes are used with (Documentation/driver-api/vfio.rst)."""
+_IOMMUFD_NODE = "/dev/iommu"
+"""What cdevs are used with (Documentation/userspace-api/iommufd.rst)."""
+
+
+def answer(consumer: Consumer, resource: str, devices: Sequence[Device]) -> v1beta1.ContainerAllocateResponse:
+    """The answer for one container that gets these devices, in this order."""
+    if consumer is Consumer.KUBEVIRT:
+        return v1beta1.ContainerAllocateResponse(
+            envs=kubevirt_variables(resource, devices), devices=_specs(kubevirt_nodes(devices))
+        )
+    return v1beta1.ContainerAllocateResponse(devices=_specs([device.node for device in devices]))
+
+
+def kubevirt_variables(resource: str, devices: Sequence[Device]) -> dict[str, str]:
+    """`PCI_RESOURCE_NVIDIA_COM_PGPU=0000:1b:00.0,...`: exactly one address for each device, in the devices' order.
+
+    virt-launcher takes one address for each GPU of the VM; with one too many or too few all later ones would shift. Of
+    a group with several devices it is the first one's. For mediated devices they are UUIDs, in `MDEV_PCI_RESOURCE_...`.
+    """
+    suffix = resource.upper().replace("/", "_").replace(".", "_")
+    addresses: dict[str, list[str]] = {}
+    for device in devices:
+        addresses.setdefault("MDEV_PCI_RESOURCE" if device.mdev else "PCI_RESOURCE", []).append(device.address)
+    return {f"{prefix}_{suffix}": ",".join(listed) for prefix, listed in addresses.items()}
+
+
+def kubevirt_nodes(devices: Sequence[Device]) -> list[str]:
+    """Every node that libvirt may open for these devices, each once.
+
+    On a kernel with cdevs those are the cdevs with /dev/iommu, and the group nodes with /dev/vfio/vfio as well: which
+    of the two ways is gone is virt-launcher's choice, and today's goes the second.
+    """
+    nodes: dict[str, None] = {}
+    for device in devices:
+        if device.node != device.group_node:
+            nodes |= dict.fromkeys((device.node, _IOMMUFD_NODE))
+        if device.group_node is not None:
+            nodes |= dict.fromkeys((device.group_node, _CONTAINER_NODE))
+    return list(nodes)
+
+
+def _specs(nodes: Sequence[str]) -> list[v1beta1.DeviceSpec]:
+    return [v1beta1.DeviceSpec(container_path=node, host_path=node, permissions=_PERMISSIONS) for node in nodes]
