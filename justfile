@@ -35,7 +35,7 @@ lint:
 
 # bring the code into its form and mend what ruff can mend
 format: setup
-    ruff check --fix .
+    ruff check --fix-only --quiet .
     ruff format .
 
 # what CI runs

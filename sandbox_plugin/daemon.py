@@ -30,6 +30,7 @@ from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason
 from sandbox_plugin.outputs.cdi import CdiWriter
+from sandbox_plugin.outputs.neighbours import NeighbourWatch
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
 
@@ -75,7 +76,16 @@ async def run(settings: Settings) -> None:
         group.create_task(rescans.run())
         group.create_task(poller.run())
         group.create_task(report(registry))
+        if needs_cdi:
+            neighbours = NeighbourWatch(folders=cdi_folders(settings), recheck=settings.health_interval)
+            group.create_task(neighbours.run())
+            group.create_task(FolderWatcher(folders=lambda: list(neighbours.folders), on_change=neighbours.look).run())
         group.create_task(serve(turn, [endpoints.run, specs.run] if needs_cdi else [endpoints.run]))
+
+
+def cdi_folders(settings: Settings) -> tuple[Path, ...]:
+    """All folders that Kata reads specs from: ours and the host's other one, if this is the host."""
+    return (settings.cdi_dir, Path("/etc/cdi")) if settings.host_root == Path("/") else (settings.cdi_dir,)
 
 
 async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]]) -> None:

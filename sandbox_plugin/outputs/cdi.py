@@ -73,6 +73,8 @@ class CdiWriter:
     recheck: float = 5.0
     _seen: dict[str, bytes] = field(default_factory=dict)
     _trouble: dict[str, str] = field(default_factory=dict)
+    _replaced: dict[str, int] = field(default_factory=dict)
+    """How often somebody else's spec was replaced: two writers are named once, not at every turn."""
 
     async def run(self) -> None:
         """Runs until cancelled. The specs stay then: running pods may be restarted against them."""
@@ -125,12 +127,18 @@ class CdiWriter:
         kind = _kind(found)
         if kind != resource:
             raise _NotOurs(f"{file} is somebody else's (kind {kind}): move it away or choose another alias")
-        log.warning(
-            "cdi spec of another writer replaced",
-            resource=resource,
-            path=str(file),
-            reason="it has the name and the kind of a resource that this plugin serves",
-        )
+        times = self._replaced[resource] = self._replaced.get(resource, 0) + 1
+        if times == 1:
+            reason = "it has the name and the kind of a resource that this plugin serves"
+            log.warning("cdi spec of another writer replaced", resource=resource, path=str(file), reason=reason)
+        elif times == 2:
+            log.error(
+                "another writer keeps writing our cdi spec",
+                resource=resource,
+                path=str(file),
+                reason="it was written again after this plugin had replaced it; it is replaced whenever that happens",
+                action="stop the other writer (an older device plugin, or kata-manager), or give the resource an alias",
+            )
 
     async def _remove_stale(self, wanted: set[str]) -> dict[str, str]:
         """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
