@@ -12,9 +12,10 @@ from contextlib import suppress
 
 
 def create_file(path: str, content: str | bytes, mode: int = 0o444) -> None:
-    """Makes a file. Raises FileExistsError when there is one."""
+    """Makes a file, with this mode whatever the umask is. Raises FileExistsError when there is one."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
+        os.fchmod(descriptor, mode)
         os.write(descriptor, content.encode() if isinstance(content, str) else content)
     finally:
         os.close(descriptor)

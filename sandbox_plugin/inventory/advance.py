@@ -179,7 +179,7 @@ def _follow(
             followed[key] = _arrived(device, facts, now)
         elif device is None:
             followed[key] = _lost(track, facts, signals, now)
-        elif track.gone_since is not None and track.device.node != device.node:
+        elif track.device.node != device.node:
             followed[key] = _gone(track, _id_held(track.device, device), signals, now)
         elif track.gone_since is not None or _addresses(track.device) != _addresses(device):
             followed[key] = _arrived(device, facts, now)
@@ -279,7 +279,7 @@ def _enabled_functions(device: Device, facts: HostFacts) -> tuple[str, ...]:
     if not device.mates:
         own |= set(facts.groups[device.iommu_group].members)
     functions = (facts.functions.get(address) for address in sorted(own))
-    return tuple(f.address for f in functions if f is not None and f.vfio is not None and f.enable == 1)
+    return tuple(f.address for f in functions if f is not None and f.enable == 1)
 
 
 def _fatal_counts(device: Device, facts: HostFacts) -> dict[str, int]:
@@ -347,13 +347,21 @@ def _health(
 def _taken(
     track: Track, tracks: Mapping[DeviceKey, Track], promises: Mapping[DeviceKey, Promise], signals: Signals
 ) -> Health:
-    """Whether somebody else has this device's group, of which it is free itself."""
+    """Whether somebody else has this device's group, of which it is free itself.
+
+    Without PodResources a device that is in use itself may be so by the pod that it was given to.
+    """
     group = track.device.iommu_group
     mates = [t for t in tracks.values() if t.gone_since is None and t.device.iommu_group == group and t is not track]
     for mate in mates:
         if (holder := _holder(mate.key, promises, signals)) is not None:
             detail = f"its IOMMU group {group} belongs to {holder}, by {mate.device.id} ({mate.device.address})"
             return Health(reason=Reason.GROUP_TAKEN, detail=detail)
+    if signals.holdings is None and track.in_use_since is None:
+        for mate in mates:
+            if mate.in_use_since is not None:
+                detail = f"its IOMMU group {group} is in use, by {mate.device.id} ({mate.device.address})"
+                return Health(reason=Reason.GROUP_TAKEN, detail=detail)
     for user in [track, *mates]:
         since = user.in_use_since
         if since is not None and signals.holdings is not None and signals.holdings.asked_at >= since:

@@ -1,0 +1,181 @@
+"""Where devices sit and how far that puts them apart."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox_plugin.inventory.topology import Link, legend_lines, link, matrix, matrix_lines, places
+from sandbox_plugin.model import Device, Placement
+from tests.machines import device, eight_over_two_sockets, function, with_mates
+
+HOST, ROOT_PORT = "pci0000:15", "0000:15:01.0"
+UP, DOWN_0, DOWN_1, DOWN_2 = "0000:16:00.0", "0000:17:00.0", "0000:17:01.0", "0000:17:02.0"
+INNER_UP, INNER_DOWN = "0000:19:00.0", "0000:1a:00.0"
+
+
+def between(one: Placement | Device, other: Placement | Device) -> str:
+    """The link between two devices, or devices of one function each, that are all there is on the host."""
+    a, b = (d if isinstance(d, Device) else device(str(i), d) for i, d in enumerate((one, other)))
+    return link(*places([a, b])).name
+
+
+def test_two_ports_of_one_switch_are_pix() -> None:
+    left = function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0)
+    right = function("0000:1b:00.0", HOST, ROOT_PORT, UP, DOWN_1, numa=0)
+    assert between(left, right) == "PIX"
+
+
+def test_functions_of_one_board_are_pix_behind_a_switch_port_a_root_port_and_inside_the_root_complex() -> None:
+    for bridges in [(HOST, ROOT_PORT, UP, DOWN_0), (HOST, ROOT_PORT), (HOST,)]:
+        assert between(function("0000:18:00.0", *bridges), function("0000:18:00.1", *bridges)) == "PIX"
+
+
+def test_a_switch_below_a_switch_makes_it_pxb() -> None:
+    # As on a DGX H100: the NIC hangs on the first switch, the GPU on a second one below it.
+    nic = function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0)
+    gpu = function("0000:1b:00.0", HOST, ROOT_PORT, UP, DOWN_2, INNER_UP, INNER_DOWN, numa=0)
+    assert between(nic, gpu) == "PXB"
+
+
+def test_two_switches_below_one_switch_are_pxb_as_on_a_dgx_a100() -> None:
+    top = ("pci0000:00", "0000:00:01.1", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
+    one = function("0000:07:00.0", *top, "0000:04:00.0", "0000:05:00.0", "0000:06:00.0", numa=3)
+    other = function("0000:0f:00.0", *top, "0000:04:10.0", "0000:0d:00.0", "0000:0e:00.0", numa=3)
+    assert between(one, other) == "PXB"
+
+
+def test_root_ports_of_one_host_bridge_are_phb_whatever_the_numa_node_says() -> None:
+    for numa, other_numa in [(0, 0), (None, None), (0, None), (0, 1)]:
+        left = function("0000:16:00.0", HOST, ROOT_PORT, numa=numa)
+        right = function("0000:1a:00.0", HOST, "0000:15:02.0", numa=other_numa)
+        assert between(left, right) == "PHB"
+
+
+def test_functions_inside_the_root_complex_are_phb_to_each_other() -> None:
+    assert between(function("0000:15:04.0", HOST), function("0000:15:05.0", HOST)) == "PHB"
+
+
+@pytest.mark.parametrize(
+    ("numa", "other_numa", "name"),
+    [(0, 0, "NODE"), (0, 1, "SYS"), (None, None, "SYS"), (0, None, "SYS")],
+)
+def test_between_host_bridges_the_numa_node_decides_and_an_unknown_one_proves_nothing(
+    numa: int | None, other_numa: int | None, name: str
+) -> None:
+    left = function("0000:16:00.0", HOST, ROOT_PORT, numa=numa)
+    right = function("0000:3e:00.0", "pci0000:3d", "0000:3d:01.0", numa=other_numa)
+    assert between(left, right) == name
+
+
+def test_a_function_of_unknown_node_is_in_the_node_that_another_below_its_host_bridge_tells() -> None:
+    silent = device("0", function("0000:16:00.0", HOST, ROOT_PORT, numa=None))
+    telling = device("1", function("0000:1a:00.0", HOST, "0000:15:02.0", numa=1))
+    elsewhere = device("2", function("0000:3e:00.0", "pci0000:3d", "0000:3d:01.0", numa=1))
+    assert link(places([silent, telling, elsewhere])[0], places([silent, telling, elsewhere])[2]) is Link.NODE
+    assert link(*places([silent, elsewhere])) is Link.SYS
+
+
+def test_the_same_bus_number_in_another_domain_is_another_host_bridge() -> None:
+    left = function("0008:01:00.0", "pci0008:00", "0008:00:00.0", numa=0)
+    right = function("0009:01:00.0", "pci0009:00", "0009:00:00.0", numa=0)
+    assert between(left, right) == "NODE"
+
+
+def test_of_a_device_of_several_functions_the_slowest_pair_counts() -> None:
+    group = device(
+        "0",
+        function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0),
+        function("0000:9d:00.0", "pci0000:97", "0000:97:01.0", numa=1),
+    )
+    neighbour = device("1", function("0000:1b:00.0", HOST, ROOT_PORT, UP, DOWN_1, numa=0))
+    assert between(group, neighbour) == "SYS"
+    board = device("0", *(function(f"0000:18:00.{n}", HOST, ROOT_PORT, UP, DOWN_0, numa=0) for n in range(2)))
+    assert between(board, neighbour) == "PIX"
+
+
+def test_an_iommu_group_counts_as_one_place_to_others_and_not_among_its_own() -> None:
+    devices = with_mates(
+        device("0", function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0), group=7),
+        device("1", function("0000:3e:00.0", "pci0000:3d", "0000:3d:01.0", UP, DOWN_0, numa=0), group=7),
+        device("2", function("0000:3f:00.0", "pci0000:3d", "0000:3d:01.0", UP, DOWN_1, numa=0), group=7),
+        device("3", function("0000:1b:00.0", HOST, ROOT_PORT, UP, DOWN_1, numa=0)),
+    )
+    names = [[a.name if a else "X" for a in row] for row in matrix(list(devices.values()))]
+    assert names == [
+        ["X", "NODE", "NODE", "NODE"],
+        ["NODE", "X", "PIX", "NODE"],
+        ["NODE", "PIX", "X", "NODE"],
+        ["NODE", "NODE", "NODE", "X"],
+    ]
+
+
+def test_a_device_that_the_host_no_longer_shows_is_far_from_everything() -> None:
+    assert between(device("0"), function("0000:16:00.0", HOST, ROOT_PORT, numa=0)) == "SYS"
+    assert between(device("0"), device("1")) == "SYS"
+
+
+def test_the_matrix_prints_as_nvidia_smi_does() -> None:
+    devices = list(eight_over_two_sockets().values())
+    no_node = device("16", function("0009:01:00.0", "pci0009:00", "0009:00:00.0"))
+    assert matrix_lines([*devices[:3], devices[4], no_node]) == [
+        "    0     1     2     4    16   NUMA  PCI ADDRESS",
+        "0   X     PIX   NODE  SYS  SYS  0     0000:0:00.0",
+        "1   PIX   X     NODE  SYS  SYS  0     0000:1:00.0",
+        "2   NODE  NODE  X     SYS  SYS  0     0000:2:00.0",
+        "4   SYS   SYS   SYS   X    SYS  1     0000:4:00.0",
+        "16  SYS   SYS   SYS   SYS  X    -     0009:01:00.0",
+    ]
+    assert matrix_lines([]) == ["  NUMA  PCI ADDRESS"]
+    assert [line.split()[0] for line in legend_lines()] == ["X", "PIX", "PXB", "PHB", "NODE", "SYS"]
+
+
+CHAINS = st.tuples(
+    st.integers(0, 2), st.integers(0, 1), st.sampled_from([0, 1, 2]), st.integers(0, 1), st.integers(0, 1)
+)
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> list[Device]:
+    """Up to six devices of one or two functions, anywhere, some in groups."""
+    devices = []
+    for number in range(draw(st.integers(3, 6))):
+        functions = []
+        for part in range(draw(st.integers(1, 2))):
+            host, port, switches, first, second = draw(CHAINS)
+            bridges = [f"pci0000:{host}0", f"0000:{host}0:{port}.0"]
+            for depth, choice in zip(range(switches), (first, second), strict=False):
+                bridges += [f"{bridges[-1]}/{depth}up", f"{bridges[-1]}/{depth}down{choice}"]
+            numa = draw(st.sampled_from([None, 0, 1]))
+            functions.append(function(f"0000:{number}{part}:00.0", *bridges, numa=numa))
+        devices.append(device(str(number), *functions, group=draw(st.integers(0, 6))))
+    return list(with_mates(*devices).values())
+
+
+@given(hosts())
+def test_distances_are_symmetric_and_never_longer_than_the_worse_of_two_steps(devices: list[Device]) -> None:
+    links = matrix(devices)
+    for a in range(len(devices)):
+        for b in range(len(devices)):
+            assert links[a][b] is links[b][a]
+            for c in range(len(devices)):
+                if len({a, b, c}) == 3:
+                    ab, bc, ac = links[a][b], links[b][c], links[a][c]
+                    assert ab is not None
+                    assert bc is not None
+                    assert ac is not None
+                    assert ac <= max(ab, bc)
+
+
+@given(hosts().flatmap(lambda devices: st.tuples(st.just(devices), st.permutations(devices))))
+def test_the_order_of_the_devices_changes_no_distance(orders: tuple[list[Device], list[Device]]) -> None:
+    links = [
+        {
+            (a.id, b.id): name
+            for a, row in zip(order, matrix(order), strict=True)
+            for b, name in zip(order, row, strict=True)
+        }
+        for order in orders
+    ]
+    assert links[0] == links[1]
