@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 
 from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.read import OutOfResources
 from sandbox_plugin.host.scan import HostScanner, why_not_bound
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
@@ -119,14 +120,24 @@ class Rescans:
     async def run(self) -> None:
         while True:
             self._wanted.clear()
-            aer, self._aer = self._aer, []
-            self._registry.observe(await self._scanner.scan(), aer=aer)
+            await self._scan()
             try:
                 async with asyncio.timeout(self._patience()):
                     await self._wanted.wait()
             except TimeoutError:
                 continue
             await asyncio.sleep(_DEBOUNCE)
+
+    async def _scan(self) -> None:
+        """One scan into the registry. What this process had no means to look at stays as it was known."""
+        aer, self._aer = self._aer, []
+        try:
+            facts = await self._scanner.scan()
+        except OutOfResources as error:
+            self._aer = aer + self._aer
+            log.error("no scan", reason=f"{error}; what was known stays, and it is tried again")
+        else:
+            self._registry.observe(facts, aer=aer)
 
     def _patience(self) -> float:
         wake_at = self._registry.wake_at

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from machines import device, eight_over_two_sockets, function, with_mates
 
 from sandbox_plugin.inventory.topology import Link, legend_lines, link, matrix, matrix_lines, places
 from sandbox_plugin.model import Device, Placement
-from tests.machines import device, eight_over_two_sockets, function, with_mates
 
 HOST, ROOT_PORT = "pci0000:15", "0000:15:01.0"
 UP, DOWN_0, DOWN_1, DOWN_2 = "0000:16:00.0", "0000:17:00.0", "0000:17:01.0", "0000:17:02.0"

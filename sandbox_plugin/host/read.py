@@ -8,6 +8,7 @@ read can hang in the kernel.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -34,12 +35,25 @@ class FunctionUnreadable(Exception):
     """One PCI function cannot be used, and why; it costs that function alone."""
 
 
+class OutOfResources(Exception):
+    """This process, or the machine, has no file descriptors or no memory left: it says nothing about the host."""
+
+
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
 def list_addresses(paths: HostPaths) -> list[str]:
     """Addresses of all PCI functions, then UUIDs of all mediated devices, sorted.
 
-    Raises OSError when the folder of the PCI bus cannot be listed; most machines have no mediated devices.
+    Raises OSError when the folder of the PCI bus cannot be listed; most machines have no mediated devices. Raises
+    `OutOfResources`.
     """
-    return sorted(os.listdir(paths.pci_devices)) + sorted(_listed(paths.mdev_devices))
+    try:
+        names = sorted(os.listdir(paths.pci_devices))
+    except OSError as error:
+        _refuse_if_out_of_resources(error)
+        raise
+    return names + sorted(_listed(paths.mdev_devices))
 
 
 def read_function(paths: HostPaths, address: str) -> PciFunction:
@@ -47,7 +61,7 @@ def read_function(paths: HostPaths, address: str) -> PciFunction:
 
     What it is, its driver and its group are read for every function; the rest only for functions that a vfio driver
     holds, since nothing else is ever offered. Raises `FunctionUnreadable` when one of the former cannot be read or
-    makes no sense.
+    makes no sense, and `OutOfResources`.
     """
     if UUID.fullmatch(address):
         return _read_mdev(paths, address)
@@ -345,12 +359,17 @@ def _link_name(link: Path) -> str | None:
 def _listed(folder: Path) -> list[str]:
     try:
         return os.listdir(folder)
-    except OSError:
+    except OSError as error:
+        _refuse_if_out_of_resources(error)
         return []
 
 
 def _text(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        _refuse_if_out_of_resources(error)
+        raise
     try:
         chunks = []
         while limit > 0 and (chunk := os.read(descriptor, limit)):
@@ -366,6 +385,11 @@ def _text_or_none(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
         return _text(file, limit)
     except OSError:
         return None
+
+
+def _refuse_if_out_of_resources(error: OSError) -> None:
+    if error.errno in _OUT_OF_RESOURCES:
+        raise OutOfResources(error.strerror) from None
 
 
 def _why(error: OSError) -> str:

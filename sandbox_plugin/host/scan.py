@@ -48,7 +48,10 @@ class HostScanner:
         self._hanging: set[str] = set()
 
     async def scan(self) -> HostFacts:
-        """One look at everything. Takes at most about `patience` seconds for each function that newly hangs."""
+        """One look at everything. Takes at most about `patience` seconds for each function that newly hangs.
+
+        Raises `read.OutOfResources` when this process could not look at all.
+        """
         loop = asyncio.get_running_loop()
         if _BUS in self._hanging:
             return HostFacts(unreachable=f"sysfs has not answered for {self._patience:g} s")

@@ -19,7 +19,8 @@ How it is found: all of this is one number, a sum over the parts of the PCIe tre
 part contributes by how many of its devices are taken, and by nothing else. So the best set follows from the leaves up:
 for each part, the best way to take one, two, three devices there. Nothing is left out and nothing is tried twice.
 That is optimal for any request on up to 362 devices, and on 1,024 for those that take, or leave, at most 33 of them.
-Beyond, two large parts share devices in one of three ways only (see `_merge_roughly`).
+Beyond, two large parts share devices in one of three ways only (see `_merge_roughly`), which never comes out worse than
+a greedy search that starts from the lowest number and takes the nearest device next (`spread`: the farthest).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from sandbox_plugin.settings import Policy
 EXACT = 1 << 15
 """Up to this product of devices taken and devices left the search is exact; it bounds the number of sums."""
 _SMALL = 16
-"""Where it is not exact, parts of which at most so many more or fewer devices may be taken still share exactly."""
+"""Beyond that, parts still share their devices exactly where one of them has at most so many costs to try."""
 
 
 class InvalidRequest(ValueError):
@@ -86,7 +87,6 @@ def _choose(
     ]
     search = _Search(
         count=len(ids),
-        forced=sum(m.forced for m in members),
         size=size - (len(usable) - len(ids)),
         weights=_weights(len(ids), policy),
     )
@@ -146,10 +146,9 @@ class _Table(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Search:
-    """One search: how many there are, how many must be taken, how many are wanted, and what counts."""
+    """One search: how many there are, how many are wanted, and what counts."""
 
     count: int
-    forced: int
     size: int
     weights: _Weights
 
@@ -215,10 +214,8 @@ class _Search:
         return _Table(total, forced, wanted.start, share(one, other, wanted))
 
     def _wanted(self, total: int, forced: int) -> range:
-        """How many devices of a part the answer may take: it must find the others elsewhere, and have room for them."""
-        least = max(forced, self.size - (self.count - total))
-        most = min(total, self.size - (self.forced - forced))
-        return range(least, most + 1)
+        """How many devices of a part the answer may take, as far as what is elsewhere has to make up for the rest."""
+        return range(max(forced, self.size - (self.count - total)), min(total, self.size) + 1)
 
 
 def _merge_exactly(one: _Table, other: _Table, wanted: range) -> list[int]:

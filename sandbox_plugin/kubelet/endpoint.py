@@ -147,6 +147,7 @@ class Endpoint:
                 yield own
             finally:
                 server.close()
+                listener.hang_up()
                 await server.wait_closed()
         finally:
             listener.close()
@@ -174,7 +175,7 @@ class Endpoint:
         self.state = State.REGISTERING
         while sockets.identity(self.path) == own:
             kubelet, opened = self._kubelet(), self._opened
-            why_not = await self._register_once(own) if kubelet else f"no {KUBELET_SOCKET} in {self.kubelet_dir}"
+            why_not = await self._register_once(own) if kubelet else f"no socket {self.kubelet_dir / KUBELET_SOCKET}"
             if why_not is None and not await self._wait(partial(self._has_opened_since, opened), _STREAM_TIMEOUT):
                 why_not = "the kubelet accepted the registration but never asked for the devices"
             if why_not is None:

@@ -9,6 +9,7 @@ import stat
 import struct
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ class Listener(socket.socket):
                 self._accepted.append(weakref.ref(connection))
                 return connection, address
 
+    def hang_up(self) -> None:
+        """Ends every connection that is still open; what serves them sees the end and closes them."""
+        for connection in (reference() for reference in self._accepted):
+            if connection is not None and connection.fileno() != -1:
+                with suppress(OSError):  # its peer may have ended it in this moment
+                    connection.shutdown(socket.SHUT_RDWR)
+
     def _why_not(self, connection: Connection) -> str | None:
         _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user not in (0, os.geteuid()):
@@ -94,7 +102,8 @@ class Listener(socket.socket):
         for open_one in (r() for r in self._accepted):
             if open_one is not None and open_one.received == 0:
                 open_one.received = -1  # so that the next one is chosen next time
-                open_one.shutdown(socket.SHUT_RDWR)  # its transport sees the end and closes it
+                with suppress(OSError):
+                    open_one.shutdown(socket.SHUT_RDWR)  # its transport sees the end and closes it
                 return None
         return f"{self.LIMIT} are open already"
 

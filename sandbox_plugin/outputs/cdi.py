@@ -12,6 +12,7 @@ folder fails every pod, hence: no empty `devices`, only the device's own node, n
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import re
@@ -59,6 +60,14 @@ def render_spec(resource: str, devices: list[Device]) -> str:
     return MARK + "\n".join(lines) + "\n"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OnDisk:
+    """A spec and the devices in it."""
+
+    text: bytes
+    ids: frozenset[str]
+
+
 @dataclass(kw_only=True)
 class CdiWriter:
     """Keeps the specs in `folder` equal to the registry's inventory, and tells the registry what stands on disk.
@@ -71,7 +80,8 @@ class CdiWriter:
     registry: Registry
     is_ours: Callable[[str], bool]
     recheck: float = 5.0
-    _seen: dict[str, bytes] = field(default_factory=dict)
+    _seen: dict[str, _OnDisk] = field(default_factory=dict)
+    """What was last seen to stand in the file of a resource."""
     _trouble: dict[str, str] = field(default_factory=dict)
     _replaced: dict[str, int] = field(default_factory=dict)
     """How often somebody else's spec was replaced: two writers are named once, not at every turn."""
@@ -93,14 +103,17 @@ class CdiWriter:
         in_cdi: dict[str, frozenset[str]] = {}
         trouble: dict[str, str] = {}
         for resource, text in specs.items():
+            wanted = _OnDisk(
+                text=text.encode(), ids=frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
+            )
             try:
-                await self._put(resource, text.encode())
+                await self._put(resource, wanted)
             except OSError as error:
                 trouble[resource] = f"its CDI spec cannot be written: {error.filename or self.folder}: {error.strerror}"
             except _NotOurs as error:
                 trouble[resource] = str(error)
-            else:
-                in_cdi[resource] = frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
+            if resource in self._seen:
+                in_cdi[resource] = self._seen[resource].ids
         stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
         for about, why in (trouble | stale).items():
             if self._trouble.get(about) != why:
@@ -108,21 +121,30 @@ class CdiWriter:
         self._trouble = trouble | stale
         self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)
 
-    async def _put(self, resource: str, text: bytes) -> None:
+    async def _put(self, resource: str, wanted: _OnDisk) -> None:
+        """Makes the file what is wanted. When it fails, `_seen` has what stands there all the same."""
         file = self.folder / cdi_file_name(resource)
-        found = await _content(file)
-        if found == text:
-            self._seen[resource] = text
+        try:
+            found = await _content(file)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # those say nothing about the file
+                self._seen.pop(resource, None)
+            raise
+        if found == wanted.text:
+            self._seen[resource] = wanted
             return
-        self._explain(resource, file, found)
+        before = self._seen.get(resource)
+        if before is not None and before.text != found:
+            del self._seen[resource]
+        self._explain(resource, file, found, before)
         await aiofiles.os.makedirs(self.folder, exist_ok=True)
-        await _replace(file, text)
-        self._seen[resource] = text
+        await _replace(file, wanted.text)
+        self._seen[resource] = wanted
         log.info("cdi spec written", resource=resource, path=str(file))
 
-    def _explain(self, resource: str, file: Path, found: bytes | None) -> None:
+    def _explain(self, resource: str, file: Path, found: bytes | None, before: _OnDisk | None) -> None:
         """Says whose file is about to be replaced. Raises `_NotOurs` for one that must not be."""
-        if found is None or found == self._seen.get(resource) or found.startswith(_MARK_START):
+        if found is None or (before is not None and found == before.text) or found.startswith(_MARK_START):
             return
         kind = _kind(found)
         if kind != resource:
