@@ -28,7 +28,11 @@ def main() -> int:
     )
     check: bool = parser.parse_args().check
     with tempfile.TemporaryDirectory() as folder:
-        fresh = generate(Path(folder))
+        try:
+            fresh = generate(Path(folder))
+        except subprocess.CalledProcessError as error:
+            print(error.stderr, end="", file=sys.stderr)
+            return 1
     if check:
         return report({path.name: path.read_text() for path in API.glob("*.py")}, fresh)
     API.mkdir(exist_ok=True)
@@ -40,11 +44,15 @@ def main() -> int:
 
 
 def generate(folder: Path) -> dict[str, str]:
-    """File name -> text of every module of the api, one for each proto package."""
+    """File name -> text of every module of the api, one for each proto package.
+
+    Raises CalledProcessError, with protoc's words in its `stderr`, for protos that are not well-formed.
+    """
     sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"--python_betterproto_out={folder}", *sources]
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, env={**os.environ, "PATH": tools})
+    # The plugin sorts imports by which packages lie in the folder it runs in: so it runs in one that holds none.
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env={**os.environ, "PATH": tools})
     modules = {path.parent.name: path for path in sorted(folder.glob("*/__init__.py"))}
     return {"__init__.py": DOCSTRING} | {f"{package}.py": path.read_text() for package, path in modules.items()}
 

@@ -2,7 +2,7 @@
 """Makes sandbox_plugin/inventory/pci_names.tsv, NVIDIA's part of pci.ids, from Debian's package `pci.ids`.
 
     scripts/generate-pci-names.py             fetch the newest package with apt (nothing is installed; no root needed)
-    scripts/generate-pci-names.py FILE        use this pci.ids instead
+    scripts/generate-pci-names.py FILE        use this pci.ids instead, plain or .gz
 
 Standard library only. The package is taken from Debian's newest suite at the mirror that this machine's apt already
 uses, since the database of a stable release is as old as the release.
@@ -11,6 +11,7 @@ uses, since the database of a stable release is as old as the release.
 from __future__ import annotations
 
 import argparse
+import gzip
 import subprocess
 import sys
 import tempfile
@@ -30,14 +31,19 @@ def main() -> int:
     parser.add_argument("file", nargs="?", type=Path, help="a pci.ids; without it Debian's newest is fetched with apt")
     file: Path | None = parser.parse_args().file
     if file is not None:
-        text = file.read_text(encoding="utf-8")
+        text = read(file)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            text = fetch(Path(folder)).read_text(encoding="utf-8")
+            text = read(fetch(Path(folder)))
     table = extract(text)
     TABLE.write_text(table, encoding="utf-8")
-    print(f"{TABLE.relative_to(ROOT)}: {table.count(chr(10)) - 1} lines, {table.splitlines()[0].removeprefix('# ')}")
+    print(f"{TABLE.relative_to(ROOT)}: {table.count(chr(9))} devices, {table.splitlines()[0].removeprefix('# ')}")
     return 0
+
+
+def read(file: Path) -> str:
+    content = file.read_bytes()
+    return (gzip.decompress(content) if file.suffix == ".gz" else content).decode("utf-8")
 
 
 def fetch(folder: Path) -> Path:
@@ -69,10 +75,13 @@ def fetch(folder: Path) -> Path:
 def extract(text: str) -> str:
     """The table: where it comes from and its licence, then `device ID <tab> name` for each of NVIDIA's devices."""
     lines = text.splitlines()
-    version = next(line for line in lines if line.startswith("#\tVersion:")).split()[-1]
+    version, date = (
+        next(line for line in lines if line.startswith(f"#\t{word}:")).split(":", 1)[1].strip()
+        for word in ("Version", "Date")
+    )
     if not all(f"#\t{line}" in lines for line in LICENCE):
         sys.exit("generate-pci-names: the licence in this pci.ids is another one than ours says: read it first")
-    head = [f"pci.ids {version}, the part of vendor {NVIDIA}", *LICENCE]
+    head = [f"pci.ids {version} ({date}), the part of vendor {NVIDIA}", *LICENCE]
     return "".join(f"# {line}\n" for line in head) + "".join(rows(lines))
 
 

@@ -1,4 +1,4 @@
-"""The presets: machines as data, after the PCI topologies of real ones.
+"""The presets: machines as data, after the PCI topologies of real ones (one says that it is made up).
 
 A new machine is a few more lines here: models (what `lspci -nnvv` says), the buses they hang on in the order in which
 a kernel finds them, and an entry in `PRESETS`. Nothing else knows any of them.
@@ -221,6 +221,32 @@ EPYC_HOST_BRIDGE = Model(vendor=0x1022, device=0x1482, class_code=0x060000)
 EPYC_ROOT_PORT = Model(
     vendor=0x1022, device=0x1483, class_code=0x060400, max_link=_link("16.0", 16), host_driver="pcieport"
 )
+GENOA_HOST_BRIDGE = Model(vendor=0x1022, device=0x14A4, class_code=0x060000)
+GENOA_ROOT_PORT = Model(
+    vendor=0x1022, device=0x14AB, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport"
+)
+PEX89000 = Model(vendor=0x1000, device=0xC030, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport")
+RTX_PRO_6000 = Model(
+    vendor=0x10DE,
+    device=0x2BB5,
+    class_code=0x030200,
+    revision=0xA1,
+    bars=(_mem64(0, 64 * MIB), _mem64(2, 128 * GIB), _mem64(4, 32 * MIB)),
+    max_link=_link("32.0", 16),
+    aer=True,
+    host_driver="nvidia",
+)
+L40S = Model(
+    vendor=0x10DE,
+    device=0x26B9,
+    class_code=0x030200,
+    revision=0xA1,
+    subsystem=(0x10DE, 0x1851),
+    bars=(_mem32(0, 16 * MIB), _mem64(1, 64 * GIB), _mem64(3, 32 * MIB)),
+    max_link=_link("16.0", 16),
+    aer=True,
+    host_driver="nvidia",
+)
 X710 = Model(
     vendor=0x8086,
     device=0x1572,
@@ -295,6 +321,64 @@ _HGX_H100 = Preset(
         _dgx_bus(1, "bd", "be", "bf", "c0", "c1", "c2", "c3"),
         _dgx_bus(1, "cb", "cc", "cd", "ce", "cf", "d0", "d1"),
         _dgx_bus(1, "d9", "da", "db", "dc", "dd", "de", "df"),
+    ),
+)
+
+
+def _switched(numa_node: int, root: str, switch: str, fan: str, *gpus: str, model: Model) -> RootBus:
+    """A host bridge with one switch and the GPUs on it, by bus numbers. Which ports of the switch they hang on is made up."""
+    ports = tuple(
+        At(f"{fan}:{port:02x}.0", PEX89000, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
+        for port, gpu in enumerate(gpus)
+    )
+    return RootBus(
+        name=f"pci0000:{root}",
+        numa_node=numa_node,
+        functions=(
+            At(f"{root}:00.0", GENOA_HOST_BRIDGE),
+            At(f"{root}:01.1", GENOA_ROOT_PORT, (At(f"{switch}:00.0", PEX89000, ports),)),
+        ),
+    )
+
+
+def _slots(numa_node: int, root: str, *gpus: str, model: Model) -> RootBus:
+    """A host bridge with a root port for each GPU, by bus numbers."""
+    return RootBus(
+        name=f"pci0000:{root}",
+        numa_node=numa_node,
+        functions=(
+            At(f"{root}:00.0", GENOA_HOST_BRIDGE),
+            *(
+                At(f"{root}:01.{port}", GENOA_ROOT_PORT, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
+                for port, gpu in enumerate(gpus, start=1)
+            ),
+        ),
+    )
+
+
+_TWO_EPYCS = (NumaNode(number=0, cpulist="0-63,128-191"), NumaNode(number=1, cpulist="64-127,192-255"))
+
+_RTX_PRO_6000 = Preset(
+    summary="8 RTX PRO 6000 over two sockets, two on each PCIe switch; kernel with VFIO cdevs",
+    kernel=replace(WITH_CDEVS, iommu="ivhd0"),
+    nodes=_TWO_EPYCS,
+    buses=(
+        _switched(0, "10", "11", "12", "16", "17", model=RTX_PRO_6000),
+        _switched(0, "70", "71", "72", "75", "76", model=RTX_PRO_6000),
+        _switched(1, "80", "81", "82", "84", "85", model=RTX_PRO_6000),
+        _switched(1, "f0", "f1", "f2", "f4", "f5", model=RTX_PRO_6000),
+    ),
+)
+
+_UNEVEN = Preset(
+    summary="made up: 8 L40S, 3 on one socket and 5 on the other, in slots and on switches; kernel with VFIO cdevs",
+    kernel=replace(WITH_CDEVS, iommu="ivhd0"),
+    nodes=_TWO_EPYCS,
+    buses=(
+        _slots(0, "20", "21", "22", model=L40S),
+        _slots(0, "40", "41", model=L40S),
+        _switched(1, "a0", "a1", "a2", "a3", "a4", "a5", model=L40S),
+        _slots(1, "c0", "c1", "c2", model=L40S),
     ),
 )
 
@@ -374,6 +458,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             summary="the same DGX H100 on a kernel without VFIO cdevs: devices are IOMMU groups",
             kernel=GROUPS_ONLY,
         ),
+        "rtx-pro-6000": _RTX_PRO_6000,
+        "uneven": _UNEVEN,
         "workstation": _WORKSTATION,
         "gh200": _GH200,
         "empty": _EMPTY,

@@ -25,7 +25,12 @@ _CLASS = re.compile(r"[A-Za-z]([A-Za-z0-9_-]*[A-Za-z0-9])?")
 """A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot."""
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 """A DNS subdomain in lower case (IsDNS1123Subdomain)."""
-_DOMAIN_LENGTH = 253
+_QUOTA = "requests."
+"""What the kubelet puts before a resource name to see whether a quota could name it (IsExtendedResourceName)."""
+_DOMAIN_LENGTH = 253 - len(_QUOTA)
+"""Longest domain: a DNS subdomain has 253 characters, and a quota's name of the resource must fit too."""
+_CDI_FILE_BYTES = 200
+"""Longest name of a CDI spec: a file name has 255 bytes at most, and it is written under a longer one first."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,16 @@ def check_alias(alias: str) -> None:
 def check_resource_name(resource: str) -> None:
     """Raises ValueError, saying what is allowed, unless `resource` is a `domain/name` for the kubelet and for CDI."""
     domain, separator, name = resource.partition("/")
-    if not separator or len(domain) > _DOMAIN_LENGTH or not _DOMAIN.fullmatch(domain):
+    if len(domain) > _DOMAIN_LENGTH:
+        raise ValueError(f"{resource!r}: a domain of {len(domain)} characters: allowed are at most {_DOMAIN_LENGTH}")
+    if not separator or not _DOMAIN.fullmatch(domain):
         raise ValueError(f"{resource!r} is not domain/name with a domain in lower case, such as 'example.com/gpu'")
     if not domain[0].isalpha():
         raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter")
     if "kubernetes.io" in domain:  # IsNativeResource in k8s.io/kubernetes/pkg/apis/core/v1/helper
         raise ValueError(f"{resource!r}: names with kubernetes.io in them belong to Kubernetes")
+    if domain.startswith(_QUOTA):  # DefaultResourceRequestsPrefix in k8s.io/api/core/v1
+        raise ValueError(f"{resource!r}: a domain that begins with {_QUOTA!r} is a quota's for Kubernetes")
     check_alias(name)
 
 
@@ -109,17 +118,27 @@ def socket_name(resource: str, *, max_bytes: int) -> str:
     """File name of a resource's socket: `sandbox-pgpu.sock`, with the domain in it where that is not nvidia.com.
 
     A name over `max_bytes` is shortened, with a digest of the whole in it, so that it is still unique; so is one whose
-    domain has no dot, which could be a name of nvidia.com's.
+    domain has no dot, which could be a name of nvidia.com's. The digest stays whole: under 18 bytes the name is longer
+    than `max_bytes`, and no socket can be bound to it.
     """
     domain, _, name = resource.partition("/")
     stem = f"sandbox-{name}" if domain == "nvidia.com" else f"sandbox-{domain}-{name}"
-    if "." in domain and len(stem) + len(".sock") <= max_bytes:
-        return f"{stem}.sock"
-    digest = hashlib.sha256(resource.encode()).hexdigest()[:12]
-    room = max(0, max_bytes - len(f"-{digest}.sock"))
-    return f"{stem[:room]}-{digest}.sock"
+    return _file_name(stem, ".sock", resource, max_bytes, clear="." in domain and _ends_clearly(domain))
 
 
 def cdi_file_name(resource: str) -> str:
-    """File name of a resource's CDI spec, e.g. `nvidia.com-pgpu.yaml`."""
-    return f"{resource.replace('/', '-', 1)}.yaml"
+    """File name of a resource's CDI spec, e.g. `nvidia.com-pgpu.yaml`; shortened as a socket's where it must be."""
+    stem, domain = resource.replace("/", "-", 1), resource.partition("/")[0]
+    return _file_name(stem, ".yaml", resource, _CDI_FILE_BYTES, clear=_ends_clearly(domain))
+
+
+def _ends_clearly(domain: str) -> bool:
+    """Whether `<domain>-<name>` tells where the domain ends: `a.b-c/d` and `a.b/c-d` look the same."""
+    return "-" not in domain.rpartition(".")[2]
+
+
+def _file_name(stem: str, ending: str, resource: str, max_bytes: int, *, clear: bool) -> str:
+    if clear and len(stem) + len(ending) <= max_bytes:
+        return stem + ending
+    suffix = f"-{hashlib.sha256(resource.encode()).hexdigest()[:12]}{ending}"
+    return stem[: max(0, max_bytes - len(suffix))] + suffix

@@ -1,0 +1,191 @@
+"""sandbox_plugin/api: it is what protos/ give, and it says on the wire what google.protobuf says."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import betterproto
+import pytest
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandbox_plugin.api import v1, v1beta1
+from tests.wire import load_wire
+
+ROOT = Path(__file__).resolve().parent.parent
+WIRE = load_wire()
+APIS = {"deviceplugin": v1beta1, "podresources": v1}
+MESSAGES = [(api, name) for api in APIS for name in sorted(getattr(WIRE, api).DESCRIPTOR.message_types_by_name)]
+RANGES = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
+}
+
+
+def generate(root: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(root / "scripts/generate-api.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=50)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The generator, its protos and what it made, to be broken at will."""
+    root = tmp_path / "check out"
+    (root / "scripts").mkdir(parents=True)
+    shutil.copy(ROOT / "scripts/generate-api.py", root / "scripts")
+    shutil.copytree(ROOT / "protos", root / "protos")
+    shutil.copytree(ROOT / "sandbox_plugin/api", root / "sandbox_plugin/api", ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_api_is_up_to_date_from_whatever_folder_one_asks(tmp_path: Path) -> None:
+    (tmp_path / "betterproto").mkdir()  # a package of that name where one stands must not count
+    (tmp_path / "betterproto/__init__.py").touch()
+    done = generate(ROOT, "--check", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_check_shows_what_differs_and_changes_nothing(checkout: Path) -> None:
+    module = checkout / "sandbox_plugin/api/v1.py"
+    module.write_text(module.read_text().replace("string_field(1)", "string_field(9)", 1))
+    (checkout / "sandbox_plugin/api/v1alpha.py").write_text("left = 'over'\n")
+    before = contents(checkout)
+    done = generate(checkout, "--check", cwd=checkout)
+    assert done.returncode == 1
+    assert {"--- committed/v1.py", "--- committed/v1alpha.py"} <= set(done.stdout.splitlines())
+    assert any(line.startswith("-") and "string_field(9)" in line for line in done.stdout.splitlines())
+    assert contents(checkout) == before
+
+
+def test_a_generation_mends_what_differs_and_removes_what_no_proto_gives(checkout: Path) -> None:
+    before = contents(checkout)
+    (checkout / "sandbox_plugin/api/v1.py").write_text("")
+    (checkout / "sandbox_plugin/api/v1alpha.py").write_text("left = 'over'\n")
+    assert generate(checkout, cwd=checkout).returncode == 0
+    assert contents(checkout) == before
+
+
+def test_a_broken_proto_is_named_with_its_line_and_nothing_is_generated(checkout: Path) -> None:
+    proto = checkout / "protos/podresources/v1/api.proto"
+    proto.write_text(proto.read_text() + "message {\n")
+    before = contents(checkout)
+    done = generate(checkout, cwd=checkout)
+    assert done.returncode == 1
+    assert "podresources/v1/api.proto:" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(checkout) == before
+
+
+@pytest.mark.parametrize(("api", "name"), MESSAGES)
+def test_both_implementations_know_the_same_fields(api: str, name: str) -> None:
+    theirs = getattr(WIRE, api).DESCRIPTOR.message_types_by_name[name]
+    ours = our_class(api, name)()._betterproto.sorted_field_names
+    assert len(ours) == len(theirs.fields)
+    assert [meta.number for _, meta in fields_of(ours_of := our_class(api, name))] == sorted(
+        field.number for field in theirs.fields
+    ), ours_of
+
+
+@pytest.mark.parametrize(("api", "service"), [(api, s) for api in APIS for s in getattr(WIRE, api).DESCRIPTOR.services_by_name])
+def test_the_servers_answer_to_the_paths_that_the_protos_name(api: str, service: str) -> None:
+    descriptor = getattr(WIRE, api).DESCRIPTOR.services_by_name[service]
+    server = getattr(APIS[api], f"{service}Base")()
+    expected = {f"/{descriptor.full_name}/{method.name}": method.server_streaming for method in descriptor.methods}
+    handlers = server.__mapping__()
+    assert {path: handler.cardinality.server_streaming for path, handler in handlers.items()} == expected
+
+
+def test_numa_node_0_stays_on_the_wire() -> None:
+    device = v1beta1.Device(id="7", health="Healthy", topology=v1beta1.TopologyInfo(nodes=[v1beta1.NumaNode(id=0)]))
+    seen = WIRE.deviceplugin.Device.FromString(bytes(device))
+    assert seen.HasField("topology")
+    assert [node.ID for node in seen.topology.nodes] == [0]
+
+
+def test_a_device_without_a_topology_sets_none() -> None:
+    seen = WIRE.deviceplugin.Device.FromString(bytes(v1beta1.Device(id="7", health="Healthy")))
+    assert not seen.HasField("topology")
+    back = v1beta1.Device().parse(WIRE.deviceplugin.Device(ID="7", health="Healthy").SerializeToString())
+    assert not betterproto.serialized_on_wire(back.topology)
+
+
+def test_the_field_that_betterproto_spells_oddly_carries_the_kubelets_ids() -> None:
+    asked = WIRE.deviceplugin.ContainerPreferredAllocationRequest(
+        available_deviceIDs=["4", "5"], must_include_deviceIDs=["5"], allocation_size=2
+    )
+    seen = v1beta1.ContainerPreferredAllocationRequest().parse(asked.SerializeToString())
+    assert seen.available_device_i_ds == ["4", "5"]
+    assert seen.must_include_device_i_ds == ["5"]
+    assert seen.allocation_size == 2
+
+
+def test_a_claim_without_a_share_and_one_with_an_empty_share_differ() -> None:
+    assert not WIRE.podresources.ClaimResource.FromString(bytes(v1.ClaimResource())).HasField("share_id")
+    assert WIRE.podresources.ClaimResource.FromString(bytes(v1.ClaimResource(share_id=""))).HasField("share_id")
+
+
+@pytest.mark.parametrize(("api", "name"), MESSAGES)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_whatever_google_protobuf_says_comes_back_unchanged_through_ours(
+    api: str, name: str, data: st.DataObject
+) -> None:
+    descriptor = getattr(WIRE, api).DESCRIPTOR.message_types_by_name[name]
+    said = data.draw(messages(descriptor))
+    ours = our_class(api, name)().parse(said.SerializeToString())
+    assert not unknown_fields(ours)
+    assert type(said).FromString(bytes(ours)) == said
+
+
+def our_class(api: str, name: str) -> type[betterproto.Message]:
+    """betterproto's class of a message: it writes NUMANode as NumaNode."""
+    found = {attribute.lower(): value for attribute, value in vars(APIS[api]).items() if isinstance(value, type)}
+    cls: type[betterproto.Message] = found[name.lower()]
+    return cls
+
+
+def fields_of(cls: type[betterproto.Message]) -> list[tuple[str, betterproto.FieldMetadata]]:
+    metadata = cls()._betterproto.meta_by_field_name
+    return sorted(metadata.items(), key=lambda item: item[1].number)
+
+
+def unknown_fields(message: betterproto.Message) -> Iterator[bytes]:
+    yield from filter(None, [message._unknown_fields])
+
+
+def messages(descriptor: Descriptor) -> st.SearchStrategy[Any]:
+    """Messages of google.protobuf, each field set or not."""
+    cls = message_factory.GetMessageClass(descriptor)
+    fields = {field.name: values(field) for field in descriptor.fields}
+    return st.fixed_dictionaries({}, optional=fields).map(lambda chosen: cls(**chosen))
+
+
+def values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    entry = field.message_type
+    if entry is not None and entry.GetOptions().map_entry:
+        return st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
+    one = single(field)
+    return st.lists(one, max_size=3) if field.is_repeated else one
+
+
+def single(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+    if field.message_type is not None:
+        return messages(field.message_type)
+    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+        return st.booleans()
+    if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+        return st.text(max_size=8)
+    low, high = RANGES[field.cpp_type]
+    return st.integers(low, high)
