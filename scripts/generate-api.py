@@ -51,7 +51,7 @@ def generate(folder: Path) -> dict[str, str]:
     sources = sorted(str(path.relative_to(PROTOS)) for path in PROTOS.rglob("*.proto"))
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTOS}", f"--python_betterproto_out={folder}", *sources]
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    # The plugin sorts imports by which packages lie in the folder it runs in: so it runs in one that holds none.
+    # `python -m` looks for modules in the folder it runs in first: so it runs in one that holds none.
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env={**os.environ, "PATH": tools})
     modules = {path.parent.name: path for path in sorted(folder.glob("*/__init__.py"))}
     return {"__init__.py": DOCSTRING} | {f"{package}.py": path.read_text() for package, path in modules.items()}

@@ -24,7 +24,7 @@ from sandbox_plugin import __version__
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LOCKS = ["requirements/build.txt", "requirements/runtime.txt", "requirements/dev.txt"]
+LOCKS = [f"requirements/{name}.txt" for name in ("build", "runtime", "dev", "fuzz")]
 
 Lock = dict[str, tuple[str, frozenset[str]]]
 
@@ -54,10 +54,11 @@ def test_a_lock_has_a_hash_for_every_package_and_names_no_place_to_get_it_from(p
     assert not re.search(r"^\s*-", re.sub(r"^\s*--hash=.*", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
 
 
-def test_the_tools_lock_holds_the_same_releases_as_the_programs_locks() -> None:
-    tools = read_lock("requirements/dev.txt")
-    for path in ("requirements/build.txt", "requirements/runtime.txt"):
-        assert read_lock(path).items() <= tools.items(), path
+@pytest.mark.parametrize(
+    ("held", "holder"), [("build", "dev"), ("runtime", "dev"), ("runtime", "fuzz")], ids=lambda name: name
+)
+def test_no_two_locks_hold_different_releases_of_the_program(held: str, holder: str) -> None:
+    assert read_lock(f"requirements/{held}.txt").items() <= read_lock(f"requirements/{holder}.txt").items()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +67,7 @@ def test_the_tools_lock_holds_the_same_releases_as_the_programs_locks() -> None:
         ("requirements/build.txt", PROJECT["build-system"]["requires"]),
         ("requirements/runtime.txt", PROJECT["project"]["dependencies"]),
         ("requirements/dev.txt", PROJECT["project"]["optional-dependencies"]["dev"]),
+        ("requirements/fuzz.txt", PROJECT["project"]["optional-dependencies"]["fuzz"]),
     ],
 )
 def test_a_lock_is_not_older_than_what_pyproject_asks_for(path: str, wanted: list[str]) -> None:
@@ -92,11 +94,9 @@ def test_the_wheel_holds_the_program_its_data_and_its_licence_and_nothing_else(t
         entry_points = archive.read(f"{information}/entry_points.txt").decode()
     assert "sandbox-plugin = sandbox_plugin.cli.main:main" in entry_points
     assert f"{information}/licenses/LICENSE" in names
-    sources = {
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "sandbox_plugin").rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    }
+    files = [path.relative_to(ROOT) for path in (ROOT / "sandbox_plugin").rglob("*") if path.is_file()]
+    left_behind = {path for path in files if path.suffix == ".pyc" or any(p.startswith(".") for p in path.parts)}
+    sources = {str(path) for path in files if path not in left_behind}
     assert {"sandbox_plugin/py.typed", "sandbox_plugin/__main__.py"} <= sources
     assert any(name.startswith("sandbox_plugin/inventory/") and name.endswith(".tsv") for name in sources)
     assert {name for name in names if not name.startswith(information)} == sources

@@ -23,14 +23,16 @@ class Truth:
         self._known: set[tuple[str, str]] = set()
 
     def read(self) -> View:
-        present = self._present()
+        """The view now, of everything that was ever there when this was called."""
+        present = self.present()
         self._known |= {(resource, number) for resource, devices in present.items() for number in devices}
         view: View = {}
         for resource, number in self._known:
             view.setdefault(resource, {})[number] = present.get(resource, {}).get(number, UNHEALTHY)
         return view
 
-    def _present(self) -> View:
+    def present(self) -> View:
+        """What is bound to a vfio driver now."""
         view: View = {}
         for link in sorted((self._root / "sys/bus/pci/devices").iterdir()):
             folder = link.resolve()

@@ -326,7 +326,7 @@ _HGX_H100 = Preset(
 
 
 def _switched(numa_node: int, root: str, switch: str, fan: str, *gpus: str, model: Model) -> RootBus:
-    """A host bridge with one switch and the GPUs on it, by bus numbers. Which ports of the switch they hang on is made up."""
+    """A host bridge with one switch and the GPUs on it, by bus numbers. Which of its ports lead to them is made up."""
     ports = tuple(
         At(f"{fan}:{port:02x}.0", PEX89000, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
         for port, gpu in enumerate(gpus)

@@ -89,6 +89,7 @@ def _choose(
         count=len(ids),
         size=size - (len(usable) - len(ids)),
         weights=_weights(len(ids), policy),
+        pairs=list(accumulate(range(len(ids)), initial=0)),
     )
     taken = search.best(members)
     return [i for i, member in zip(ids, members, strict=True) if member.bit & taken]
@@ -151,6 +152,8 @@ class _Search:
     count: int
     size: int
     weights: _Weights
+    pairs: Sequence[int]
+    """How many pairs there are of so many devices, up to all of them."""
 
     def best(self, members: Sequence[_Member]) -> int:
         """The number of the best set. The members are in the order of their IDs."""
@@ -188,15 +191,15 @@ class _Search:
         """
         step = members[0].place[depth]
         total, forced, first, costs = self._inside(members, depth + 1, step.level)
-        numbers = range(first, first + len(costs))
         if step.group:
             split, stranded = self.weights.split, self.weights.stranded
-            own = [split + (total - n) * stranded if 0 < n < total else 0 for n in numbers]
+            whole = [c + split + (total - n) * stranded if 0 < n < total else c for n, c in enumerate(costs, first)]
         else:
             near = self.weights.near[step.level] - self.weights.near[outer]
             left = self.weights.left[step.level] - self.weights.left[outer]
-            own = [near * _pairs(n) + left * _pairs(total - n) for n in numbers]
-        return _Table(total, forced, first, list(map(add, costs, own)))
+            pairs = self.pairs
+            whole = [c + near * pairs[n] + left * pairs[total - n] for n, c in enumerate(costs, first)]
+        return _Table(total, forced, first, whole)
 
     def _alike(self, members: Sequence[_Member]) -> _Table:
         """Devices that differ in nothing but their number: those that must be taken first, then the lowest."""
@@ -221,13 +224,14 @@ class _Search:
 def _merge_exactly(one: _Table, other: _Table, wanted: range) -> list[int]:
     """For each number the least of all sums: of the first part so many, of the other the rest."""
     costs, rests = one.costs, other.costs[::-1]
-    first, stop = one.first, one.first + len(costs)
-    most = other.first + len(rests) - 1
+    end, span = len(costs), len(rests)
     merged = []
-    for number in wanted:
-        low, high = max(first, number - most), min(stop, number - other.first + 1)
-        shift = most - number  # where in `rests` the rest for none of the first part would be
-        merged.append(min(map(add, costs[low - first : high - first], rests[low + shift : high + shift])))
+    # `more` devices beyond the first costs of both: costs[n] goes with that of the other part for `more - n`.
+    for more in range(wanted.start - one.first - other.first, wanted.stop - one.first - other.first):
+        low, high = more + 1 - span, more + 1
+        skip = -low
+        low, high = low if low > 0 else 0, high if high < end else end
+        merged.append(min(map(add, costs[low:high], rests[low + skip : high + skip])))
     return merged
 
 
@@ -239,21 +243,15 @@ def _merge_roughly(one: _Table, other: _Table, wanted: range) -> list[int]:
     among the first two.
     """
     costs, rests = one.costs, other.costs
-    first, last = one.first, one.first + len(costs) - 1
-    most = other.first + len(rests) - 1
-    at = -other.first - first  # of `number` devices, `here + first` from the first part: rests[number - here + at]
-    start = range(max(0, wanted.start - most - first), min(last, wanted.start - other.first) - first + 1)
-    greedy = min(start, key=lambda here: costs[here] + rests[wanted.start - here + at])
+    end, span = len(costs) - 1, len(rests) - 1
+    start = wanted.start - one.first - other.first
+    greedy = min(range(max(0, start - span), min(end, start) + 1), key=lambda n: costs[n] + rests[start - n])
     merged = []
-    for number in wanted:
-        low, high, rest = max(0, number - most - first), min(last, number - other.first) - first, number + at
-        greedy = max(greedy, low)
-        taken = costs[greedy] + rests[rest - greedy]
-        if greedy < high and (further := costs[greedy + 1] + rests[rest - greedy - 1]) < taken:
+    for more in range(start, start + len(wanted)):
+        low, high = more - span if more > span else 0, more if more < end else end
+        greedy = greedy if greedy > low else low
+        taken = costs[greedy] + rests[more - greedy]
+        if greedy < high and (further := costs[greedy + 1] + rests[more - greedy - 1]) < taken:
             greedy, taken = greedy + 1, further
-        merged.append(min(costs[low] + rests[rest - low], costs[high] + rests[rest - high], taken))
+        merged.append(min(costs[low] + rests[more - low], costs[high] + rests[more - high], taken))
     return merged
-
-
-def _pairs(count: int) -> int:
-    return count * (count - 1) // 2

@@ -165,5 +165,7 @@ def _common(places: Sequence[Place]) -> Place:
         return places[0] if places else ()
     # What the least and the greatest begin with, all that are sorted between them begin with.
     first, last = min(places), max(places)
+    if first == last:
+        return first
     depth = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
     return first[:depth]

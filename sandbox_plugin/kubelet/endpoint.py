@@ -203,7 +203,7 @@ class Endpoint:
         channel = Channel(path=str(self.kubelet_dir / KUBELET_SOCKET))
         try:
             async with asyncio.TaskGroup() as group:
-                call = group.create_task(_outcome(v1beta1.RegistrationStub(channel).register(request)))
+                call = group.create_task(_outcome(channel, request))
                 call.add_done_callback(lambda _: self._bell.set())
                 await self._wait(
                     lambda: call.done() or self._kubelet() != kubelet or sockets.identity(self.path) != own,
@@ -274,10 +274,10 @@ class Endpoint:
         self._trouble = why
 
 
-async def _outcome(register: Awaitable[object]) -> str | None:
-    """Why a Register call failed, in words; None when it did not."""
+async def _outcome(channel: Channel, request: v1beta1.RegisterRequest) -> str | None:
+    """Makes a Register call. Returns why it failed, in words; None when it did not."""
     try:
-        await register
+        await v1beta1.RegistrationStub(channel).register(request)
     except GRPCError as error:
         return f"the kubelet answered {error.status.name}: {error.message}"
     except (OSError, StreamTerminatedError) as error:

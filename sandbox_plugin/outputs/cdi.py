@@ -16,9 +16,10 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import aiofiles
 import aiofiles.os
@@ -36,6 +37,8 @@ _TEMPORARY = ".sandbox-plugin.tmp"
 """Not .yaml and not .json: readers of the folder do not look at it."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_T = TypeVar("_T")
 
 
 def render_specs(inventory: Inventory) -> dict[str, str]:
@@ -125,7 +128,7 @@ class CdiWriter:
         """Makes the file what is wanted. When it fails, `_seen` has what stands there all the same."""
         file = self.folder / cdi_file_name(resource)
         try:
-            found = await _content(file)
+            found = await _to_its_end(_content(file))
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # those say nothing about the file
                 self._seen.pop(resource, None)
@@ -138,7 +141,7 @@ class CdiWriter:
             del self._seen[resource]
         self._explain(resource, file, found, before)
         await aiofiles.os.makedirs(self.folder, exist_ok=True)
-        await _replace(file, wanted.text)
+        await _to_its_end(_replace(file, wanted.text))
         self._seen[resource] = wanted
         log.info("cdi spec written", resource=resource, path=str(file))
 
@@ -172,7 +175,8 @@ class CdiWriter:
         for name in sorted(set(names) - wanted):
             file = self.folder / name
             try:
-                if name.endswith(".yaml") and self._is_stale(name, await _content(file) or b""):
+                content = await _to_its_end(_content(file)) if name.endswith(".yaml") else None
+                if content is not None and self._is_stale(name, content):
                     await aiofiles.os.unlink(file)
                     log.info("stale cdi spec removed", path=str(file))
             except OSError as error:
@@ -195,7 +199,19 @@ def _kind(content: bytes) -> str | None:
     return match[1].decode("utf-8", "replace") if match else None
 
 
+async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Lets file work end although the caller is cancelled meanwhile: a thread that is in it cannot be stopped anyway,
+    and what it opens must be closed."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
 async def _content(file: Path) -> bytes | None:
+    """What stands in the file; None if there is none."""
     try:
         async with aiofiles.open(file, "rb") as opened:
             return await opened.read(1 << 20)

@@ -1,0 +1,269 @@
+#!/usr/bin/env python3
+"""What allocation policies do to a busy node over time: VMs come and go, and each policy replays the same ones.
+
+    scripts/simulate-allocation.py                                   the figures, as Markdown tables
+    scripts/simulate-allocation.py --svg docs/topology.svg           the plot too
+
+VMs of 1, 2, 4 and 8 GPUs arrive at random and stay for a random time (both exponential). One that finds too few free
+GPUs goes to another node, which no policy can change: whether it fits depends on how many are free, not on which. So
+all policies serve the same VMs at the same times, and differ only in the GPUs that they give them:
+
+    packed, spread   GetPreferredAllocation's answer, from the daemon's own function
+    lowest           the kubelet without preferred allocation, as if it took the lowest free number
+    random           the kubelet without preferred allocation as it is: any free GPUs
+
+The same arguments give the same figures. The nodes are presets of the fake node, read as the daemon reads a host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from random import Random
+from statistics import fmean
+from xml.sax.saxutils import escape
+
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.scan import scan_now
+from sandbox_plugin.inventory.advance import Inventory, Signals, advance
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.topology import matrix
+from sandbox_plugin.model import Device
+from sandbox_plugin.settings import Policy, Settings
+
+NODES = ("hgx-h100", "rtx-pro-6000", "uneven")
+LOADS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)
+"""GPUs that the VMs ask for on average, if all of them fitted, as a share of the node's."""
+TABLE_LOAD = 0.8
+MIX = {1: 0.4, 2: 0.3, 4: 0.25, 8: 0.05}
+"""VM size -> its share of the arrivals."""
+POLICIES = ("packed", "spread", "lowest", "random")
+
+ARRIVALS, SEED = 20_000, 1
+
+Choose = Callable[[tuple[str, ...], int, Random], tuple[str, ...]]
+"""From the free IDs, in order, a VM's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """One VM that found enough free GPUs. Times are in mean stays."""
+
+    arrives: float
+    leaves: float
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the VMs of one replay fared."""
+
+    distance: float
+    """Mean over the VMs of 2 and 4 GPUs of the mean distance between their GPUs (8 GPUs are the whole node)."""
+    found_node: float
+    """Share of 4-GPU VMs that came when four GPUs of one NUMA node were free."""
+    on_one_node: float
+    """Share of 4-GPU VMs that got all four on one NUMA node."""
+
+
+Results = Mapping[tuple[str, float, str], Outcome]
+"""By preset, load and policy."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--arrivals", type=int, default=ARRIVALS, help="VMs that come in each replay")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--svg", type=Path, help="also draw the plot into this file")
+    args = parser.parse_args()
+    results = simulate(LOADS, args.arrivals, args.seed)
+    print(tables(results))
+    if args.svg:
+        args.svg.write_text(plot(results))
+
+
+def simulate(loads: Sequence[float] = (TABLE_LOAD,), count: int = ARRIVALS, seed: int = SEED) -> Results:
+    """Each load of each node anew, so that its figures do not depend on which others are asked for."""
+    results = {}
+    for preset in NODES:
+        devices = gpus_of(preset)
+        for load in loads:
+            vms = arrivals(len(devices), load, count, Random(f"{seed} {preset} {load}"))
+            for policy in POLICIES:
+                results[preset, load, policy] = replay(devices, vms, policy, Random(seed))
+    return results
+
+
+def gpus_of(preset: str) -> dict[str, Device]:
+    """The GPUs of a preset as the daemon would list them, in the order of their IDs."""
+    with tempfile.TemporaryDirectory() as folder:
+        FakeNode.create(Path(folder) / "node", preset)
+        facts = scan_now(HostPaths(Path(folder) / "node"))
+    inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), Settings(), ModelNames.load())
+    return {d.id: d for d in inventory.resources["nvidia.com/pgpu"]}
+
+
+def arrivals(gpus: int, load: float, count: int, random: Random) -> list[Vm]:
+    """The VMs that fit, of so many that come."""
+    per_stay = load * gpus / sum(size * share for size, share in MIX.items())
+    now, free, leaving, served = 0.0, gpus, list[tuple[float, int]](), []
+    for _ in range(count):
+        now += random.expovariate(per_stay)
+        while leaving and leaving[0][0] <= now:
+            free += heapq.heappop(leaving)[1]
+        size = random.choices(list(MIX), list(MIX.values()))[0]
+        leaves = now + random.expovariate(1)
+        if size <= free:
+            free -= size
+            heapq.heappush(leaving, (leaves, size))
+            served.append(Vm(now, leaves, size))
+    return served
+
+
+def replay(devices: Mapping[str, Device], vms: Sequence[Vm], policy: str, random: Random) -> Outcome:
+    """The same VMs, served by one policy."""
+    choose = chooser(devices, policy)
+    apart = pair_distances(devices)
+    order = {device_id: n for n, device_id in enumerate(devices)}
+    free = set(devices)
+    leaving: list[tuple[float, tuple[str, ...]]] = []
+    distances, found_node, on_one_node = [], [], []
+    for vm in vms:
+        while leaving and leaving[0][0] <= vm.arrives:
+            free.update(heapq.heappop(leaving)[1])
+        chosen = choose(tuple(sorted(free, key=order.__getitem__)), vm.size, random)
+        if vm.size in (2, 4):
+            distances.append(fmean(apart[a, b] for a, b in combinations(sorted(chosen, key=order.__getitem__), 2)))
+        if vm.size == 4:
+            found_node.append(most_on_one_node(devices, free) >= 4)
+            on_one_node.append(most_on_one_node(devices, chosen) == 4)
+        free.difference_update(chosen)
+        heapq.heappush(leaving, (vm.leaves, chosen))
+    return Outcome(fmean(distances), fmean(found_node), fmean(on_one_node))
+
+
+def chooser(devices: Mapping[str, Device], policy: str) -> Choose:
+    if policy == "lowest":
+        return lambda free, size, random: free[:size]
+    if policy == "random":
+        return lambda free, size, random: tuple(random.sample(free, size))
+
+    @cache
+    def preferred(free: tuple[str, ...], size: int) -> tuple[str, ...]:
+        return prefer(devices, available=free, must_include=(), size=size, policy=Policy(policy))
+
+    return lambda free, size, random: preferred(free, size)
+
+
+def pair_distances(devices: Mapping[str, Device]) -> dict[tuple[str, str], int]:
+    rows = zip(devices, matrix(list(devices.values())), strict=True)
+    return {(a, b): int(link) for a, row in rows for b, link in zip(devices, row, strict=True) if link is not None}
+
+
+def most_on_one_node(devices: Mapping[str, Device], ids: Sequence[str] | set[str]) -> int:
+    nodes = [devices[i].numa_nodes for i in ids]
+    return max((nodes.count(node) for node in nodes), default=0)
+
+
+def tables(results: Results) -> str:
+    """The figures at one load, as Markdown."""
+    lines = []
+    for preset in NODES:
+        lines += [
+            f"| `{preset}` at load {TABLE_LOAD:g} | mean distance | four free on one node | and got |",
+            "|---|---|---|---|",
+        ]
+        for policy in POLICIES:
+            outcome = results[preset, TABLE_LOAD, policy]
+            shares = f"{outcome.found_node:.1%} | {outcome.on_one_node:.1%}"
+            lines.append(f"| {policy} | {outcome.distance:.2f} | {shares} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# The plot: for each node two charts over the load. Written by hand, so that it needs no library.
+
+COLOURS = {"packed": "#0b7a4b", "spread": "#b5520a", "lowest": "#3a62b8", "random": "#8a8f98"}
+WIDTH, HEIGHT = 880, 772
+PLOT_WIDTH, PLOT_HEIGHT = 340, 150
+LEFT, TOP, COLUMN, ROW = 64, 136, 428, 212
+
+
+def plot(results: Results) -> str:
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
+        'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#24292f">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+        text(24, 34, "The same VMs, placed by four policies", size=18, bold=True),
+        text(24, 55, "VMs of 1, 2, 4 and 8 GPUs come and go; x: GPUs asked for, as a share of the node's", grey=True),
+        *legend(WIDTH - 24 - 4 * 92, 29),
+        text(LEFT - 40, TOP - 42, "Mean distance inside VMs (lower is better)", bold=True),
+        text(LEFT - 40 + COLUMN, TOP - 42, "4-GPU VMs that got one NUMA node (higher is better)", bold=True),
+    ]
+    for row, preset in enumerate(NODES):
+        y = TOP + row * ROW
+        distances = {p: [results[preset, load, p].distance for load in LOADS] for p in POLICIES}
+        shares = {p: [results[preset, load, p].on_one_node for load in LOADS] for p in POLICIES}
+        parts += chart(LEFT, y, preset, distances, 1, 5, {1: "1 PIX", 2: "2 PXB", 3: "3 PHB", 4: "4 NODE", 5: "5 SYS"})
+        parts += chart(LEFT + COLUMN, y, preset, shares, 0, 1, {n / 4: f"{n * 25} %" for n in range(5)})
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def legend(x: float, y: float) -> list[str]:
+    parts = []
+    for n, policy in enumerate(POLICIES):
+        at = x + n * 92
+        parts.append(f'<path d="M{at} {y - 4}h22" stroke="{COLOURS[policy]}" stroke-width="3"/>')
+        parts.append(text(at + 28, y, policy))
+    return parts
+
+
+def chart(
+    x: float,
+    y: float,
+    title: str,
+    lines: Mapping[str, Sequence[float]],
+    low: float,
+    high: float,
+    ticks: dict[float, str],
+) -> list[str]:
+    def at_x(load: float) -> float:
+        return x + PLOT_WIDTH * (load - LOADS[0]) / (LOADS[-1] - LOADS[0])
+
+    def at_y(value: float) -> float:
+        return y + PLOT_HEIGHT * (high - value) / (high - low)
+
+    parts = []
+    for value, label in ticks.items():
+        parts.append(f'<path d="M{x} {at_y(value):.1f}h{PLOT_WIDTH}" stroke="#e3e6ea"/>')
+        parts.append(text(x - 8, at_y(value) + 4, label, anchor="end", grey=True, size=11))
+    for load in LOADS:
+        parts.append(text(at_x(load), y + PLOT_HEIGHT + 18, f"{load:.1f}", anchor="middle", grey=True, size=11))
+    parts.append(text(x - 40, y - 16, title))
+    for policy in reversed(POLICIES):
+        points = [(at_x(load), at_y(value)) for load, value in zip(LOADS, lines[policy], strict=True)]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
+        colour = COLOURS[policy]
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
+        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in points]
+    return parts
+
+
+def text(
+    x: float, y: float, words: str, *, size: int = 12, bold: bool = False, grey: bool = False, anchor: str = "start"
+) -> str:
+    style = f'font-size="{size}"' + (' font-weight="bold"' if bold else "") + (' fill="#6e7781"' if grey else "")
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {style}>{escape(words)}</text>'
+
+
+if __name__ == "__main__":
+    main()

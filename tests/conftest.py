@@ -1,0 +1,54 @@
+"""What tests of the daemon begin with, in one line each: a node, a kubelet, the daemon itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Protocol
+
+import pytest
+from daemon import Daemon, Places
+from daemon import places as make_places
+from kubelet import GrpcKubelet
+
+from sandbox_plugin.fake.node import FakeNode
+
+
+class StartDaemon(Protocol):
+    """Starts the daemon on a node. At the end of the test it must end in order, as `Daemon.close` says."""
+
+    def __call__(self, node: FakeNode | str, /, *flags: str, **environment: str) -> Daemon: ...
+
+
+@pytest.fixture
+def places() -> Iterator[Places]:
+    """Empty folders for one made-up machine."""
+    with make_places() as made:
+        yield made
+
+
+@pytest.fixture
+def fake_node(places: Places) -> Callable[[str], FakeNode]:
+    """Makes a node from a preset: `fake_node("hgx-h100")`."""
+    return places.node
+
+
+@pytest.fixture
+def absent_kubelet(places: Places) -> Iterator[GrpcKubelet]:
+    """A kubelet that has not been started, and whose folder does not exist."""
+    with GrpcKubelet(places.kubelet) as made:
+        yield made
+
+
+@pytest.fixture
+def kubelet(absent_kubelet: GrpcKubelet) -> GrpcKubelet:
+    """A running kubelet."""
+    absent_kubelet.start()
+    return absent_kubelet
+
+
+@pytest.fixture
+def daemon(places: Places, absent_kubelet: GrpcKubelet) -> Iterator[StartDaemon]:
+    """Starts the daemon on a node: `daemon(node, "--gpu-alias=", NVSWITCH_ALIAS="")`. It ends before the kubelet."""
+    with ExitStack() as stack:
+        yield lambda node, /, *flags, **environment: stack.enter_context(Daemon(places, node, *flags, **environment))

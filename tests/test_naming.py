@@ -1,0 +1,398 @@
+"""Names of models and resources, and of the files that carry them.
+
+What is valid is written down here once more, from the rules of the kubelet and of CDI and without a line of naming.py.
+"""
+
+from __future__ import annotations
+
+import gzip
+import string
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from sandbox_plugin.inventory.naming import (
+    ModelNames,
+    cdi_file_name,
+    check_alias,
+    check_resource_name,
+    clean_name,
+    socket_name,
+    type_name,
+)
+from sandbox_plugin.model import NVIDIA
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = ModelNames.load()
+LETTERS, DIGITS = set(string.ascii_letters), set(string.digits)
+LONGEST_DOMAIN = 244  # `requests.` and the domain make a DNS subdomain of at most 253 characters
+
+unhurried = settings(deadline=None)  # a busy machine is no fault of the names
+any_id = st.integers(0, 0xFFFF)
+any_name = st.text() | st.text(alphabet=string.ascii_letters + string.digits + " ._-/[]()+'", max_size=90)
+aliases = st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,61}[A-Za-z0-9]", fullmatch=True)
+labels = st.from_regex(r"[a-z]([a-z0-9-]{0,12}[a-z0-9])?", fullmatch=True)
+domains = st.lists(labels, min_size=1, max_size=4).map(".".join) | st.just("nvidia.com")
+resources = st.builds("{}/{}".format, domains, aliases)
+
+
+def is_class(name: str) -> bool:
+    """A CDI class that is a qualified name's last part too."""
+    return (
+        0 < len(name) <= 63
+        and name[0] in LETTERS
+        and name[-1] in LETTERS | DIGITS
+        and set(name) <= LETTERS | DIGITS | {"-", "_"}
+    )
+
+
+def is_domain(domain: str) -> bool:
+    """A CDI vendor that is a DNS subdomain too, and which the kubelet lets plugins use."""
+    inner = set(string.ascii_lowercase) | DIGITS
+    return (
+        len(domain) <= LONGEST_DOMAIN
+        and domain[:1] in LETTERS
+        and "kubernetes.io" not in domain
+        and not domain.startswith("requests.")
+        and all(
+            0 < len(label) <= 63 and set(label) <= inner | {"-"} and {label[0], label[-1]} <= inner
+            for label in domain.split(".")
+        )
+    )
+
+
+def by_the_rule(name: str) -> str:
+    """The reference's name of a model in ASCII, valid or not: character by character, white space in a row as one."""
+    written = ""
+    space = False
+    for character in name.upper():
+        if character.isspace():
+            written += "" if space else "_"
+        elif character in "/.":
+            written += "_"
+        elif character in LETTERS | DIGITS | {"_"}:
+            written += character
+        space = character.isspace()
+    return written
+
+
+def accepts(check: Callable[[str], None], value: str) -> bool:
+    try:
+        check(value)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        (0x2330, "GH100_H100_SXM5_80GB"),
+        (0x2335, "GH100_H200_SXM_141GB"),
+        (0x2901, "GB100_B200"),
+        (0x22A3, "GH100_H100_NVSWITCH"),
+        (0x20B5, "GA100_A100_PCIE_80GB"),
+        (0x2342, "GH100_GH200_120GB___480GB"),
+        (0x1B38, "GP102GL_TESLA_P40"),
+    ],
+)
+def test_a_model_is_named_as_the_reference_names_it(device: int, name: str) -> None:
+    assert NAMES.resource_name(NVIDIA, device) == name
+
+
+def test_white_space_in_a_row_becomes_one_underscore_and_a_slash_between_blanks_three() -> None:
+    assert clean_name("GX100  [Two \t Blanks]", 0x2FFF) == "GX100_TWO_BLANKS"
+    assert clean_name("GX100 / GX200", 0x2FFF) == "GX100___GX200"
+
+
+def test_ids_that_are_sold_under_one_name_share_a_resource() -> None:
+    assert NAMES.resource_name(NVIDIA, 0x20B1) == NAMES.resource_name(NVIDIA, 0x20F1) == "GA100_A100_PCIE_40GB"
+
+
+def test_people_see_the_name_as_pci_ids_has_it() -> None:
+    assert NAMES.describe(NVIDIA, 0x2330) == "GH100 [H100 SXM5 80GB]"
+    assert NAMES.describe(NVIDIA, 0xFFFF) == "unknown model 10de:ffff"
+
+
+def test_the_table_says_its_version_its_date_and_its_licence() -> None:
+    table = (ROOT / "sandbox_plugin/inventory/pci_names.tsv").read_text(encoding="utf-8")
+    head = [line for line in table.splitlines() if line.startswith("#")]
+    assert head[0].startswith("# pci.ids 20")
+    assert "(20" in head[0]
+    assert "GNU General Public License" in head[1]
+    assert "3-clause BSD License" in head[2]
+
+
+def test_every_model_of_the_table_has_a_valid_name_that_is_the_rules_where_the_rules_is_valid() -> None:
+    assert len(NAMES.table) > 1900
+    for (vendor, device), name in NAMES.table.items():
+        given_name = NAMES.resource_name(vendor, device)
+        assert is_class(given_name), (device, name)
+        rule = by_the_rule(name)
+        assert given_name == rule or (not is_class(rule) and given_name.endswith(f"_{device:04X}")), (device, name)
+
+
+def test_no_two_models_of_the_table_that_the_rule_tells_apart_share_a_name() -> None:
+    rules = defaultdict(set)
+    for (vendor, device), name in NAMES.table.items():
+        rules[NAMES.resource_name(vendor, device)].add(by_the_rule(name))
+    assert {name: several for name, several in rules.items() if len(several) > 1} == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "repaired"),
+    [
+        ("3D Controller", "MODEL_3D_CONTROLLER_2FFF"),
+        ("GX100 [Sample /]", "GX100_SAMPLE_2FFF"),
+        (".9", "MODEL__9_2FFF"),
+        ("GX100 [" + "Long " * 20 + "]", "GX100_" + "LONG_" * 10 + "LO_2FFF"),
+        ("[]", "MODEL_2FFF"),
+        ("", "MODEL_2FFF"),
+    ],
+)
+def test_a_name_that_the_rule_leaves_invalid_is_repaired_and_ends_in_the_device_id(name: str, repaired: str) -> None:
+    assert ModelNames({(NVIDIA, 0x2FFF): name}).resource_name(NVIDIA, 0x2FFF) == repaired
+
+
+@unhurried
+@given(name=any_name, device=any_id)
+@example(name="ß" * 40, device=0)  # longer in capitals
+@example(name="Ω²½", device=0)  # nothing is left
+@example(name="A" * 63, device=0)
+@example(name="A" * 64, device=0)
+def test_whatever_pci_ids_may_say_the_name_is_valid_and_cleaning_it_again_changes_nothing(
+    name: str, device: int
+) -> None:
+    cleaned = clean_name(name, device)
+    assert is_class(cleaned)
+    assert clean_name(cleaned, device) == cleaned
+
+
+@unhurried
+@given(name=any_name, one=any_id, other=any_id)
+def test_two_models_whose_name_had_to_be_repaired_never_share_it(name: str, one: int, other: int) -> None:
+    assume(one != other)
+    assume(not is_class(by_the_rule(name)))
+    assume(name.isascii())
+    assert clean_name(name, one) != clean_name(name, other)
+
+
+@unhurried
+@given(vendor=any_id, device=any_id, other=any_id)
+def test_unknown_models_have_a_valid_name_each(vendor: int, device: int, other: int) -> None:
+    assume(device != other)
+    nothing = ModelNames()
+    name = nothing.resource_name(vendor, device)
+    assert is_class(name)
+    assert name == f"UNKNOWN_{vendor:04X}_{device:04X}"
+    assert name != nothing.resource_name(vendor, other)
+
+
+def test_names_of_models_are_known_again_and_others_are_not() -> None:
+    assert all(NAMES.is_resource_name(NAMES.resource_name(*model)) for model in NAMES.table)
+    assert NAMES.is_resource_name(NAMES.resource_name(NVIDIA, 0xFFFF))
+    assert not NAMES.is_resource_name("pgpu")
+    assert not NAMES.is_resource_name("UNKNOWN_10DE_FFFF\n")
+
+
+def test_a_type_of_vgpu_keeps_the_name_that_kubevirts_users_know() -> None:
+    assert type_name("GRID T4-1Q") == "GRID_T4-1Q"
+
+
+@unhurried
+@given(name=any_name)
+def test_a_type_of_vgpu_has_a_valid_name(name: str) -> None:
+    assert is_class(type_name(name))
+
+
+@unhurried
+@given(start=aliases, one=any_name, other=any_name)
+def test_types_of_vgpus_whose_names_had_to_be_cut_are_still_told_apart(start: str, one: str, other: str) -> None:
+    assume(one != other)
+    assert type_name(start + "x" * 63 + one) != type_name(start + "x" * 63 + other)
+
+
+@pytest.mark.parametrize("alias", ["pgpu", "nvswitch", "g", "H100-80_GB", "a" * 63])
+def test_an_alias_that_suits_the_kubelet_and_cdi_is_accepted(alias: str) -> None:
+    check_alias(alias)
+
+
+@pytest.mark.parametrize(
+    "alias",
+    ["", "NVIDIA GPU", "a" * 70, "a" * 64, "3g", "-g", "_g", "g-", "g_", "a.b", "a/b", "pgpu\n", "gpü", "\uff47"],
+)
+def test_any_other_alias_is_refused_in_one_line_that_says_what_is_allowed(alias: str) -> None:
+    with pytest.raises(ValueError, match="at most 63 letters, digits, `-` and `_`") as refused:
+        check_alias(alias)
+    assert "\n" not in str(refused.value)
+
+
+@unhurried
+@given(alias=any_name | aliases)
+def test_an_alias_is_accepted_exactly_if_it_is_a_cdi_class_and_a_qualified_name(alias: str) -> None:
+    assert accepts(check_alias, alias) == is_class(alias)
+
+
+@pytest.mark.parametrize(
+    ("resource", "reason"),
+    [
+        ("pgpu", "not domain/name"),
+        ("/pgpu", "not domain/name"),
+        ("NVIDIA.com/pgpu", "lower case"),
+        ("nvidia..com/pgpu", "not domain/name"),
+        ("nvidia.com-/pgpu", "not domain/name"),
+        (f"{'a' * 64}.com/pgpu", "not domain/name"),
+        ("nvidia.com/a/b", "at most 63 letters"),
+        ("nvidia.com/", "at most 63 letters"),
+        ("3com.com/nic", "begin with a letter"),
+        ("kubernetes.io/gpu", "belong to Kubernetes"),
+        ("node.kubernetes.io/gpu", "belong to Kubernetes"),
+        ("requests.nvidia.com/gpu", "quota"),
+        ("a." * 122 + "b/gpu", "at most 244"),
+    ],
+)
+def test_a_resource_name_that_the_kubelet_or_cdi_refuses_is_refused_with_the_reason(resource: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as refused:
+        check_resource_name(resource)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_longest_domain_that_the_kubelet_takes_is_taken() -> None:
+    domain = "a." * 121 + "bb"
+    assert len(domain) == LONGEST_DOMAIN
+    check_resource_name(f"{domain}/gpu")
+
+
+@unhurried
+@given(domain=domains | st.text(alphabet="a1-.A", max_size=8), name=aliases | st.text(max_size=5))
+@example(domain="requests", name="gpu")
+def test_a_resource_name_is_accepted_exactly_if_its_domain_and_its_last_part_are(domain: str, name: str) -> None:
+    assert accepts(check_resource_name, f"{domain}/{name}") == (is_domain(domain) and is_class(name))
+
+
+@pytest.mark.parametrize(
+    ("resource", "socket", "spec"),
+    [
+        ("nvidia.com/pgpu", "sandbox-pgpu.sock", "nvidia.com-pgpu.yaml"),
+        ("nvidia.com/GB100_B200", "sandbox-GB100_B200.sock", "nvidia.com-GB100_B200.yaml"),
+        ("amd.com/gpu", "sandbox-amd.com-gpu.sock", "amd.com-gpu.yaml"),
+    ],
+)
+def test_files_are_named_after_their_resource(resource: str, socket: str, spec: str) -> None:
+    assert socket_name(resource, max_bytes=80) == socket
+    assert cdi_file_name(resource) == spec
+
+
+@unhurried
+@given(resource=resources, max_bytes=st.integers(18, 107))
+def test_a_sockets_name_never_passes_its_limit(resource: str, max_bytes: int) -> None:
+    name = socket_name(resource, max_bytes=max_bytes)
+    assert len(name.encode()) <= max_bytes
+    assert name.endswith(".sock")
+    assert "/" not in name
+
+
+def test_a_socket_is_shortened_from_the_first_byte_too_many() -> None:
+    resource = "nvidia.com/" + "g" * 20
+    whole = "sandbox-" + "g" * 20 + ".sock"
+    assert socket_name(resource, max_bytes=len(whole)) == whole
+    shortened = socket_name(resource, max_bytes=len(whole) - 1)
+    assert len(shortened) == len(whole) - 1
+    assert shortened.startswith("sandbox-ggg")
+
+
+@unhurried
+@given(resource=resources)
+@example(resource="a" * 60 + "." + "b" * 63 + "." + "c" * 63 + "." + "d" * 55 + "/" + "g" * 63)
+def test_a_cdi_specs_name_can_be_written_even_under_a_longer_name_first(resource: str) -> None:
+    name = cdi_file_name(resource)
+    assert len(name.encode()) <= 200
+    assert name.endswith(".yaml")
+    assert "/" not in name
+
+
+@st.composite
+def lookalikes(draw: st.DrawFn) -> tuple[str, str]:
+    """Two resources whose names are the same but for where the domain ends."""
+    parts = [*draw(st.lists(labels, min_size=2, max_size=4)), draw(st.from_regex("[a-z]{1,9}", fullmatch=True))]
+    joint = draw(st.sampled_from(["", "nvidia.com-", "example.com-", "example-"]))
+    cuts = draw(st.lists(st.integers(1, len(parts) - 1), min_size=2, max_size=2, unique=True))
+    one, other = (f"{joint}{'-'.join(parts[:cut])}/{'-'.join(parts[cut:])}" for cut in cuts)
+    return one, other
+
+
+@unhurried
+@given(pair=lookalikes() | st.tuples(resources, resources), max_bytes=st.integers(18, 107))
+@example(pair=("example.com-x/y", "example.com/x-y"), max_bytes=107)
+@example(pair=("nvidia.com/a-b", "a/b"), max_bytes=107)
+@example(pair=("nvidia.com/" + "g" * 62 + "a", "nvidia.com/" + "g" * 62 + "b"), max_bytes=40)
+def test_no_two_resources_share_a_file(pair: tuple[str, str], max_bytes: int) -> None:
+    one, other = pair
+    assume(one != other)
+    assert socket_name(one, max_bytes=max_bytes) != socket_name(other, max_bytes=max_bytes)
+    assert cdi_file_name(one) != cdi_file_name(other)
+
+
+PCI_IDS = """#
+#\tVersion: 2026.01.02
+#\tDate:    2026-01-02 03:04:05
+#
+#\tThis file can be distributed under either the GNU General Public License
+#\t(version 2 or higher) or the 3-clause BSD License.
+#
+10dd  Other
+\t2330  Not ours
+10de  NVIDIA Corporation
+# a comment in between
+\t2330  GH100 [H100 SXM5 80GB]
+\t\t10de 16c1  a subsystem
+\t2fff  GX100  [two  spaces]
+10df  Another
+\t0001  Not ours either
+C 03  Display controller
+\t00  VGA compatible controller
+"""
+
+
+def test_the_table_is_nvidias_devices_alone_from_a_plain_file_or_a_compressed_one(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "pci.ids", tmp_path / "pci.ids.gz"
+    plain.write_text(PCI_IDS, encoding="utf-8")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    for source in (plain, packed):
+        done, table = make_table(tmp_path, source)
+        assert done.returncode == 0, done.stderr
+        assert table.splitlines() == [
+            "# pci.ids 2026.01.02 (2026-01-02 03:04:05), the part of vendor 10de",
+            "# This file can be distributed under either the GNU General Public License",
+            "# (version 2 or higher) or the 3-clause BSD License.",
+            "2330\tGH100 [H100 SXM5 80GB]",
+            "2fff\tGX100  [two  spaces]",
+        ]
+
+
+def test_no_table_is_made_from_a_pci_ids_under_another_licence(tmp_path: Path) -> None:
+    source = tmp_path / "pci.ids"
+    source.write_text(PCI_IDS.replace("3-clause", "no"), encoding="utf-8")
+    done, table = make_table(tmp_path, source)
+    assert done.returncode == 1
+    assert "licence" in done.stderr
+    assert table == ""
+
+
+def make_table(folder: Path, source: Path) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Runs a copy of the script in a checkout of its own; the second is the table it made."""
+    script = folder / "scripts/generate-pci-names.py"
+    table = folder / "sandbox_plugin/inventory/pci_names.tsv"
+    script.parent.mkdir(exist_ok=True)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.unlink(missing_ok=True)
+    script.write_text((ROOT / "scripts/generate-pci-names.py").read_text())
+    command = [sys.executable, str(script), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done, table.read_text(encoding="utf-8") if table.exists() else ""
