@@ -109,17 +109,7 @@ class Daemon:
         self._ended = False
         self._killed = False
         self._process = subprocess.Popen(
-            # A file or socket that is not closed says so on stderr, and that is noise.
-            [
-                sys.executable,
-                "-W",
-                "always::ResourceWarning",
-                "-m",
-                "sandbox_plugin",
-                "run",
-                *places.flags(node),
-                *flags,
-            ],
+            [sys.executable, "-m", "sandbox_plugin", "run", *places.flags(node), *flags],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

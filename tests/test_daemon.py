@@ -6,6 +6,7 @@ No test waits by sleeping: each waits for what the kubelet has seen or for what 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -13,7 +14,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from grpc import StatusCode
 from kubelet import GrpcKubelet, Listed, Manners, Plugin, refusal
 from wire import load_wire
 
+from sandbox_plugin.fake import presets as models
 from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.fake.presets import H100_SXM5
 
 PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
 GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
 """The GPUs of the preset `workstation`."""
+NEW_GPU = FunctionSpec(address="0000:42:00.0", model=models.H100_SXM5, parent="0000:40:03.1", numa_node=0)
+"""For the free slot of the preset `empty`."""
 MARK = b"# Written by sandbox-plugin"
 QUICK = "--health-interval=0.2"
 """For what no event tells of."""
@@ -276,6 +279,18 @@ def test_an_id_in_the_log_always_has_its_pci_address_beside_it(hgx: Hgx) -> None
     assert {event["device"]: event["pci_address"] for event in found}["11"] == "0000:df:00.0"
 
 
+def test_list_says_beforehand_what_is_advertised(hgx: Hgx) -> None:
+    done = run_command("list", "--fake-sysfs=hgx-h100", "--output=json")
+    listed = {
+        resource["name"]: [
+            Listed(id=device["id"], health=device["health"], numa=tuple(device["numa_nodes"]))
+            for device in resource["devices"]
+        ]
+        for resource in json.loads(done.stdout)["resources"]
+    }
+    assert listed == {name: list(hgx.kubelet.devices(name).values()) for name in (PGPU, NVSWITCH)}
+
+
 # What other nodes look like
 
 
@@ -379,18 +394,57 @@ def test_a_node_without_devices_registers_nothing_until_the_first_is_bound(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
     node = fake_node("empty")
-    plugin = daemon(node)
+    plugin = daemon(node, QUICK)
     plugin.wait_for("no device to offer yet")
-    gpu = FunctionSpec(address="0000:42:00.0", model=H100_SXM5, parent="0000:40:03.1", numa_node=0)
-    node.add(gpu)
-    plugin.wait_for("not offered", pci_address=gpu.address, reason="no driver")
+    node.add(NEW_GPU)
+    plugin.wait_for("not offered", pci_address=NEW_GPU.address, reason="no driver")
     assert kubelet.calls == 0
     assert sockets(places.kubelet) == set()
     assert not list(places.cdi.glob("*"))
-    node.bind(gpu.address)
+    node.bind(NEW_GPU.address)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"0"})
     assert kubelet.resources() == {PGPU}
     assert read_cdi(places.cdi) == {f"{PGPU}=0": "/dev/vfio/devices/vfio0"}
+
+
+def test_the_first_gpu_ever_bound_is_seen_by_its_events_alone(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("empty")  # vfio is not even loaded: the folders in which a bind shows do not exist yet
+    daemon(node, "--health-interval=3600").wait_for("no device to offer yet")
+    node.add(NEW_GPU)
+    node.bind(NEW_GPU.address)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"0"})
+
+
+def test_with_cdevs_two_gpus_of_one_group_are_two_devices_and_an_allocate_promises_both(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("empty")
+    for slot in ("0", "1"):
+        node.add(replace(NEW_GPU, address=f"0000:42:0{slot}.0", driver="vfio-pci", iommu_group=90))
+    plugin = daemon(node)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"0", "1"})
+    assert_allocates(kubelet.plugin(PGPU), [["0"]], {"0": "/dev/vfio/devices/vfio0"})
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"1"})
+    plugin.wait_for("device changed", device="1", pci_address="0000:42:01.0")
+    refused = refusal(lambda: kubelet.plugin(PGPU).allocate(["1"]))
+    assert refused.status is StatusCode.FAILED_PRECONDITION
+    assert "group-taken" in refused.message
+
+
+def test_without_cdevs_two_gpus_of_one_group_are_one_device(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    group = node.function(T4).iommu_group
+    node.add(FunctionSpec(address="0000:02:01.0", model=models.T4, parent="0000:00:1b.0", iommu_group=group))
+    node.bind("0000:02:01.0")
+    daemon(node)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU))
+    assert kubelet.healthy(PGPU) == {str(group), str(node.function(GEFORCE).iommu_group)}
+    assert_allocates(kubelet.plugin(PGPU), [[str(group)]], {str(group): f"/dev/vfio/{group}"})
+    assert len(read_cdi(places.cdi)) == 2
 
 
 # Changes

@@ -9,6 +9,8 @@ and devices that were ill once they have been well for long enough. The real pro
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -108,6 +110,7 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(pick=some)
     def nodes_come_back(self, pick: int) -> None:
         for node in self._nodes():
+            node.parent.mkdir(exist_ok=True)
             node.touch()
         self._changed = True
 
@@ -158,7 +161,8 @@ class NodeMachine(RuleBasedStateMachine):
                     self.mend_cdi_folder()
                 expected = self._expected()
                 self._kubelet.wait_for(lambda: self._is_seen(expected, settled=True), _SETTLE)
-                _specs_name_only_what_exists(self._places.cdi, self._node.root)
+                cdi, root = self._places.cdi, self._node.root
+                assert _wait_for(lambda: not _named_but_missing(cdi, root)), _named_but_missing(cdi, root)
         finally:
             self._stack.close()
 
@@ -215,14 +219,26 @@ class NodeMachine(RuleBasedStateMachine):
         return nodes + [vfio / f"devices/vfio{number}" for number in cdevs]
 
 
-def _specs_name_only_what_exists(cdi: Path, root: Path) -> None:
+def _named_but_missing(cdi: Path, root: Path) -> list[str]:
+    """Nodes that a spec names and sysfs does not show."""
+    missing = []
     for file in cdi.glob("*.yaml"):
         for line in file.read_text().splitlines():
             _, found, path = line.partition("path: ")
             if found:
                 number = path.strip('"').rpartition("/")[2]
                 kind = "class/vfio" if number.isdecimal() else "class/vfio-dev"
-                assert (root / "sys" / kind / number).exists(), f"{file.name} names {path}, which sysfs does not show"
+                if not (root / "sys" / kind / number).exists():
+                    missing.append(f"{file.name}: {path}")
+    return missing
+
+
+def _wait_for(predicate: Callable[[], bool]) -> bool:
+    """For what nobody tells of: files."""
+    deadline = time.monotonic() + _SETTLE
+    while not (result := predicate()) and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    return result
 
 
 @pytest.mark.timeout(max(120, EXAMPLES * (20 + STEPS)))

@@ -1,0 +1,382 @@
+"""`sandbox-plugin list`: what would be advertised, and why the rest would not be; also on trees that are broken.
+
+What is broken costs the function that it belongs to, never another one. The trees are those of fake nodes; the command
+runs within the test's own process, where nothing hangs, and else as a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from daemon import Places, run_command
+from daemon import places as make_places
+
+from sandbox_plugin.cli.main import main
+from sandbox_plugin.fake.node import FakeNode
+
+GEFORCE, AUDIO, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
+"""Of the preset `workstation`: two GPUs, and a function that shares the group of the first."""
+GH200 = "0009:01:00.0"
+
+Break = Callable[[Path], object]
+"""Breaks the folder of one PCI function."""
+
+
+@pytest.fixture
+def node(places: Places) -> FakeNode:
+    """A workstation to break."""
+    return places.node("workstation")
+
+
+@pytest.fixture(scope="module")
+def whole() -> Iterator[dict[str, Path]]:
+    """Every preset's tree, for tests that change nothing."""
+    with make_places() as places:
+        yield {preset: places.node(preset).root for preset in ("hgx-h100", "workstation", "gh200", "empty")}
+
+
+@pytest.fixture
+def listed(capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """What `list --output json` says of a tree."""
+
+    def run(root: Path, *flags: str) -> Any:
+        assert main(["list", f"--fake-sysfs={root}", "--output=json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def healths(document: Any) -> dict[str, str]:
+    """PCI address of a device's first function -> `Healthy`, or its reason."""
+    devices = [device for resource in document["resources"] for device in resource["devices"]]
+    return {device["pci_addresses"][0]: device["reason"] or device["health"] for device in devices}
+
+
+def not_offered(document: Any) -> dict[str, str]:
+    return {entry["pci_address"]: entry["reason"] for entry in document["not_offered"]}
+
+
+# Whole trees
+
+
+def test_the_json_tells_all_about_a_device(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
+    assert listed(whole["gh200"]) == {
+        "resources": [
+            {
+                "name": "nvidia.com/pgpu",
+                "devices": [
+                    {
+                        "id": "0",
+                        "pci_addresses": [GH200],
+                        "model": "GH100 [GH200 120GB / 480GB]",
+                        "numa_nodes": [0],
+                        "node": "/dev/vfio/devices/vfio0",
+                        "iommu_group": FakeNode.open(whole["gh200"]).function(GH200).iommu_group,
+                        "health": "Healthy",
+                        "reason": None,
+                        "detail": "",
+                    }
+                ],
+            }
+        ],
+        "not_offered": [],
+        "unreachable": None,
+    }
+
+
+def test_the_table_has_a_line_for_each_device(whole: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", f"--fake-sysfs={whole['hgx-h100']}"]) == 0
+    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines())
+    assert header == ["RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH"]
+    assert [row[0] for row in rows] == ["nvidia.com/nvswitch"] * 4 + ["nvidia.com/pgpu"] * 8
+    assert [row[1] for row in rows] == [str(number) for number in range(12)]
+    model, node = "GH100 [H100 SXM5 80GB]", "/dev/vfio/devices/vfio11"
+    assert rows[-1] == ["nvidia.com/pgpu", "11", "0000:df:00.0", model, "1", node, "Healthy"]
+
+
+def test_a_node_without_devices_has_nothing_to_advertise_and_that_is_no_fault(
+    whole: dict[str, Path], listed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert listed(whole["empty"]) == {"resources": [], "not_offered": [], "unreachable": None}
+    assert main(["list", f"--fake-sysfs={whole['empty']}"]) == 0
+    assert capsys.readouterr().out.startswith("Nothing would be advertised: no GPU or NVSwitch is bound")
+
+
+def test_functions_that_ride_along_with_a_gpu_are_neither_devices_nor_missed(
+    whole: dict[str, Path], listed: Callable[..., Any]
+) -> None:
+    document = listed(whole["workstation"])
+    assert healths(document) == {GEFORCE: "Healthy", T4: "Healthy"}
+    assert not_offered(document) == {}
+
+
+def test_an_empty_alias_gives_each_model_its_name(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
+    names = [resource["name"] for resource in listed(whole["workstation"], "--gpu-alias=")["resources"]]
+    assert names == ["nvidia.com/TU104GL_TESLA_T4", "nvidia.com/TU116_GEFORCE_GTX_1660_SUPER"]
+
+
+def test_nothing_is_changed(node: FakeNode, listed: Callable[..., Any]) -> None:
+    def state() -> list[tuple[str, int]]:
+        paths = [Path(folder, name) for folder, *names in os.walk(node.root) for name in [*names[0], *names[1]]]
+        return [(str(path), path.lstat().st_mtime_ns) for path in sorted(paths)]
+
+    before = state()
+    listed(node.root)
+    assert state() == before
+
+
+def test_a_bus_that_cannot_be_read_is_said_and_is_a_failure(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    (node.root / "sys/bus/pci").rename(node.root / "sys/bus/gone")
+    assert main(["list", f"--fake-sysfs={node.root}"]) == 1
+    assert "The PCI bus cannot be read" in capsys.readouterr().out
+    assert main(["list", f"--fake-sysfs={node.root}", "--output=json"]) == 1
+    assert "No such file" in json.loads(capsys.readouterr().out)["unreachable"]
+
+
+def test_as_a_process_it_prints_json_for_other_programs(whole: dict[str, Path]) -> None:
+    done = run_command("list", f"--fake-sysfs={whole['workstation']}", "--output=json", P_GPU_ALIAS="gpus")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [resource["name"] for resource in json.loads(done.stdout)["resources"]] == ["nvidia.com/gpus"]
+
+
+# Why something is not offered
+
+
+def test_what_a_host_driver_has_is_not_offered_nor_what_no_driver_has(
+    node: FakeNode, listed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.bind(GEFORCE, "nvidia")
+    node.unbind(T4)
+    document = listed(node.root)
+    assert document["resources"] == []
+    assert not_offered(document) == {
+        GEFORCE: "bound to nvidia, not to vfio-pci",
+        T4: "bound to no driver",
+    }
+    assert main(["list", f"--fake-sysfs={node.root}"]) == 0
+    table = capsys.readouterr().out
+    assert "TU104GL [Tesla T4]" in table
+    assert "bound to nvidia, not to vfio-pci" in table
+
+
+def test_a_gpu_without_an_iommu_group_is_not_offered(node: FakeNode, listed: Callable[..., Any]) -> None:
+    (node.folder(T4) / "iommu_group").unlink()
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "Healthy"}
+    assert "in no IOMMU group" in not_offered(document)[T4]
+
+
+def test_a_group_without_an_iommu_is_never_offered(node: FakeNode, listed: Callable[..., Any]) -> None:
+    group = node.root / "sys/kernel/iommu_groups" / str(node.function(T4).iommu_group)
+    (group / "name").write_text("vfio-noiommu\n")
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "Healthy"}
+    assert "without an IOMMU" in not_offered(document)[T4]
+
+
+def test_a_gpu_that_carries_virtual_functions_is_not_offered_whole(node: FakeNode, listed: Callable[..., Any]) -> None:
+    node.set_attribute(T4, "sriov_numvfs", "4")
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "Healthy"}
+    assert "4 SR-IOV virtual functions" in not_offered(document)[T4]
+
+
+def test_where_there_are_cdevs_a_function_without_one_is_being_bound_and_never_a_group(
+    places: Places, listed: Callable[..., Any]
+) -> None:
+    node = places.node("gh200")
+    (node.folder(GH200) / "vfio-dev/vfio0/dev").unlink()
+    document = listed(node.root)
+    assert document["resources"] == []
+    assert "its cdev is not there yet" in not_offered(document)[GH200]
+
+
+def test_what_a_rule_excludes_is_named_with_the_rule(
+    node: FakeNode, listed: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "rules.toml"
+    config.write_text('[[resources]]\nexclude = true\nvendor = "10de"\ndevice = "1eb8"\n')
+    document = listed(node.root, f"--config={config}")
+    assert healths(document) == {GEFORCE: "Healthy"}
+    assert not_offered(document) == {T4: "excluded by resources[0]"}
+
+
+# Why something is unhealthy
+
+
+def test_a_group_mate_on_a_host_driver_makes_the_gpu_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    node.bind(AUDIO, "snd_hda_intel")
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "not-viable", T4: "Healthy"}
+    (geforce,) = (d for d in document["resources"][0]["devices"] if d["pci_addresses"] == [GEFORCE])
+    assert geforce["health"] == "Unhealthy"
+    assert f"{AUDIO} in its IOMMU group {geforce['iommu_group']} is bound to snd_hda_intel" in geforce["detail"]
+
+
+def test_a_gpu_that_does_not_answer_is_unhealthy(
+    node: FakeNode, listed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.sicken(T4)
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "off-the-bus"}
+    assert main(["list", f"--fake-sysfs={node.root}"]) == 0
+    assert f"Unhealthy: off-the-bus: {T4} does not answer" in capsys.readouterr().out
+
+
+def test_a_gpu_whose_node_is_not_in_dev_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    (node.root / "dev/vfio" / str(node.function(T4).iommu_group)).unlink()
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "no-node"}
+
+
+# Broken trees
+
+
+def _rewrite(name: str, content: bytes) -> Break:
+    def rewrite(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).write_bytes(content)
+
+    return rewrite
+
+
+def _point(name: str, target: str) -> Break:
+    def point(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to(target)
+
+    return point
+
+
+def _make_folder(name: str) -> Break:
+    def make(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        pytest.param(lambda folder: (folder / "vendor").unlink(), "vendor is missing", id="vendor is missing"),
+        pytest.param(shutil.rmtree, "is missing", id="its folder is gone and the link is left"),
+        pytest.param(_make_folder("class"), "class cannot be read: Is a directory", id="class is a folder"),
+        pytest.param(_point("device", "device"), "device cannot be read: Too many levels", id="device leads to itself"),
+        pytest.param(_point("vendor", "/nowhere"), "vendor is missing", id="vendor leads nowhere"),
+        pytest.param(_rewrite("vendor", b""), "vendor is ''", id="vendor is empty"),
+        pytest.param(_rewrite("vendor", b"NVIDIA\n"), "vendor is 'NVIDIA'", id="vendor is a word"),
+        pytest.param(_rewrite("vendor", b"10de\n"), "vendor is '10de'", id="vendor without 0x"),
+        pytest.param(_rewrite("device", b"0x1eb81eb8\n"), "device is '0x1eb81eb8'", id="device is too long"),
+        pytest.param(_rewrite("class", b"-0x30000\n"), "class is '-0x30000'", id="class is negative"),
+        pytest.param(_rewrite("class", b"\xff\xfe\x00\n"), "class is ", id="class is not text"),
+        pytest.param(_rewrite("class", b"0" * 100_000), "class is '000", id="class has no end"),
+        pytest.param(_rewrite("driver", b"vfio-pci"), "driver cannot be read: Invalid", id="driver is no link"),
+        pytest.param(_point("iommu_group", "../none"), "iommu_group leads to 'none'", id="a group without a number"),
+        pytest.param(_point("iommu_group", "../-1"), "iommu_group leads to '-1'", id="a negative group"),
+        pytest.param(_rewrite("iommu_group", b"13"), "iommu_group cannot be read: Invalid", id="group is no link"),
+    ],
+)
+def test_an_entry_that_is_broken_costs_that_function_alone(
+    node: FakeNode, listed: Callable[..., Any], break_it: Break, reason: str
+) -> None:
+    break_it(node.folder(T4))
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "Healthy"}
+    assert reason in not_offered(document)[T4]
+    assert len(not_offered(document)[T4]) < 200
+    assert document["unreachable"] is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "numa_node",
+        "power_state",
+        "current_link_speed",
+        "current_link_width",
+        "resource",
+        "sriov_numvfs",
+        "aer_dev_fatal",
+    ],
+)
+@pytest.mark.parametrize("content", [b"", b"nonsense\n", b"\xff\x00\xfe", b"-99\n", None], ids=repr)
+def test_a_device_can_do_without_what_is_not_needed(
+    node: FakeNode, listed: Callable[..., Any], name: str, content: bytes | None
+) -> None:
+    (_make_folder(name) if content is None else _rewrite(name, content))(node.folder(T4))
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "Healthy"}
+
+
+@pytest.mark.parametrize("name", ["nonsense", "0000:02:00", "0000:02:00.0 ", "0000:02:20.0", "\udcff", "x" * 200])
+def test_an_entry_that_is_no_pci_address_is_told_and_costs_nothing(
+    node: FakeNode, listed: Callable[..., Any], name: str
+) -> None:
+    (node.root / "sys/bus/pci/devices" / name).symlink_to(node.folder(T4))
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "Healthy", T4: "Healthy"}
+    assert [reason for address, reason in not_offered(document).items() if "is not a PCI address" in reason]
+
+
+def test_a_member_of_the_group_that_cannot_be_read_leaves_the_gpu_in_doubt(
+    node: FakeNode, listed: Callable[..., Any]
+) -> None:
+    _rewrite("class", b"nonsense")(node.folder(AUDIO))
+    document = listed(node.root)
+    assert healths(document) == {GEFORCE: "not-viable", T4: "Healthy"}
+    assert not_offered(document).keys() == {AUDIO}
+
+
+def test_what_can_block_in_the_kernel_is_never_opened(places: Places) -> None:
+    node = places.node("hgx-h100")
+    traps = 0
+    for function in node.functions():
+        for name in ("config", "uevent", "driver_override"):
+            path = node.folder(function.address) / name
+            path.unlink()
+            os.mkfifo(path)  # whoever opens it to read hangs
+            traps += 1
+    assert traps > 100
+    done = run_command("list", f"--fake-sysfs={node.root}", "--output=json")
+    assert list(healths(json.loads(done.stdout)).values()) == ["Healthy"] * 12
+
+
+@pytest.mark.parametrize("asleep", [GH200, "0009:00:00.0"], ids=["the GPU", "the bridge above it"])
+def test_the_link_of_a_device_is_not_read_while_that_would_wake_something(places: Places, asleep: str) -> None:
+    node = places.node("gh200")
+    node.set_attribute(asleep, "power_state", "D3cold")
+    for name in ("current_link_speed", "current_link_width"):
+        (node.folder(GH200) / name).unlink()
+        os.mkfifo(node.folder(GH200) / name)
+    done = run_command("list", f"--fake-sysfs={node.root}", "--output=json")
+    assert healths(json.loads(done.stdout)) == {GH200: "Healthy"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--fake-sysfs=nowhere"], ["--fake-sysfs", "'nowhere'", "hgx-h100"]),
+        (["--output=xml"], ["--output", "table", "json"]),
+        (["--gpu-alias=9"], ["--gpu-alias", "'9'"]),
+        (["extra"], ["extra"]),
+    ],
+)
+def test_what_is_given_wrong_is_named_in_one_line(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: object = main(["list", *arguments])
+    except SystemExit as end:  # argparse's own way
+        status = end.code
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    assert said.err.count("\n") == 1
+    assert all(word in said.err for word in words)

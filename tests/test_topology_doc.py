@@ -1,0 +1,70 @@
+"""docs/topology.md keeps its word: its sets, matrices and figures are what the code gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from types import ModuleType
+from xml.etree import ElementTree
+
+import pytest
+
+from examples import DOC, Example, examples
+from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.topology import matrix_lines
+from sandbox_plugin.model import Device
+from sandbox_plugin.settings import Policy
+
+SCRIPT = DOC.parent.parent / "scripts/simulate-allocation.py"
+
+
+@cache
+def simulation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("simulate_allocation", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def gpus(preset: str) -> dict[str, Device]:
+    devices: dict[str, Device] = simulation().gpus_of(preset)
+    return devices
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("example", examples(), ids=str)
+def test_the_sets_of_the_doc_are_those_that_are_chosen(example: Example, policy: Policy) -> None:
+    devices = gpus(example.preset)
+    available = example.available or list(devices)
+    chosen = prefer(devices, available=available, must_include=example.must_include, size=example.size, policy=policy)
+    assert chosen == example.answers[policy]
+
+
+def test_the_doc_has_examples_and_a_matrix_of_each_of_its_nodes() -> None:
+    presets = {example.preset for example in examples()}
+    assert presets == {"hgx-h100", "rtx-pro-6000", "uneven"}
+    for preset in presets:
+        assert "\n".join(f"    {line}" for line in matrix_lines(list(gpus(preset).values()))) in DOC.read_text()
+
+
+def test_the_simulation_gives_the_figures_of_the_doc_and_packed_wins() -> None:
+    module = simulation()
+    results = module.simulate()
+    assert module.tables(results) in DOC.read_text()
+    for preset in module.NODES:
+        packed, *others = (results[preset, module.TABLE_LOAD, policy] for policy in module.POLICIES)
+        assert packed.distance < min(other.distance for other in others)
+        assert packed.on_one_node > 2 * max(other.on_one_node for other in others)
+
+
+def test_the_plot_is_a_picture_with_a_line_for_each_policy_in_each_chart() -> None:
+    module = simulation()
+    picture = module.plot(module.simulate(module.LOADS, count=200))
+    lines = ElementTree.fromstring(picture).findall("{http://www.w3.org/2000/svg}polyline")
+    assert len(lines) == 2 * len(module.NODES) * len(module.POLICIES)
+    assert len(ElementTree.parse(DOC.parent / "topology.svg").findall("{*}polyline")) == len(lines)
