@@ -27,6 +27,8 @@ from sandbox_plugin.fake.node import FakeNode
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = "/dev/shm"
 """A file system on which thousands of files come and go quickly, on most machines."""
+PYTHON = (sys.executable, "-W", "always::ResourceWarning")
+"""A file or socket that is not closed says so on stderr, where nothing but log lines may be."""
 _OURS = ("SANDBOX_PLUGIN_", "P_GPU_ALIAS", "NVSWITCH_ALIAS")
 """What the environment of a person who runs the tests must not decide."""
 
@@ -109,7 +111,7 @@ class Daemon:
         self._ended = False
         self._killed = False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sandbox_plugin", "run", *places.flags(node), *flags],
+            [*PYTHON, "-m", "sandbox_plugin", "run", *places.flags(node), *flags],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

@@ -53,6 +53,8 @@ class Manners(Enum):
     """Not at all, until the caller gives up."""
     FORGETS = auto()
     """As if all were well, but ListAndWatch is never opened."""
+    CUTS = auto()
+    """As if all were well, but the stream is ended after its first message."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,14 +134,20 @@ class Plugin:
 
 
 class Watch:
-    """One ListAndWatch stream, read by a thread until it ends. `changed` is notified of everything that happens."""
+    """One ListAndWatch stream, read by a thread until it ends. `changed` is notified of everything that happens.
 
-    def __init__(self, plugin: Plugin, changed: threading.Condition, on_end: Callable[[], None]) -> None:
+    With `cut` it is ended after its first message.
+    """
+
+    def __init__(
+        self, plugin: Plugin, changed: threading.Condition, on_end: Callable[[], None], *, cut: bool = False
+    ) -> None:
         self.received: list[Received] = []
         self.ended: str | None = None
         """Why there is nothing more to come; None while the stream is open."""
         self._changed = changed
         self._on_end = on_end
+        self._cut = cut
         self._call = plugin.list_and_watch()
         self._thread = threading.Thread(target=self._read, name="ListAndWatch", daemon=True)
         self._thread.start()
@@ -165,6 +173,8 @@ class Watch:
                 with self._changed:
                     self.received.append(received)
                     self._changed.notify_all()
+                if self._cut:
+                    self._call.cancel()
         except grpc.RpcError as error:
             ended = f"{self._call.code().name}: {error}"
         with self._changed:
@@ -388,7 +398,12 @@ class GrpcKubelet:
         with self.changed:
             if self.manners is Manners.FORGETS or self._server is None:
                 return
-            registration.watch = Watch(registration.plugin, self.changed, lambda: self._ended(registration.resource))
+            registration.watch = Watch(
+                registration.plugin,
+                self.changed,
+                on_end=lambda: self._ended(registration.resource),
+                cut=self.manners is Manners.CUTS,
+            )
             self._watches.append(registration.watch)
 
     def _ended(self, resource: str) -> None:

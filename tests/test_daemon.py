@@ -14,6 +14,7 @@ import signal
 import socket
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -456,8 +457,11 @@ def test_every_stream_is_kept_up_to_date_whatever_becomes_of_the_others(
     node = fake_node("hgx-h100")
     daemon(node)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == GPU_NODES.keys())
-    with kubelet.watching(PGPU) as older, kubelet.watching(PGPU) as newer:
-        kubelet.wait_for(lambda: older.received and newer.received)
+    with ExitStack() as stack:
+        older = stack.enter_context(kubelet.watching(PGPU))
+        kubelet.wait_for(lambda: older.received)
+        newer = stack.enter_context(kubelet.watching(PGPU))
+        kubelet.wait_for(lambda: newer.received)
         node.unbind("0000:1b:00.0")
         kubelet.wait_for(lambda: all(len(w.received) == 2 for w in (older, newer)) and kubelet.unhealthy(PGPU) == {"4"})
         assert older.received[1].unhealthy == newer.received[1].unhealthy == ["4"]
@@ -549,6 +553,23 @@ def test_an_entry_that_becomes_unreadable_costs_that_device_alone(
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {t4})
     plugin.wait_for("not offered", pci_address=T4, reason="utter nonsense")
     assert kubelet.healthy(PGPU) == {geforce}
+
+
+def test_a_read_that_hangs_in_sysfs_holds_up_nothing_but_its_own_device(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("workstation")
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+    t4, geforce = (str(node.function(address).iommu_group) for address in (T4, GEFORCE))
+    vendor = node.folder(T4) / "vendor"
+    vendor.unlink()
+    os.mkfifo(vendor)  # whoever opens it to read hangs
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {t4})
+    assert_allocates(kubelet.plugin(PGPU), [[geforce]], {geforce: f"/dev/vfio/{geforce}"})
+    node.unbind(GEFORCE)
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {t4, geforce})
+    assert plugin.terminate() < 1
 
 
 # The CDI folder
@@ -743,6 +764,18 @@ def test_a_register_that_does_not_go_well_is_tried_again(
     kubelet.manners = Manners.POLITE
     if manners is not Manners.REFUSES:
         kubelet.restart()  # the daemon would give up after its own time, which is longer than a test should take
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+
+
+def test_a_kubelet_that_ends_every_stream_at_once_is_not_flooded_with_registrations(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    kubelet.manners = Manners.CUTS
+    daemon(fake_node("workstation"))
+    kubelet.wait_for(lambda: len(kubelet.registrations) == 5)
+    first, *_, last = kubelet.registrations
+    assert last.at - first.at > 0.7  # four pauses, each longer than the one before
+    kubelet.manners = Manners.POLITE
     kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
 
 

@@ -293,23 +293,20 @@ def test_an_entry_that_is_broken_costs_that_function_alone(
     assert document["unreachable"] is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "numa_node",
-        "power_state",
-        "current_link_speed",
-        "current_link_width",
-        "resource",
-        "sriov_numvfs",
-        "aer_dev_fatal",
-    ],
-)
+@pytest.mark.parametrize("name", ["numa_node", "power_state", "current_link_speed", "current_link_width", "resource"])
 @pytest.mark.parametrize("content", [b"", b"nonsense\n", b"\xff\x00\xfe", b"-99\n", None], ids=repr)
 def test_a_device_can_do_without_what_is_not_needed(
     node: FakeNode, listed: Callable[..., Any], name: str, content: bytes | None
 ) -> None:
     (_make_folder(name) if content is None else _rewrite(name, content))(node.folder(T4))
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "Healthy"}
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense\n"], ids=repr)
+def test_a_gpu_whose_count_of_virtual_functions_makes_no_sense_is_offered(
+    node: FakeNode, listed: Callable[..., Any], content: bytes
+) -> None:
+    _rewrite("sriov_numvfs", content)(node.folder(T4))
     assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "Healthy"}
 
 

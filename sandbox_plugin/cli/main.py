@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sandbox_plugin import __version__
-from sandbox_plugin.cli import fake_node, list_devices, run
+from sandbox_plugin.cli import demo, fake_node, list_devices, run
 from sandbox_plugin.settings import UsageError
 
 _DESCRIPTION = """\
@@ -54,5 +54,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     run.add_parser(commands)
     list_devices.add_parser(commands)
+    demo.add_parser(commands)
     fake_node.add_parser(commands)
     return parser

@@ -1,0 +1,210 @@
+"""`sandbox-plugin demo`: a fake node and a fake kubelet, and between them the real daemon as a process of its own."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from sandbox_plugin.fake.kubelet import FakeKubelet
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.fake.presets import PRESETS
+from sandbox_plugin.fake.story import Story, StoryError, Told
+from sandbox_plugin.settings import UsageError
+
+_HEALTH_INTERVAL = 1.0
+"""Seconds; the daemon's own default is 5."""
+_PAUSE = 3.0
+"""Seconds between steps on a terminal, for a person to look."""
+_LOG_LINES = 6
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo",
+        help="watch the daemon on a fake node with a fake kubelet",
+        description="Makes a fake node and a fake kubelet in a temporary folder, runs the daemon on them, and shows "
+        "what the kubelet sees while things happen to the node. On a terminal it goes on until Ctrl-C; otherwise it "
+        "tells the story once, in plain lines.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--preset", metavar="PRESET", default="hgx-h100", help="the fake node; default: hgx-h100")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    playable = [name for name in PRESETS if name != "empty"]
+    if args.preset not in playable:
+        raise UsageError(f"--preset: {args.preset!r} is not one of {', '.join(playable)}")
+    try:
+        return asyncio.run(_until_signal(args.preset))
+    except StoryError as error:
+        print(f"sandbox-plugin: the demo stopped: {error}", file=sys.stderr)
+        return 1
+
+
+async def _until_signal(preset: str) -> int:
+    """Plays; Ctrl-C and SIGTERM are its graceful end."""
+    work = asyncio.ensure_future(_play(preset))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, work.cancel)
+    with suppress(asyncio.CancelledError):
+        await work
+    return 0
+
+
+async def _play(preset: str) -> None:
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="sandbox-demo-") as name:
+        folder = Path(name)
+        node = FakeNode.create(folder / "node", preset)
+        async with FakeKubelet(folder / "kubelet", folder / "pod-resources.sock") as kubelet, _daemon(folder) as daemon:
+            story = Story(node=node, kubelet=kubelet, started_at=daemon.started_at, health_interval=_HEALTH_INTERVAL)
+            if console.is_terminal:
+                await _show_live(console, preset, kubelet, story, daemon)
+            else:
+                await _tell(preset, story)
+
+
+# The daemon
+
+
+@dataclass(kw_only=True)
+class _Daemon:
+    """The daemon's process, and the last that it said."""
+
+    process: asyncio.subprocess.Process
+    started_at: float
+    said: deque[str] = field(default_factory=lambda: deque(maxlen=_LOG_LINES))
+
+    async def listen(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            self.said.append(_in_words(line.decode("utf-8", "replace").strip()))
+        raise StoryError(f"the daemon ended: {' / '.join(self.said) or 'without a word'}")
+
+
+@asynccontextmanager
+async def _daemon(folder: Path) -> AsyncIterator[_Daemon]:
+    """Runs `sandbox-plugin run` on the fake node, in a session of its own: Ctrl-C is for us to pass on."""
+    started_at = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "sandbox_plugin", "run", "--log-format", "json"),
+        *("--fake-sysfs", str(folder / "node"), "--kubelet-dir", str(folder / "kubelet")),
+        *("--cdi-dir", str(folder / "cdi"), "--pod-resources-socket", str(folder / "pod-resources.sock")),
+        *("--health-interval", str(_HEALTH_INTERVAL)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    daemon = _Daemon(process=process, started_at=started_at)
+    try:
+        async with asyncio.TaskGroup() as group:
+            listening = group.create_task(daemon.listen())
+            yield daemon
+            listening.cancel()
+    except* StoryError as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+
+
+def _in_words(line: str) -> str:
+    """A JSON log line for people: what happened, to what, and why."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return line
+    about = [str(entry[key]) for key in ("resource", "device", "pci_address", "health", "reason") if entry.get(key)]
+    return f"{entry.get('event', '')}: {' '.join(about)}" if about else str(entry.get("event", ""))
+
+
+# Without a terminal
+
+
+async def _tell(preset: str, story: Story) -> None:
+    print(f"A fake node ({PRESETS[preset].summary}), a fake kubelet, and the real daemon between them.")
+    print("Times are from the cause to the kubelet's seeing it, measured in this run.")
+    number = 0
+    async for told in story.chapters():
+        number += 1
+        print(f"\n{number:2}. {told.title}\n    {told.why}\n    {_duration(told):>8}  {told.result}", flush=True)
+    print("\nThat is all. On a terminal the demo goes on, live, until Ctrl-C.")
+
+
+def _duration(told: Told) -> str:
+    if told.seconds is None:
+        return ""
+    return f"{told.seconds * 1000:.0f} ms" if told.seconds < 1 else f"{told.seconds:.1f} s"
+
+
+# On a terminal
+
+
+async def _show_live(console: Console, preset: str, kubelet: FakeKubelet, story: Story, daemon: _Daemon) -> None:
+    """Shows what the kubelet sees, and plays the story again and again."""
+    told: list[Told] = []
+
+    def screen() -> Group:
+        return Group(
+            Text(f"sandbox-plugin demo on a fake node: {PRESETS[preset].summary}. Ctrl-C ends it.", style="bold"),
+            _devices_table(kubelet),
+            _story_panel(told),
+            Panel(Text("\n".join(daemon.said), no_wrap=True, overflow="ellipsis"), title="the daemon says", height=8),
+        )
+
+    with Live(get_renderable=screen, console=console, screen=True, refresh_per_second=8):
+        while True:
+            async for chapter in story.chapters():
+                told[:] = [*told[-2:], chapter]
+                await asyncio.sleep(_PAUSE)
+
+
+def _devices_table(kubelet: FakeKubelet) -> Table:
+    """What the kubelet sees: one line for each resource, one cell for each device."""
+    table = Table(title="what the kubelet sees", expand=True, show_lines=False)
+    table.add_column("resource", no_wrap=True)
+    table.add_column("healthy", justify="right")
+    table.add_column("devices: green is free, yellow in a pod, red unhealthy; by NUMA node", ratio=1)
+    for resource in kubelet.resources():
+        devices = kubelet.devices(resource)
+        cells = Text()
+        nodes = sorted({d.numa_nodes for d in devices.values()})
+        for node in nodes:
+            cells.append(f"{'node ' + ','.join(map(str, node)) if node else 'no node'}: ", style="dim")
+            for device in sorted((d for d in devices.values() if d.numa_nodes == node), key=lambda d: int(d.id)):
+                held = kubelet.holder(resource, device.id) is not None
+                style = "bold red" if not device.healthy else "yellow" if held else "green"
+                cells.append(f"{device.id} ", style=style)
+            cells.append("  ")
+        table.add_row(resource, f"{len(kubelet.healthy(resource))}/{len(devices)}", cells)
+    return table
+
+
+def _story_panel(told: list[Told]) -> Panel:
+    lines = Text()
+    for chapter in told:
+        lines.append(f"{_duration(chapter):>8}  ", style="bold cyan")
+        lines.append(f"{chapter.title}\n", style="bold")
+        lines.append(f"          {chapter.why}\n", style="dim")
+        lines.append(f"          {chapter.result}\n")
+    return Panel(lines, title="what happened, and how long until the kubelet saw it", height=11)

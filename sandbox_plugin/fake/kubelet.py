@@ -1,0 +1,308 @@
+"""A kubelet to watch: it does to a plugin what the real one does, as far as a person or a demonstration needs it.
+
+At start it deletes every socket in its folder and makes kubelet.sock. Register is answered only after it has dialled
+the plugin and asked for its options; then it holds ListAndWatch. The newest registration of a resource counts, and when
+any stream of a resource ends, that registration is dropped (pkg/kubelet/cm/devicemanager/plugin/v1beta1).
+Allocations, with the plugin's answers, outlive a restart, as the real one's checkpoint does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import stat
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from grpclib import GRPCError, Status
+from grpclib.client import Channel
+from grpclib.exceptions import StreamTerminatedError
+from grpclib.server import Server
+
+from sandbox_plugin.api import v1, v1beta1
+
+_DIAL_TIMEOUT = 10.0
+"""Seconds for which the kubelet dials a plugin."""
+
+
+class AdmissionError(Exception):
+    """The pod was not admitted (UnexpectedAdmissionError), and has no device. Says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A device as the kubelet knows it."""
+
+    id: str
+    healthy: bool
+    numa_nodes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """Devices of one resource that a pod holds, and what the plugin answered for them."""
+
+    pod: str
+    resource: str
+    ids: tuple[str, ...]
+    answer: v1beta1.ContainerAllocateResponse
+
+
+@dataclass(eq=False, kw_only=True)
+class _Plugin:
+    """One registration: its connection, and what came over its stream."""
+
+    resource: str
+    channel: Channel
+    devices: dict[str, Listed] = field(default_factory=dict)
+    listed_at: float | None = None
+    """Monotonic seconds of the newest message; None: none yet."""
+
+    @property
+    def stub(self) -> v1beta1.DevicePluginStub:
+        return v1beta1.DevicePluginStub(self.channel)
+
+
+class FakeKubelet:
+    """A kubelet in `folder`, with its PodResources socket at `pod_resources` if that is given.
+
+    Usage:
+
+        async with FakeKubelet(folder) as kubelet:
+            await kubelet.wait_for(lambda: len(kubelet.healthy("nvidia.com/pgpu")) == 8, 10)
+            allocation = await kubelet.admit("default/vm", "nvidia.com/pgpu", 4)
+    """
+
+    def __init__(self, folder: Path, pod_resources: Path | None = None) -> None:
+        self.folder = folder
+        self.allocations: list[Allocation] = []
+        self._pod_resources = pod_resources
+        self._plugins: dict[str, _Plugin] = {}
+        self._servers: list[Server] = []
+        self._streams: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+        self._group = asyncio.TaskGroup()
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+        await self._group.__aexit__(kind, error, trace)
+
+    # Its life
+
+    @property
+    def socket(self) -> Path:
+        return self.folder / "kubelet.sock"
+
+    async def start(self) -> None:
+        """Makes the folder, deletes every socket in it, and serves."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.iterdir():
+            if stat.S_ISSOCK(path.lstat().st_mode):
+                path.unlink()
+        await self._serve(_Registration(self), self.socket)
+        if self._pod_resources is not None:
+            self._pod_resources.parent.mkdir(parents=True, exist_ok=True)
+            self._pod_resources.unlink(missing_ok=True)
+            await self._serve(_PodResources(self), self._pod_resources)
+
+    async def stop(self) -> None:
+        """Ends every connection. The sockets are removed; allocations stay for the next start."""
+        servers, self._servers = self._servers, []
+        streams, self._streams = self._streams, set()
+        for task in streams:
+            task.cancel()
+        if streams:
+            await asyncio.wait(streams)
+        for plugin in self._plugins.values():
+            plugin.channel.close()
+        self._plugins.clear()
+        for server in servers:
+            server.close()
+            await server.wait_closed()
+        self.socket.unlink(missing_ok=True)
+        if self._pod_resources is not None:
+            self._pod_resources.unlink(missing_ok=True)
+        self._ring()
+
+    async def restart(self) -> None:
+        """Stops and starts: every socket in the folder is gone in between."""
+        await self.stop()
+        await self.start()
+
+    async def _serve(self, servicer: v1beta1.RegistrationBase | v1.PodResourcesListerBase, path: Path) -> None:
+        server = Server([servicer])
+        await server.start(path=str(path))
+        self._servers.append(server)
+
+    # What it knows
+
+    def resources(self) -> list[str]:
+        """Resources that are registered and have been listed, sorted."""
+        return sorted(name for name, plugin in self._plugins.items() if plugin.listed_at is not None)
+
+    def devices(self, resource: str) -> Mapping[str, Listed]:
+        """The devices of a resource, by ID; none while it is not registered."""
+        plugin = self._plugins.get(resource)
+        return plugin.devices if plugin is not None else {}
+
+    def healthy(self, resource: str) -> set[str]:
+        """IDs that a pod could get, those in use included: what the node's allocatable count says."""
+        return {device.id for device in self.devices(resource).values() if device.healthy}
+
+    def listed_at(self, resource: str) -> float:
+        """Monotonic seconds at which the newest list of the resource came. Raises KeyError when there is none."""
+        at = self._plugins[resource].listed_at
+        if at is None:
+            raise KeyError(resource)
+        return at
+
+    def holder(self, resource: str, device_id: str) -> str | None:
+        """The pod that holds a device."""
+        for allocation in self.allocations:
+            if allocation.resource == resource and device_id in allocation.ids:
+                return allocation.pod
+        return None
+
+    async def wait_for(self, predicate: Callable[[], bool], seconds: float) -> None:
+        """Waits until `predicate` holds, looking at every message. Raises TimeoutError."""
+        async with asyncio.timeout(seconds):
+            while not predicate():
+                await self._changed.wait()
+
+    def _ring(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    # Pods
+
+    async def admit(self, pod: str, resource: str, count: int) -> Allocation:
+        """Admits a pod that asks for `count` devices: GetPreferredAllocation, then Allocate. Raises AdmissionError."""
+        plugin = self._plugins.get(resource)
+        if plugin is None:
+            raise AdmissionError(f"{resource} is not registered")
+        free = [d for d in sorted(self.healthy(resource)) if self.holder(resource, d) is None]
+        if len(free) < count:
+            raise AdmissionError(f"{count} of {resource} are asked for, {len(free)} are free")
+        random.shuffle(free)  # the kubelet keeps them in a set, and picks without order
+        try:
+            ids = await self._preferred(plugin, free, count)
+            request = v1beta1.AllocateRequest(container_requests=[v1beta1.ContainerAllocateRequest(devices_ids=ids)])
+            (answer,) = (await plugin.stub.allocate(request)).container_responses
+        except (GRPCError, OSError, StreamTerminatedError) as error:
+            raise AdmissionError(f"UnexpectedAdmissionError: {error}") from None
+        except ValueError:
+            raise AdmissionError("UnexpectedAdmissionError: not one answer for one container") from None
+        allocation = Allocation(pod=pod, resource=resource, ids=tuple(ids), answer=answer)
+        self.allocations.append(allocation)
+        return allocation
+
+    def remove(self, pod: str) -> None:
+        """The pod is gone. The plugin is not told: there is no Deallocate."""
+        self.allocations = [a for a in self.allocations if a.pod != pod]
+
+    async def _preferred(self, plugin: _Plugin, free: list[str], count: int) -> list[str]:
+        """What the plugin prefers, cut to what is free and filled up at random, as the kubelet does."""
+        asked = v1beta1.ContainerPreferredAllocationRequest(available_device_i_ds=free, allocation_size=count)
+        request = v1beta1.PreferredAllocationRequest(container_requests=[asked])
+        answer = await plugin.stub.get_preferred_allocation(request)
+        preferred = [i for i in answer.container_responses[0].device_i_ds if i in free]
+        return [*preferred, *(i for i in free if i not in preferred)][:count]
+
+    # The protocol
+
+    async def register(self, request: v1beta1.RegisterRequest) -> v1beta1.Empty:
+        """One Register call."""
+        if request.version != "v1beta1":
+            raise GRPCError(Status.UNKNOWN, f"version {request.version!r} is not supported")
+        plugin = _Plugin(resource=request.resource_name, channel=Channel(path=str(self.folder / request.endpoint)))
+        try:
+            async with asyncio.timeout(_DIAL_TIMEOUT):
+                await plugin.stub.get_device_plugin_options(v1beta1.Empty())
+        except (GRPCError, OSError, StreamTerminatedError, TimeoutError) as error:
+            plugin.channel.close()
+            raise GRPCError(Status.UNKNOWN, f"cannot dial {request.endpoint}: {error}") from None
+        self._plugins[plugin.resource] = plugin
+        task = self._group.create_task(self._watch(plugin), name=f"ListAndWatch {plugin.resource}")
+        self._streams.add(task)
+        task.add_done_callback(self._streams.discard)
+        return v1beta1.Empty()
+
+    async def _watch(self, plugin: _Plugin) -> None:
+        try:
+            async for message in plugin.stub.list_and_watch(v1beta1.Empty()):
+                plugin.devices = {d.id: _listed(d) for d in message.devices}
+                plugin.listed_at = time.monotonic()
+                self._ring()
+        except (GRPCError, OSError, StreamTerminatedError):
+            pass
+        finally:
+            plugin.channel.close()
+        current = self._plugins.pop(plugin.resource, None)
+        if current is not None:
+            current.channel.close()
+        self._ring()
+
+    def pods(self) -> list[v1.PodResources]:
+        """What PodResources answers."""
+        pods: dict[str, list[v1.ContainerDevices]] = {}
+        for allocation in self.allocations:
+            devices = v1.ContainerDevices(resource_name=allocation.resource, device_ids=list(allocation.ids))
+            pods.setdefault(allocation.pod, []).append(devices)
+        return [_pod(name, devices) for name, devices in pods.items()]
+
+
+class _Registration(v1beta1.RegistrationBase):
+    def __init__(self, kubelet: FakeKubelet) -> None:
+        self._kubelet = kubelet
+
+    async def register(self, register_request: v1beta1.RegisterRequest) -> v1beta1.Empty:
+        return await self._kubelet.register(register_request)
+
+
+class _PodResources(v1.PodResourcesListerBase):
+    def __init__(self, kubelet: FakeKubelet) -> None:
+        self._kubelet = kubelet
+
+    async def list(self, list_pod_resources_request: v1.ListPodResourcesRequest) -> v1.ListPodResourcesResponse:
+        return v1.ListPodResourcesResponse(pod_resources=self._kubelet.pods())
+
+    async def get(self, get_pod_resources_request: v1.GetPodResourcesRequest) -> v1.GetPodResourcesResponse:
+        asked = (get_pod_resources_request.pod_namespace, get_pod_resources_request.pod_name)
+        for pod in self._kubelet.pods():
+            if (pod.namespace, pod.name) == asked:
+                return v1.GetPodResourcesResponse(pod_resources=pod)
+        raise GRPCError(Status.NOT_FOUND, f"no pod {'/'.join(asked)}")
+
+    async def get_allocatable_resources(
+        self, allocatable_resources_request: v1.AllocatableResourcesRequest
+    ) -> v1.AllocatableResourcesResponse:
+        kubelet = self._kubelet
+        return v1.AllocatableResourcesResponse(
+            devices=[
+                v1.ContainerDevices(resource_name=name, device_ids=sorted(kubelet.healthy(name)))
+                for name in kubelet.resources()
+            ]
+        )
+
+
+def _listed(device: v1beta1.Device) -> Listed:
+    numa_nodes = tuple(node.id for node in device.topology.nodes) if device.topology else ()
+    return Listed(id=device.id, healthy=device.health == "Healthy", numa_nodes=numa_nodes)
+
+
+def _pod(name: str, devices: list[v1.ContainerDevices]) -> v1.PodResources:
+    namespace, _, pod = name.partition("/")
+    return v1.PodResources(
+        name=pod, namespace=namespace, containers=[v1.ContainerResources(name="vm", devices=devices)]
+    )

@@ -1,0 +1,214 @@
+"""The story that `sandbox-plugin demo` plays: what happens to a node, and how the kubelet comes to know.
+
+Each step does something to the fake node or the fake kubelet, and says what the kubelet must see then. How long that
+takes is measured, from the cause to the message that shows it. Apart from the command, which only shows it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+from sandbox_plugin.fake.kubelet import AdmissionError, FakeKubelet
+from sandbox_plugin.fake.node import FakeNode
+
+PATIENCE = 10.0
+"""Seconds for one step; every one of them takes a fraction of that."""
+POD = "default/training-vm"
+
+
+class StoryError(Exception):
+    """A step did not happen in time. Says which."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """One step that happened."""
+
+    title: str
+    why: str
+    """What it matters for, in one line."""
+    result: str
+    seconds: float | None
+    """From the cause to the kubelet's seeing it; None for what the kubelet itself did."""
+
+
+@dataclass(kw_only=True)
+class Story:
+    """One play on one node. `started_at` is when the daemon was started, in monotonic seconds."""
+
+    node: FakeNode
+    kubelet: FakeKubelet
+    started_at: float
+    health_interval: float
+    _begun: bool = False
+
+    async def chapters(self) -> AsyncIterator[Told]:
+        """Plays from the devices' appearing, which happens once, to the pod's end. Raises StoryError."""
+        if not self._begun:
+            self._begun = True
+            yield await self.devices_appear()
+        yield await self.pod_takes_gpus()
+        async for told in self.gpu_falls_off_and_returns():
+            yield told
+        yield await self.kubelet_restarts()
+        async for told in self.gpu_is_rebound():
+            yield told
+        yield await self.pod_ends()
+
+    async def devices_appear(self) -> Told:
+        bound = self._bound()
+        await self._until(lambda: len(self._healthy()) == len(bound), "the kubelet did not list the node's devices")
+        seen = max(self.kubelet.listed_at(resource) for resource in self.kubelet.resources())
+        return Told(
+            title="The daemon starts on a node whose GPUs are bound to vfio.",
+            why="It finds them in sysfs, writes their CDI specs, and only then registers them.",
+            result=self._counts(),
+            seconds=seen - self.started_at,
+        )
+
+    async def pod_takes_gpus(self) -> Told:
+        count = min(4, len(self.kubelet.healthy(self._gpus)))
+        cause = time.monotonic()
+        try:
+            allocation = await self.kubelet.admit(POD, self._gpus, count)
+        except AdmissionError as error:
+            raise StoryError(f"the pod was not admitted: {error}") from None
+        seconds = time.monotonic() - cause
+        for address in self._addresses(allocation.ids):
+            self.node.set_enable(address, 1)
+        devices = self.kubelet.devices(self._gpus)
+        nodes = sorted({node for i in allocation.ids for node in devices[i].numa_nodes})
+        where = f" on NUMA node {', '.join(map(str, nodes))}" if nodes else ""
+        return Told(
+            title=f"A pod asks for {count} of {self._gpus}.",
+            why="The plugin prefers GPUs that are close together, and answers with their VFIO nodes.",
+            result=f"it gets {', '.join(sorted(allocation.ids, key=int))}{where}",
+            seconds=seconds,
+        )
+
+    async def gpu_falls_off_and_returns(self) -> AsyncIterator[Told]:
+        device_id, address = self._spare()
+        seconds = await self._seen_after(
+            lambda: self.node.sicken(address), lambda: device_id not in self._healthy(), f"{address} stayed healthy"
+        )
+        yield Told(
+            title=f"GPU {device_id} ({address}) falls off the PCI bus.",
+            why=f"No event tells of that: the daemon looks every {self.health_interval:g} s here.",
+            result=self._counts(),
+            seconds=seconds,
+        )
+        seconds = await self._seen_after(
+            lambda: self.node.heal(address), lambda: device_id in self._healthy(), f"{address} did not come back"
+        )
+        yield Told(
+            title=f"GPU {device_id} answers again.",
+            why="It is given out again when it has been well for 2 s, so that a loose one does not flap.",
+            result=self._counts(),
+            seconds=seconds,
+        )
+
+    async def kubelet_restarts(self) -> Told:
+        before = self._healthy()
+        await self.kubelet.stop()
+        cause = time.monotonic()
+        await self.kubelet.start()
+        await self._until(lambda: self._healthy() == before, "the plugin did not register again")
+        seen = max(self.kubelet.listed_at(resource) for resource in self.kubelet.resources())
+        return Told(
+            title="The kubelet restarts, and deletes every socket in its folder.",
+            why="The plugin notices by itself, serves again and registers again; the pod keeps its GPUs.",
+            result=self._counts(),
+            seconds=seen - cause,
+        )
+
+    async def gpu_is_rebound(self) -> AsyncIterator[Told]:
+        device_id, address = self._spare()
+        driver = self.node.function(address).driver or "vfio-pci"
+        seconds = await self._seen_after(
+            lambda: self.node.bind(address, "nvidia"),
+            lambda: device_id not in self._healthy(),
+            f"{address} stayed healthy",
+        )
+        yield Told(
+            title=f"Somebody binds GPU {device_id} ({address}) to the nvidia driver.",
+            why="It stays listed, Unhealthy, for as long as a pod may hold it.",
+            result=self._counts(),
+            seconds=seconds,
+        )
+        count = len(self._healthy())
+        seconds = await self._seen_after(
+            lambda: self.node.bind(address, driver), lambda: len(self._healthy()) > count, f"{address} did not return"
+        )
+        yield Told(
+            title=f"And back to {driver}.",
+            why="A GPU that was bound a moment ago can be given out now; no restart is needed.",
+            result=self._counts(),
+            seconds=seconds,
+        )
+
+    async def pod_ends(self) -> Told:
+        ids = [i for a in self.kubelet.allocations if a.pod == POD for i in a.ids]
+        for address in self._addresses(tuple(ids)):
+            self.node.set_enable(address, 0)
+        self.kubelet.remove(POD)
+        return Told(
+            title="The pod ends.",
+            why="There is no Deallocate: the plugin learns it from PodResources.",
+            result=f"{', '.join(sorted(ids, key=int))} can be given out again",
+            seconds=None,
+        )
+
+    # How
+
+    @property
+    def _gpus(self) -> str:
+        return max(self.kubelet.resources(), key=lambda resource: len(self.kubelet.devices(resource)))
+
+    def _healthy(self) -> set[str]:
+        return {device for resource in self.kubelet.resources() for device in self.kubelet.healthy(resource)}
+
+    def _counts(self) -> str:
+        return ", ".join(
+            f"{resource}: {len(self.kubelet.healthy(resource))} of {len(self.kubelet.devices(resource))} healthy"
+            for resource in self.kubelet.resources()
+        )
+
+    def _bound(self) -> dict[str, str]:
+        """Device ID -> PCI address of what is bound to a vfio driver and is a device of its own."""
+        bound = {}
+        for function in self.node.functions():
+            if function.vfio is None or function.class_code not in (0x030000, 0x030200, 0x068000):
+                continue
+            number = function.vfio.number if function.vfio.cdev else function.iommu_group
+            bound[str(number)] = function.address
+        return bound
+
+    def _addresses(self, ids: tuple[str, ...]) -> list[str]:
+        bound = self._bound()
+        return [bound[device_id] for device_id in ids if device_id in bound]
+
+    def _spare(self) -> tuple[str, str]:
+        """A GPU that no pod holds, if there is one: the highest of them."""
+        bound = self._bound()
+        gpus = [i for i in sorted(self.kubelet.healthy(self._gpus), key=int) if i in bound]
+        free = [i for i in gpus if self.kubelet.holder(self._gpus, i) is None]
+        device_id = (free or gpus)[-1]
+        if not free:
+            self.node.set_enable(bound[device_id], 0)
+        return device_id, bound[device_id]
+
+    async def _seen_after(self, cause: Callable[[], None], seen: Callable[[], bool], failure: str) -> float:
+        """Seconds from the cause to the message in which the kubelet saw it."""
+        gpus = self._gpus
+        began = time.monotonic()
+        cause()
+        await self._until(seen, failure)
+        return self.kubelet.listed_at(gpus) - began
+
+    async def _until(self, predicate: Callable[[], bool], failure: str) -> None:
+        try:
+            await self.kubelet.wait_for(predicate, PATIENCE)
+        except TimeoutError:
+            raise StoryError(f"{failure} within {PATIENCE:g} s") from None
