@@ -211,6 +211,6 @@ class Device:
 
 
 def id_order(device_id: str) -> tuple[int, int, str]:
-    """Sort key for device IDs: by number where it is one, then by text. Ours have a few digits, foreign ones may not."""
+    """Sort key for device IDs: by number where it is one, then by text. Those of others may be of any length."""
     is_number = device_id.isdecimal() and len(device_id) < 20
     return (0, int(device_id), device_id) if is_number else (1, 0, device_id)

@@ -203,6 +203,8 @@ class Registration:
     watch: Watch | None = None
     failure: str | None = None
     """Why it was not accepted."""
+    answered: bool = False
+    """The answer is on its way."""
 
     @property
     def is_open(self) -> bool:
@@ -379,6 +381,7 @@ class GrpcKubelet:
         with self.changed:
             self.registrations.append(registration)
             self.changed.notify_all()
+        context.add_callback(lambda: self._answered(registration))
         if registration.failure is not None:
             plugin.close()
             context.abort(grpc.StatusCode.UNKNOWN, registration.failure)
@@ -405,6 +408,11 @@ class GrpcKubelet:
                 cut=self.manners is Manners.CUTS,
             )
             self._watches.append(registration.watch)
+
+    def _answered(self, registration: Registration) -> None:
+        with self.changed:
+            registration.answered = True
+            self.changed.notify_all()
 
     def _ended(self, resource: str) -> None:
         """A stream ended, whichever: the registration that counts now is dropped."""

@@ -38,6 +38,8 @@ GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
 NEW_GPU = FunctionSpec(address="0000:42:00.0", model=models.H100_SXM5, parent="0000:40:03.1", numa_node=0)
 """For the free slot of the preset `empty`."""
 MARK = b"# Written by sandbox-plugin"
+AT_ONCE = 5.0
+"""Seconds, where the daemon's own patience would last longer."""
 QUICK = "--health-interval=0.2"
 """For what no event tells of."""
 
@@ -455,7 +457,7 @@ def test_every_stream_is_kept_up_to_date_whatever_becomes_of_the_others(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("hgx-h100")
-    daemon(node)
+    plugin = daemon(node)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == GPU_NODES.keys())
     with ExitStack() as stack:
         older = stack.enter_context(kubelet.watching(PGPU))
@@ -469,7 +471,8 @@ def test_every_stream_is_kept_up_to_date_whatever_becomes_of_the_others(
         node.unbind("0000:43:00.0")
         kubelet.wait_for(lambda: len(newer.received) == 3 and kubelet.unhealthy(PGPU) == {"4", "5"})
         assert newer.received[2].unhealthy == ["4", "5"]
-        assert kubelet.calls == 2, "an old stream that ends is no reason to register again"
+        plugin.wait_for("device changed", device="5")
+        assert not plugin.events("registration lost"), "an old stream that ends is no reason to register again"
 
 
 def test_a_stream_is_silent_while_nothing_in_its_list_changes(
@@ -555,6 +558,16 @@ def test_an_entry_that_becomes_unreadable_costs_that_device_alone(
     assert kubelet.healthy(PGPU) == {geforce}
 
 
+def test_a_numa_node_beyond_all_measure_costs_that_device_its_topology_and_no_more(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("workstation")
+    node.set_attribute(T4, "numa_node", str(10**20))  # does not fit into what the protocol has for it
+    daemon(node)
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2, AT_ONCE)
+    assert kubelet.devices(PGPU)[str(node.function(T4).iommu_group)].numa is None
+
+
 def test_a_read_that_hangs_in_sysfs_holds_up_nothing_but_its_own_device(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
@@ -606,7 +619,7 @@ def test_stale_specs_of_ours_are_removed_and_those_of_others_never_touched(
     (places.cdi / "link.yaml").symlink_to("nowhere")
     (places.cdi / "folder.yaml").mkdir()
     before = {name: (places.cdi / name).stat() for name in foreign}
-    plugin = daemon(fake_node("workstation"))
+    plugin = daemon(fake_node("workstation"), QUICK)
     kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
     for name in stale:
         plugin.wait_for("stale cdi spec removed", path=str(places.cdi / name))
@@ -620,6 +633,10 @@ def test_stale_specs_of_ours_are_removed_and_those_of_others_never_touched(
         assert (places.cdi / name).read_bytes() == content
         assert (places.cdi / name).stat().st_mtime_ns == before[name].st_mtime_ns
         assert (places.cdi / name).stat().st_ino == before[name].st_ino
+    since = plugin.mark()
+    (places.cdi / "nvidia.com-pgpu.yaml").unlink()
+    plugin.wait_for("cdi spec written", since=since)  # it has been through the folder once more
+    assert not plugin.events("cdi trouble")
 
 
 def test_a_spec_that_the_reference_plugin_left_under_our_name_is_replaced_and_the_log_says_so(
@@ -750,21 +767,37 @@ def test_when_the_kubelet_ends_the_stream_the_resource_is_registered_again(
     assert len(kubelet.registrations) == 2
 
 
-@pytest.mark.parametrize(
-    ("manners", "reason"), [(Manners.REFUSES, "UNKNOWN: it will not"), (Manners.HANGS, ""), (Manners.FORGETS, "")]
-)
-def test_a_register_that_does_not_go_well_is_tried_again(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, manners: Manners, reason: str
+def test_a_register_that_is_refused_is_tried_again(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
-    kubelet.manners = manners
+    kubelet.manners = Manners.REFUSES
     plugin = daemon(fake_node("workstation"))
-    kubelet.wait_for(lambda: kubelet.calls)
-    if reason:
-        plugin.wait_for("endpoint trouble", resource=PGPU, reason=reason)
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason="UNKNOWN: it will not")
     kubelet.manners = Manners.POLITE
-    if manners is not Manners.REFUSES:
-        kubelet.restart()  # the daemon would give up after its own time, which is longer than a test should take
     kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+
+
+def test_a_register_that_hangs_is_given_up_when_the_kubelet_restarts(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    kubelet.manners = Manners.HANGS
+    daemon(fake_node("workstation"))
+    kubelet.wait_for(lambda: kubelet.calls)
+    kubelet.manners = Manners.POLITE
+    kubelet.restart()
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2, AT_ONCE)
+
+
+def test_a_kubelet_that_restarts_before_it_asks_for_the_devices_is_not_waited_for(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    kubelet.manners = Manners.FORGETS
+    daemon(fake_node("workstation"))
+    kubelet.wait_for(lambda: kubelet.registrations and kubelet.registrations[0].answered)
+    kubelet.registrations[0].plugin.options()  # after this round trip the answer has been taken in
+    kubelet.manners = Manners.POLITE
+    kubelet.restart()
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2, AT_ONCE)
 
 
 def test_a_kubelet_that_ends_every_stream_at_once_is_not_flooded_with_registrations(
@@ -808,9 +841,8 @@ def test_after_sigkill_it_starts_over_what_was_left_behind(
     assert sockets(places.kubelet) == {"sandbox-pgpu.sock"}
     (places.cdi / ".nvidia.com-pgpu.yaml.sandbox-plugin.tmp").write_text("half a sp")
     node.unbind(T4)
-    plugin = daemon(node)
-    plugin.wait_for("registered", resource=PGPU)
-    assert kubelet.healthy(PGPU) == {str(node.function(GEFORCE).iommu_group)}
+    daemon(node)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {str(node.function(GEFORCE).iommu_group)})
     assert len(specs) == 2
     assert len(read_cdi(places.cdi)) == 1
 

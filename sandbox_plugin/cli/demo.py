@@ -166,7 +166,7 @@ async def _show_live(console: Console, preset: str, kubelet: FakeKubelet, story:
 
     def screen() -> Group:
         return Group(
-            Text(f"sandbox-plugin demo on a fake node: {PRESETS[preset].summary}. Ctrl-C ends it.", style="bold"),
+            Text(f"sandbox-plugin demo: the fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."),
             _devices_table(kubelet),
             _story_panel(told),
             Panel(Text("\n".join(daemon.said), no_wrap=True, overflow="ellipsis"), title="the daemon says", height=8),
@@ -184,7 +184,7 @@ def _devices_table(kubelet: FakeKubelet) -> Table:
     table = Table(title="what the kubelet sees", expand=True, show_lines=False)
     table.add_column("resource", no_wrap=True)
     table.add_column("healthy", justify="right")
-    table.add_column("devices: green is free, yellow in a pod, red unhealthy; by NUMA node", ratio=1)
+    table.add_column(Text.from_markup("devices: [green]free[/] [yellow]in a pod[/] [bold red]unhealthy[/]"), ratio=1)
     for resource in kubelet.resources():
         devices = kubelet.devices(resource)
         cells = Text()
@@ -201,7 +201,7 @@ def _devices_table(kubelet: FakeKubelet) -> Table:
 
 
 def _story_panel(told: list[Told]) -> Panel:
-    lines = Text()
+    lines = Text(no_wrap=True, overflow="ellipsis")
     for chapter in told:
         lines.append(f"{_duration(chapter):>8}  ", style="bold cyan")
         lines.append(f"{chapter.title}\n", style="bold")

@@ -27,3 +27,12 @@ def configure_logs(log_format: str | None, level: str, stream: TextIO) -> None:
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
+    logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+
+
+class _Libraries(logging.Handler):
+    """What asyncio and grpclib log, as lines like our own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = (record.getMessage().splitlines() or [""])[0]
+        structlog.get_logger().log(record.levelno, message, logger=record.name, exc_info=record.exc_info)

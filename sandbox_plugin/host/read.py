@@ -12,6 +12,7 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from sandbox_plugin.host.paths import HostPaths
@@ -56,12 +57,34 @@ def list_addresses(paths: HostPaths) -> list[str]:
     return names + sorted(_listed(paths.mdev_devices))
 
 
-def read_function(paths: HostPaths, address: str) -> PciFunction:
+Stamp = tuple[int, int]
+"""Inode number and time of change of a function's folder: another function in its place has another."""
+
+
+def stamp(paths: HostPaths, address: str) -> Stamp | None:
+    """Tells a function's folder from one that was there before under the same address; None if there is none."""
+    try:
+        status = os.stat(paths.pci_devices / address)
+    except OSError:
+        return None
+    return (status.st_ino, status.st_ctime_ns)
+
+
+def driver_of(paths: HostPaths, address: str) -> str | None:
+    """The driver that holds a function now; None for none, and where that cannot be told."""
+    try:
+        return _link_name(paths.pci_devices / address / "driver")
+    except OSError:
+        return None
+
+
+def read_function(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
     """Reads one function.
 
     What it is, its driver and its group are read for every function; the rest only for functions that a vfio driver
-    holds, since nothing else is ever offered. Raises `FunctionUnreadable` when one of the former cannot be read or
-    makes no sense, and `OutOfResources`.
+    holds, since nothing else is ever offered. `before` is the same function as it was read earlier: what can never
+    change while it is there is taken from that. Raises `FunctionUnreadable` when what it is cannot be read or makes no
+    sense, and `OutOfResources`.
     """
     if UUID.fullmatch(address):
         return _read_mdev(paths, address)
@@ -69,50 +92,73 @@ def read_function(paths: HostPaths, address: str) -> PciFunction:
         raise FunctionUnreadable(f"{address!r} is not a PCI address")
     folder = paths.pci_devices / address
     try:
-        vendor, device, class_code = (
-            _hex(_text(folder / name), name, digits) for name, digits in (("vendor", 4), ("device", 4), ("class", 6))
+        function = _identify(folder, address) if before is None else _unchanging(before)
+        function = replace(
+            function,
+            driver=_link_name(folder / "driver"),
+            iommu_group=_group_number(folder),
+            vfio=_vfio_dev(folder),
         )
-        driver = _link_name(folder / "driver")
-        group = _group_number(folder)
-        vfio = _vfio_dev(folder)
-        bridges = _bridges(folder, address)
     except OSError as error:
         raise FunctionUnreadable(_why(error)) from None
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
-    if vfio is None and not (driver and "vfio" in driver):
-        return PciFunction(
-            address=address,
-            vendor=vendor,
-            device=device,
-            class_code=class_code,
-            driver=driver,
-            iommu_group=group,
-            bridges=bridges,
-        )
-    optional = _Optional(folder)
-    power_state = optional.text("power_state")
-    runtime_status = optional.text("power/runtime_status")
-    link_is_safe = power_state != "D3cold" and all(_is_awake(paths.pci_devices / bridge) for bridge in bridges[1:])
+    if function.vfio is None and not (function.driver and "vfio" in function.driver):
+        return function
+    return _with_details(paths, folder, function)
+
+
+def _identify(folder: Path, address: str) -> PciFunction:
+    """What a function is: it never changes. Raises OSError and ValueError."""
+    names = (("vendor", 4), ("device", 4), ("class", 6))
+    vendor, device, class_code = (_hex(_text(folder / name), name, digits) for name, digits in names)
     return PciFunction(
         address=address,
         vendor=vendor,
         device=device,
         class_code=class_code,
-        subsystem_vendor=optional.hex("subsystem_vendor", 4),
-        subsystem_device=optional.hex("subsystem_device", 4),
-        revision=optional.hex("revision", 2),
-        driver=driver,
-        iommu_group=group,
-        vfio=vfio,
+        bridges=_bridges(folder, address),
+    )
+
+
+def _unchanging(function: PciFunction) -> PciFunction:
+    """What can never change while the function is there."""
+    return PciFunction(
+        address=function.address,
+        vendor=function.vendor,
+        device=function.device,
+        class_code=function.class_code,
+        subsystem_vendor=function.subsystem_vendor,
+        subsystem_device=function.subsystem_device,
+        revision=function.revision,
+        bars=function.bars,
+        bridges=function.bridges,
+    )
+
+
+def _with_details(paths: HostPaths, folder: Path, function: PciFunction) -> PciFunction:
+    """The function with everything else that its folder says."""
+    optional = _Optional(folder)
+    if function.subsystem_vendor is None:
+        function = replace(
+            function,
+            subsystem_vendor=optional.hex("subsystem_vendor", 4),
+            subsystem_device=optional.hex("subsystem_device", 4),
+            revision=optional.hex("revision", 2),
+            bars=optional.bars(),
+        )
+    power_state = optional.text("power_state")
+    link_is_safe = power_state != "D3cold" and all(
+        _is_awake(paths.pci_devices / bridge) for bridge in function.bridges[1:]
+    )
+    return replace(
+        function,
         numa_node=_known_node(optional.number("numa_node")),
         link_speed=optional.text("current_link_speed") if link_is_safe else None,
         link_width=optional.number("current_link_width") if link_is_safe else None,
         enable=optional.number("enable"),
         power_state=power_state,
-        runtime_status=runtime_status,
-        bars=optional.bars(),
-        bridges=bridges,
+        runtime_status=optional.text("power/runtime_status"),
         virtual_functions=optional.number("sriov_numvfs") or 0,
         physical_function=optional.link_name("physfn"),
         fatal_errors=optional.fatal_errors(),
@@ -340,7 +386,8 @@ def _bridges(folder: Path, address: str) -> tuple[str, ...]:
 
 
 def _known_node(number: int | None) -> int | None:
-    return None if number is None or number < 0 else number
+    """-1 is "unknown"; the kernel's numbers are ints, and a greater one would spoil the list for all (int64)."""
+    return number if number is not None and 0 <= number < 1 << 31 else None
 
 
 def _hex(text: str, name: str, digits: int) -> int:
@@ -376,6 +423,8 @@ def _text(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str:
             chunks.append(chunk)
             limit -= len(chunk)
         return b"".join(chunks).decode("utf-8", "replace").strip()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None  # read(2) fails without a name
     finally:
         os.close(descriptor)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -19,6 +19,10 @@ from sandbox_plugin.host import read
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import Device, HostFacts, PciFunction
 
+_Known = tuple[read.Stamp, PciFunction]
+"""A function as it was read, and what tells it from another in its place."""
+_TRIES = 3
+"""How often a sweep mends what changed under it; the event of the change asks for the next one anyway."""
 _BUS = "the PCI bus"
 """What the sweep is reading while it is not at one function."""
 
@@ -46,6 +50,7 @@ class HostScanner:
         self._on_late = on_late
         self._patience = patience
         self._hanging: set[str] = set()
+        self._known: Mapping[str, _Known] = {}
 
     async def scan(self) -> HostFacts:
         """One look at everything. Takes at most about `patience` seconds for each function that newly hangs.
@@ -55,12 +60,14 @@ class HostScanner:
         loop = asyncio.get_running_loop()
         if _BUS in self._hanging:
             return HostFacts(unreachable=f"sysfs has not answered for {self._patience:g} s")
-        sweep = _Sweep(paths=self._paths, skipped=dict.fromkeys(self._hanging, self._silence()))
+        skipped = dict.fromkeys(self._hanging, self._silence())
+        sweep = _Sweep(paths=self._paths, skipped=skipped, known=self._known)
         try:
             while True:
                 finished = asyncio.Event()
                 sweep.start(partial(_call_soon, loop, finished.set))
                 if await self._finish_or_hang(sweep, finished):
+                    self._known = sweep.learnt
                     return sweep.facts()
                 hung_at = sweep.reading
                 self._hanging.add(hung_at)
@@ -104,7 +111,10 @@ async def why_not_bound(paths: HostPaths, devices: Sequence[Device], patience: f
 
     def look() -> None:
         for device in devices:
-            answers[device.id] = read.still_bound(paths, device)
+            try:
+                answers[device.id] = read.still_bound(paths, device)
+            except read.OutOfResources as error:
+                answers[device.id] = f"it cannot be looked at: {error}"
         _call_soon(loop, finished.set)
 
     threading.Thread(target=look, name="recheck", daemon=True).start()
@@ -126,6 +136,10 @@ class _Sweep:
     skipped: dict[str, str] = field(default_factory=dict)
     functions: dict[str, PciFunction] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    known: Mapping[str, _Known] = field(default_factory=dict)
+    """What earlier sweeps read."""
+    learnt: dict[str, _Known] = field(default_factory=dict)
+    """What this one read."""
     unreachable: str | None = None
     reading: str = _BUS
     reading_since: float = 0.0
@@ -155,6 +169,8 @@ class _Sweep:
             paths=self.paths,
             skipped={**self.skipped, without: because},
             functions=dict(self.functions),
+            known=self.known,
+            learnt=dict(self.learnt),
             unreadable=dict(self.unreadable),
         )
 
@@ -186,22 +202,53 @@ class _Sweep:
                 return
             if address in self.functions or address in self.unreadable or address in self.skipped:
                 continue
-            self._at(address)
-            try:
-                function = read.read_function(self.paths, address)
-            except read.FunctionUnreadable as error:
-                self.unreadable[address] = str(error)
-            else:
-                self.functions[address] = function
+            self._take(address)
         self._at(_BUS)
-        self.result = HostFacts(
+        for _ in range(_TRIES):
+            self.result = self._rest(addresses)
+            changed = self._changed_meanwhile()
+            if not changed:
+                return
+            for address in changed:
+                self._take(address)
+
+    def _take(self, address: str) -> None:
+        """Reads one function into what was found."""
+        self._at(address)
+        self.functions.pop(address, None)
+        try:
+            self.functions[address] = self._read(address)
+        except read.FunctionUnreadable as error:
+            self.unreadable[address] = str(error)
+
+    def _rest(self, addresses: Sequence[str]) -> HostFacts:
+        """What is not read function by function."""
+        skipped = {a: self.skipped[a] for a in addresses if a in self.skipped}
+        return HostFacts(
             functions=MappingProxyType({a: self.functions[a] for a in addresses if a in self.functions}),
-            unreadable=MappingProxyType(self.unreadable | {a: self.skipped[a] for a in addresses if a in self.skipped}),
+            unreadable=MappingProxyType(self.unreadable | skipped),
             groups=MappingProxyType(read.read_groups(self.paths, self.functions)),
             group_nodes=read.read_group_nodes(self.paths),
             kernel_has_cdevs=read.read_kernel_has_cdevs(self.paths),
             dev_nodes=read.read_dev_nodes(self.paths),
         )
+
+    def _changed_meanwhile(self) -> list[str]:
+        """Functions that have been unbound since they were read: their nodes, read later, do not fit to that."""
+        if self._left is not None:
+            return []
+        functions = [f for f in self.functions.values() if f.driver and "vfio" in f.driver and f.mdev_type is None]
+        return [f.address for f in functions if read.driver_of(self.paths, f.address) != f.driver]
+
+    def _read(self, address: str) -> PciFunction:
+        """Reads one function, and of one that is still the same only what may have changed."""
+        stamp = read.stamp(self.paths, address)
+        before = self.known.get(address)
+        is_same = before is not None and stamp is not None and before[0] == stamp
+        function = read.read_function(self.paths, address, before[1] if before is not None and is_same else None)
+        if stamp is not None:
+            self.learnt[address] = (stamp, function)
+        return function
 
     def _at(self, what: str) -> None:
         self.reading_since = time.monotonic()

@@ -16,6 +16,7 @@ The rules it keeps:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -28,6 +29,9 @@ from sandbox_plugin.settings import Settings
 
 SETTLE = 2.0
 """Seconds for which a healed device must be well before it is Healthy again."""
+ARRIVAL = 1.0
+"""Seconds in which a device that has just come may still be ill without being held back: a bind is several steps, and a
+look in between sees the driver without the node."""
 RETIRE = 60.0
 """Seconds for which PodResources must show a lost device free before it is dropped."""
 ADMISSION = 10.0
@@ -72,6 +76,9 @@ class Track:
     """What is remembered about one device."""
 
     device: Device
+    arrived_at: float = -math.inf
+    been_well: bool = False
+    """It was well at least once since it came."""
     ill: bool = False
     """Not to be listed as Healthy before it has settled."""
     well_since: float | None = None
@@ -192,6 +199,7 @@ def _arrived(device: Device, facts: HostFacts, now: float) -> Track:
     """New or bound anew: nothing of the past counts."""
     return Track(
         device=device,
+        arrived_at=now,
         in_use_since=now if _enabled_functions(device, facts) else None,
         fatal_errors=_fatal_counts(device, facts),
     )
@@ -380,11 +388,12 @@ def _damp(track: Track, health: Health, now: float) -> Track:
     if track.gone_since is not None:
         return track
     if not health.healthy:
-        return replace(track, ill=True, well_since=None)
+        still_arriving = not track.been_well and now - track.arrived_at < ARRIVAL
+        return replace(track, ill=track.ill or not still_arriving, well_since=None)
     if not track.ill:
-        return track
+        return replace(track, been_well=True)
     well_since = now if track.well_since is None else track.well_since
-    return replace(track, well_since=well_since, ill=now - well_since < SETTLE)
+    return replace(track, been_well=True, well_since=well_since, ill=now - well_since < SETTLE)
 
 
 def _listed_health(track: Track, health: Health, signals: Signals) -> Health:

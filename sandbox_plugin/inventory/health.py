@@ -21,11 +21,13 @@ _BRIDGE_CLASSES = (0x0600, 0x0604)
 def is_vfio_bound(function: PciFunction, facts: HostFacts) -> bool:
     """Bound to vfio-pci or any variant driver, whatever its name.
 
-    `vfio-dev` is there from Linux 6.1; before, the group has a node and the driver's name says vfio.
+    `vfio-dev` is there from Linux 6.1; before, the group has a node and the driver's name says vfio. Of an unbind the
+    driver's link is the first to go (__device_release_driver in drivers/base/dd.c), and of one that waits for a VM it
+    is all that goes.
     """
-    if function.vfio is not None:
-        return True
-    return function.driver is not None and "vfio" in function.driver and function.iommu_group in facts.group_nodes
+    if function.driver is None:
+        return False
+    return function.vfio is not None or ("vfio" in function.driver and function.iommu_group in facts.group_nodes)
 
 
 def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -> Health:

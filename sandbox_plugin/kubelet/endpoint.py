@@ -16,23 +16,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 
 import structlog
 from grpclib import GRPCError
 from grpclib.client import Channel
-from grpclib.exceptions import StreamTerminatedError
-from grpclib.server import Server
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.naming import socket_name
 from sandbox_plugin.kubelet import sockets
+from sandbox_plugin.kubelet.server import CONNECTION_LOST, PluginServer
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
+from sandbox_plugin.kubelet.wellformed import MessageCodec
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
@@ -45,6 +45,8 @@ _REGISTER_TIMEOUT = 20.0
 """Seconds. The kubelet dials us for up to 10 s before it answers Register."""
 _STREAM_TIMEOUT = 10.0
 """Seconds in which the kubelet opens ListAndWatch after it answered Register."""
+_SETTLED = 5.0
+"""Seconds after which a registration has held, and its loss is worth another attempt at once."""
 _RECHECK = 5.0
 """Seconds between looks at the sockets that no event asked for."""
 
@@ -103,6 +105,8 @@ class Endpoint:
     """ListAndWatch streams opened since the endpoint began: the number of the newest."""
     _newest_is_open: bool = False
     _backoff: Backoff = field(default_factory=Backoff)
+    _registered_at: float = float("-inf")
+    """Monotonic seconds."""
     _trouble: str | None = None
     """The complaint that was logged last; None when all was well last."""
 
@@ -125,6 +129,7 @@ class Endpoint:
                     while sockets.identity(self.path) == own:
                         kubelet = await self._register(own)
                         await self._until_lost(own, kubelet)
+                        await self._pause_if_short(own, kubelet)
             except OSError as error:
                 self._complain(f"cannot listen at {error.filename or self.path}: {error.strerror or error}")
                 await self._pause(own=None)
@@ -141,7 +146,7 @@ class Endpoint:
                 stream=self._stream,
                 why_not=self.why_not,
             )
-            server = Server([servicer])
+            server = PluginServer([servicer], codec=MessageCodec())
             await server.start(sock=listener)
             try:
                 yield own
@@ -176,12 +181,12 @@ class Endpoint:
         while sockets.identity(self.path) == own:
             kubelet, opened = self._kubelet(), self._opened
             why_not = await self._register_once(own) if kubelet else f"no socket {self.kubelet_dir / KUBELET_SOCKET}"
-            if why_not is None and not await self._wait(partial(self._has_opened_since, opened), _STREAM_TIMEOUT):
-                why_not = "the kubelet accepted the registration but never asked for the devices"
+            if why_not is None:
+                why_not = await self._until_asked(own, kubelet, opened)
             if why_not is None:
                 self.state = State.REGISTERED
                 self._trouble = None
-                self._backoff.reset()
+                self._registered_at = time.monotonic()
                 log.info("registered", resource=self.resource, endpoint=self.path.name)
                 return kubelet
             self._complain(f"not registered: {why_not}")
@@ -217,6 +222,19 @@ class Endpoint:
         finally:
             channel.close()
 
+    async def _until_asked(self, own: sockets.Identity, kubelet: sockets.Identity | None, opened: int) -> str | None:
+        """Waits for a new stream; gives up when a socket changes, or too much time passes. Returns why, or None."""
+
+        def replaced() -> bool:
+            return self._kubelet() != kubelet or sockets.identity(self.path) != own
+
+        await self._wait(lambda: self._opened > opened or replaced(), _STREAM_TIMEOUT)
+        if self._opened > opened:
+            return None
+        if replaced():
+            return "a socket was replaced meanwhile"
+        return "the kubelet accepted the registration but never asked for the devices"
+
     async def _until_lost(self, own: sockets.Identity, kubelet: sockets.Identity | None) -> None:
         """Waits until the registration is worth nothing any more, and says why."""
         if self.state is not State.REGISTERED:
@@ -234,6 +252,13 @@ class Endpoint:
             self.state = State.LOST
             log.warning("registration lost", resource=self.resource, reason=reason)
             return
+
+    async def _pause_if_short(self, own: sockets.Identity, kubelet: sockets.Identity | None) -> None:
+        """Before registering again: nothing, unless the same kubelet ends stream after stream as soon as they open."""
+        if time.monotonic() - self._registered_at >= _SETTLED:
+            self._backoff.reset()
+        elif self.state is State.LOST and sockets.identity(self.path) == own and self._kubelet() in (kubelet, None):
+            await self._pause(own)
 
     async def _pause(self, own: sockets.Identity | None) -> None:
         """Until the next attempt: some time, or until kubelet.sock is made anew or our own socket changes."""
@@ -261,9 +286,6 @@ class Endpoint:
             pass
         return predicate()
 
-    def _has_opened_since(self, opened: int) -> bool:
-        return self._opened > opened
-
     def _kubelet(self) -> sockets.Identity | None:
         return sockets.identity(self.kubelet_dir / KUBELET_SOCKET)
 
@@ -280,6 +302,6 @@ async def _outcome(channel: Channel, request: v1beta1.RegisterRequest) -> str | 
         await v1beta1.RegistrationStub(channel).register(request)
     except GRPCError as error:
         return f"the kubelet answered {error.status.name}: {error.message}"
-    except (OSError, StreamTerminatedError) as error:
+    except CONNECTION_LOST as error:
         return f"the kubelet does not answer: {error}"
     return None

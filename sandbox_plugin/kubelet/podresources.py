@@ -16,11 +16,11 @@ from pathlib import Path
 import structlog
 from grpclib import GRPCError
 from grpclib.client import Channel
-from grpclib.exceptions import StreamTerminatedError
 
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.advance import Holdings
-from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
+from sandbox_plugin.kubelet.server import CONNECTION_LOST
+from sandbox_plugin.kubelet.wellformed import MalformedMessage, MessageCodec, check
 from sandbox_plugin.registry import Registry
 
 INTERVAL = 5.0
@@ -61,7 +61,7 @@ class HoldingsPoller:
             self._complain("there is no such socket")
         except TimeoutError:
             self._complain(f"no answer in {patience:g} s")
-        except (OSError, StreamTerminatedError) as error:
+        except CONNECTION_LOST as error:
             self._complain(str(error))
         except GRPCError as error:
             self._complain(f"{error.status.name}: {error.message}")
@@ -79,8 +79,8 @@ class HoldingsPoller:
 
 
 async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
-    """PodResourcesLister.List. Raises OSError, GRPCError or StreamTerminatedError."""
-    channel = Channel(path=str(socket))
+    """PodResourcesLister.List. Raises GRPCError, or one of CONNECTION_LOST."""
+    channel = Channel(path=str(socket), codec=MessageCodec())
     try:
         return await v1.PodResourcesListerStub(channel).list(v1.ListPodResourcesRequest())
     finally:

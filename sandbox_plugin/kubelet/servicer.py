@@ -92,13 +92,14 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         chosen = self._choose(self.registry.current, asked)
         self._refuse(await self.why_not(chosen))
         chosen = self._choose(self.registry.current, asked)
+        by_id = {d.id: d for d in chosen}
+        response = v1beta1.AllocateResponse(
+            container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
+        )
         self.registry.learn(allocated=[(d.resource, d.id) for d in chosen])
         for device in chosen:
             log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
-        by_id = {d.id: d for d in chosen}
-        return v1beta1.AllocateResponse(
-            container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
-        )
+        return response
 
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
         """Not asked for by our options; answered all the same."""

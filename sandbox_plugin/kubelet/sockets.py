@@ -40,6 +40,8 @@ class Connection(socket.socket):
     """Bytes: the longest message that the kubelet itself would take."""
     RATE = 1 << 20
     """Bytes a second."""
+    CHUNK = 16 << 10
+    """Bytes taken in at once, so that a few hundred calls begin, and end, before the loop looks at the others again."""
 
     def __init__(self, fileno: int) -> None:
         super().__init__(fileno=fileno)
@@ -49,7 +51,7 @@ class Connection(socket.socket):
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         """As socket.recv. Raises ConnectionResetError for a peer that sends too much."""
-        data = super().recv(size, flags)
+        data = super().recv(min(size, self.CHUNK), flags)
         now = time.monotonic()
         self._left = min(self.BURST, self._left + (now - self._at) * self.RATE) - len(data)
         self._at = now
@@ -68,15 +70,29 @@ class Listener(socket.socket):
     """
 
     LIMIT = 64
+    _PAUSE = 0.5
+    """Seconds without an attempt after one that found no descriptor left; asyncio comes back after one."""
 
     def __init__(self) -> None:
         super().__init__(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._starved_at = float("-inf")
         self._accepted: list[weakref.ref[Connection]] = []
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """The next connection that is allowed. Raises BlockingIOError when there is none, as the loop expects."""
+        """The next connection that is allowed. Raises BlockingIOError when there is none, as the loop expects.
+
+        Raises OSError where no descriptor is left: once, although asyncio asks up to 128 times in a row all the same,
+        and would log each.
+        """
         while True:
-            plain, address = super().accept()
+            if time.monotonic() - self._starved_at < self._PAUSE:
+                raise BlockingIOError(errno.EAGAIN, "no descriptor was left a moment ago")
+            try:
+                plain, address = super().accept()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._starved_at = time.monotonic()
+                raise
             connection = Connection(plain.detach())
             if why_not := self._why_not(connection):
                 log.warning("connection refused", reason=why_not)

@@ -12,10 +12,27 @@ from functools import cache
 from typing import Any
 
 import betterproto
+from grpclib import GRPCError, Status
+from grpclib.encoding.proto import ProtoCodec
 
 
 class MalformedMessage(ValueError):
     """The message names the field that is wrong."""
+
+
+class MessageCodec(ProtoCodec):
+    """Bytes that are no message at all are the fault of who sent them: GRPCError with INVALID_ARGUMENT.
+
+    betterproto raises whatever it stumbles over, which grpclib's server would answer with UNKNOWN and a traceback in
+    the log, and a caller would die of.
+    """
+
+    def decode(self, data: bytes, message_type: Any) -> Any:
+        try:
+            return super().decode(data, message_type)
+        except Exception as error:
+            why = f"these bytes are no {message_type.__name__}: {error}"
+            raise GRPCError(Status.INVALID_ARGUMENT, why[:300]) from None
 
 
 def check(message: betterproto.Message) -> None:

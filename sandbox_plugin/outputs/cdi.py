@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,6 +39,8 @@ _TEMPORARY = ".sandbox-plugin.tmp"
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _T = TypeVar("_T")
+_Stamp = tuple[int, int, int]
+"""Inode number, time of the last change (ns) and size in bytes: a file that has the same is not read again."""
 
 
 def render_specs(inventory: Inventory) -> dict[str, str]:
@@ -69,6 +71,8 @@ class _OnDisk:
 
     text: bytes
     ids: frozenset[str]
+    stamp: _Stamp | None = None
+    """The file as it was when this was seen to stand in it; None: never."""
 
 
 @dataclass(kw_only=True)
@@ -117,32 +121,37 @@ class CdiWriter:
                 trouble[resource] = str(error)
             if resource in self._seen:
                 in_cdi[resource] = self._seen[resource].ids
+        self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)  # before anything else: pods may be waiting for it
         stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
         for about, why in (trouble | stale).items():
             if self._trouble.get(about) != why:
                 log.error("cdi trouble", resource=about, reason=why)
         self._trouble = trouble | stale
-        self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)
 
     async def _put(self, resource: str, wanted: _OnDisk) -> None:
         """Makes the file what is wanted. When it fails, `_seen` has what stands there all the same."""
         file = self.folder / cdi_file_name(resource)
+        before = self._seen.get(resource)
         try:
-            found = await _to_its_end(_content(file))
+            stamp = await _stamp(file)
+            is_untouched = before is not None and stamp == before.stamp
+            found = before.text if before is not None and is_untouched else await _to_its_end(_content(file))
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # those say nothing about the file
                 self._seen.pop(resource, None)
             raise
         if found == wanted.text:
-            self._seen[resource] = wanted
+            self._seen[resource] = replace(wanted, stamp=stamp)
             return
-        before = self._seen.get(resource)
         if before is not None and before.text != found:
             del self._seen[resource]
         self._explain(resource, file, found, before)
-        await aiofiles.os.makedirs(self.folder, exist_ok=True)
-        await _to_its_end(_replace(file, wanted.text))
-        self._seen[resource] = wanted
+        try:
+            await _to_its_end(_replace(file, wanted.text))
+        except FileNotFoundError:
+            await aiofiles.os.makedirs(self.folder, exist_ok=True)
+            await _to_its_end(_replace(file, wanted.text))
+        self._seen[resource] = replace(wanted, stamp=await _stamp(file))
         log.info("cdi spec written", resource=resource, path=str(file))
 
     def _explain(self, resource: str, file: Path, found: bytes | None, before: _OnDisk | None) -> None:
@@ -176,6 +185,9 @@ class CdiWriter:
             file = self.folder / name
             try:
                 content = await _to_its_end(_content(file)) if name.endswith(".yaml") else None
+            except OSError:
+                continue  # a folder, say: what cannot be read is not known to be ours
+            try:
                 if content is not None and self._is_stale(name, content):
                     await aiofiles.os.unlink(file)
                     log.info("stale cdi spec removed", path=str(file))
@@ -207,7 +219,18 @@ async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # how it ended is nobody's business any more, and asyncio would complain
         raise
+
+
+async def _stamp(file: Path) -> _Stamp | None:
+    """Which file, in which state, lies there; None if there is none."""
+    try:
+        status = await aiofiles.os.stat(file)
+    except FileNotFoundError:
+        return None
+    return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 async def _content(file: Path) -> bytes | None:

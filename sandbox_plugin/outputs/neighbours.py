@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,11 @@ class NeighbourWatch:
         seen: dict[Path, tuple[int, int]] = {}
         while True:
             self._bell.clear()
-            if (stamps := await asyncio.to_thread(_stamps, self.folders)) != seen:
-                seen = stamps
-                self._report(judge_specs(await asyncio.to_thread(_contents, list(stamps))))
+            with suppress(OSError):  # a folder that cannot be listed now, for want of descriptors too: next time
+                if (stamps := await asyncio.to_thread(_stamps, self.folders)) != seen:
+                    contents = await asyncio.to_thread(_contents, list(stamps))
+                    seen = stamps
+                    self._report(judge_specs(contents))
             try:
                 async with asyncio.timeout(self.recheck):
                     await self._bell.wait()

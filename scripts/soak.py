@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""The long run: the real daemon, a kubelet that restarts, devices that come and go, and Allocates, all at random.
+
+    scripts/soak.py [--seconds 600] [--seed N]
+
+After the first minute (a fifth of shorter runs) and at the end the process is left alone for a moment and measured:
+memory, file descriptors, threads, connections. Prints a table; exit status 1 if it has grown, or if the kubelet's view
+was ever not the node's in the end.
+
+Uses the kubelet and the harness of tests/, so it needs what the tests need: `python3 scripts/dev.py setup`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import grpc  # noqa: E402
+import psutil  # noqa: E402
+from daemon import Daemon, Places, places  # noqa: E402
+from kubelet import GrpcKubelet  # noqa: E402
+from trials import PGPU, wait_until_it_sees  # noqa: E402
+from truth import Truth  # noqa: E402
+
+from sandbox_plugin.fake.node import FakeNode, FakeNodeError  # noqa: E402
+
+GPUS = [f"0000:{bus}:00.0" for bus in ("1b", "43", "52", "61", "9d", "c3", "d1", "df")]
+ALLOWED_GROWTH = 0.15
+"""Of the memory after the first minute: the allocator's arenas go up and down by that much."""
+
+_LINES = 40
+"""Of the daemon's log, shown when a run fails."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """What the process holds at rest."""
+
+    memory: int
+    """Resident bytes."""
+    descriptors: int
+    threads: int
+    sockets: int
+
+    @classmethod
+    def of(cls, pid: int) -> Measure:
+        process = psutil.Process(pid)
+        return cls(
+            memory=process.memory_info().rss,
+            descriptors=process.num_fds(),
+            threads=process.num_threads(),
+            sockets=len(process.net_connections("unix")),
+        )
+
+
+class Soak:
+    """One run: what happens to the daemon, and how often it did."""
+
+    def __init__(self, place: Places, node: FakeNode, kubelet: GrpcKubelet, daemon: Daemon, seed: int) -> None:
+        self.node, self.kubelet, self.daemon = node, kubelet, daemon
+        self.truth = Truth(node.root)
+        self.chance = random.Random(seed)
+        self.done: Counter[str] = Counter()
+        self.longest = 0.0
+
+    def run_until(self, end: float) -> None:
+        """Something happens, again and again, until then; now and then the view is held against the node."""
+        acts = [self.restart, self.flap, self.flap, self.allocate, self.allocate, self.allocate, self.cut]
+        while time.monotonic() < end:
+            self.chance.choice(acts)()
+            if self.chance.random() < 0.1:
+                self.compare()
+
+    def restart(self) -> None:
+        self.kubelet.restart(leave_socket=self.chance.random() < 0.5)
+        self.done["kubelet restarts"] += 1
+
+    def cut(self) -> None:
+        registration = self.kubelet.registration(PGPU)
+        if registration is not None:
+            registration.plugin.close()
+            self.done["connections cut"] += 1
+
+    def flap(self) -> None:
+        change = self.chance.choice([self.node.bind, self.node.unbind, self.node.sicken, self.node.heal])
+        try:
+            change(self.chance.choice(GPUS))
+        except FakeNodeError:
+            return
+        self.done["device changes"] += 1
+
+    def allocate(self) -> None:
+        ids = sorted(self.kubelet.healthy(PGPU))
+        registration = self.kubelet.registration(PGPU)
+        if not ids or registration is None:
+            return
+        try:
+            registration.plugin.allocate(self.chance.sample(ids, self.chance.randint(1, len(ids))))
+        except (grpc.RpcError, ValueError):  # ValueError: on a channel that was cut in this moment
+            self.done["Allocates refused"] += 1
+        else:
+            self.done["Allocates"] += 1
+
+    def compare(self) -> None:
+        started = time.monotonic()
+        try:
+            wait_until_it_sees(self.kubelet, self.truth, timeout=30)
+        except AssertionError as error:
+            log = self.daemon.log().splitlines()[-_LINES:]
+            what, *_ = str(error).partition("after 30 s")
+            raise SystemExit("\n".join([*log, f"30 s after the last change {what}"])) from None
+        self.longest = max(self.longest, time.monotonic() - started)
+        self.done["views compared"] += 1
+
+    def measure(self) -> Measure:
+        """At rest: every device bound and well, the kubelet with the whole view."""
+        for gpu in GPUS:
+            self.node.heal(gpu)
+            if self.node.function(gpu).driver != "vfio-pci":
+                self.node.bind(gpu)
+        self.compare()
+        self.kubelet.wait_for(lambda: len(self.kubelet.healthy(PGPU)) == len(GPUS), timeout=30)
+        return self._settled()
+
+    def _settled(self) -> Measure:
+        """The smallest that is seen in three seconds: threads and connections end a little later than their reason."""
+        seen = []
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            seen.append(Measure.of(self.daemon.pid))
+            time.sleep(0.1)
+        return min(seen, key=lambda m: (m.descriptors, m.threads, m.memory))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}", flush=True)
+    with places() as place, GrpcKubelet(place.kubelet) as kubelet:
+        kubelet.start()
+        node = place.node("hgx-h100")
+        with Daemon(place, node, "--health-interval=0.5") as daemon:
+            soak = Soak(place, node, kubelet, daemon, arguments.seed)
+            soak.compare()
+            started = time.monotonic()
+            soak.run_until(started + min(60, arguments.seconds / 5))
+            first = soak.measure()
+            soak.run_until(started + arguments.seconds)
+            last = soak.measure()
+    return report(soak, first, last)
+
+
+def report(soak: Soak, first: Measure, last: Measure) -> int:
+    """Prints the table. Returns the exit status."""
+    for what, times in sorted(soak.done.items()):
+        print(f"{what:24}{times:>10}")
+    print(f"{'longest until the view':24}{soak.longest:>10.2f} s")
+    print(f"\n{'':24}{'early':>10}{'at the end':>12}")
+    grown = []
+    for name in ("memory", "descriptors", "threads", "sockets"):
+        before, after = getattr(first, name), getattr(last, name)
+        allowed = before * ALLOWED_GROWTH if name == "memory" else 0
+        is_more = after > before + allowed
+        shown = [f"{n / 1e6:.1f} MB" if name == "memory" else str(n) for n in (before, after)]
+        print(f"{name:24}{shown[0]:>10}{shown[1]:>12}{'   grown' if is_more else ''}")
+        grown += [name] if is_more else []
+    return 1 if grown else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,668 @@
+"""Faults, one by one, against the real process: after each the kubelet's view equals the node's.
+
+Those that need no more than a polite kubelet and a fake node are in test_daemon.py. SANDBOX_SLOW=1 adds the slow ones;
+KUBELET_RESTARTS says how many restarts in a row are tried.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import daemon as daemon_process
+import psutil
+import pytest
+from conftest import StartDaemon
+from daemon import Daemon, Places, sockets
+from grpc import StatusCode
+from kubelet import GrpcKubelet, Manners, Plugin, Watch, refusal
+from trials import (
+    NVSWITCH,
+    PGPU,
+    QUICK,
+    as_root,
+    figures,
+    run_broken,
+    slow,
+    socket_of,
+    tampered,
+    view,
+    wait_until,
+    wait_until_it_sees,
+)
+from truth import Truth
+
+from sandbox_plugin.fake.node import FakeNode
+
+GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
+"""The GPUs of the preset `workstation`."""
+FIRST_GPU = "0000:1b:00.0"
+"""Of the preset `hgx-h100`; its ID is 4."""
+RESTARTS = int(os.environ.get("KUBELET_RESTARTS", "10"))
+
+MakeNode = Callable[[str], FakeNode]
+
+
+# The kubelet is away, or comes and goes
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(2, id="2 s"), pytest.param(120, id="2 min", marks=slow)])
+@pytest.mark.timeout(180)
+def test_while_the_kubelet_is_away_the_node_changes_and_nothing_of_it_is_lost(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, seconds: int
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node)
+    wait_until_it_sees(kubelet, truth)
+    for name in (PGPU, NVSWITCH):
+        plugin.wait_for("registered", resource=name)
+    kubelet.stop(leave_socket=True)
+    since = plugin.mark()
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason="does not answer")
+    node.unbind(FIRST_GPU)
+    with pytest.raises(AssertionError, match="no event"):
+        plugin.wait_for("registered", since=since, timeout=seconds)
+    complaints = plugin.events("endpoint trouble", since=since)
+    assert len(complaints) <= 4, "the same complaint again and again"
+    kubelet.start()
+    started = time.monotonic()
+    wait_until_it_sees(kubelet, truth)
+    figures(f"view is whole after the kubelet was away for {seconds} s", [time.monotonic() - started])
+
+
+@pytest.mark.timeout(300)
+def test_after_each_of_many_kubelet_restarts_the_view_is_whole_again(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node)
+    wait_until_it_sees(kubelet, truth)
+    chance = random.Random(4)
+    took = []
+    since = 0
+    for turn in range(RESTARTS):
+        wait = turn % 2  # every second time it is back within a millisecond, else when its end has been noticed
+        for name in (PGPU, NVSWITCH):
+            plugin.wait_for("registered", since=since, resource=name)
+        since = plugin.mark()
+        kubelet.stop(leave_socket=chance.random() < 0.5)  # killed, or asked to end
+        if wait:
+            plugin.wait_for("registration lost", since=since, resource=PGPU)
+        (node.unbind if turn % 4 < 2 else node.bind)(FIRST_GPU) if turn % 2 == 0 else None
+        started = time.monotonic()
+        kubelet.start()  # deletes every socket and makes its own at once
+        wait_until_it_sees(kubelet, truth)
+        took.append(time.monotonic() - started)
+    figures("from the start of a kubelet until it has the whole view", took)
+    assert len(psutil.Process(plugin.pid).open_files()) < 10
+
+
+def test_a_kubelet_folder_that_is_deleted_and_made_again_is_served_again(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node)
+    wait_until_it_sees(kubelet, truth)
+    for _ in range(2):
+        kubelet.stop()
+        since = plugin.mark()
+        shutil.rmtree(places.kubelet)
+        plugin.wait_for("waiting for the kubelet's folder", since=since, reason="No such file")
+        kubelet.start()
+        wait_until_it_sees(kubelet, truth)
+
+
+def test_a_kubelet_folder_that_is_replaced_within_an_instant_is_served_again(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    daemon(node)
+    wait_until_it_sees(kubelet, truth)
+    kubelet.stop()
+    shutil.rmtree(places.kubelet)
+    kubelet.start()
+    wait_until_it_sees(kubelet, truth)
+
+
+def put_a_file(path: Path) -> None:
+    path.write_text("no socket")
+
+
+def put_a_folder(path: Path) -> None:
+    path.mkdir()
+
+
+def put_a_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("put", [put_a_file, put_a_folder, put_a_dangling_link])
+def test_something_else_in_the_place_of_kubelet_sock_is_no_kubelet_until_a_real_one_comes(
+    fake_node: MakeNode,
+    absent_kubelet: GrpcKubelet,
+    daemon: StartDaemon,
+    places: Places,
+    put: Callable[[Path], None],
+) -> None:
+    node = fake_node("workstation")
+    places.kubelet.mkdir()
+    put(absent_kubelet.socket)
+    plugin = daemon(node)
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason="no socket")
+    absent_kubelet.socket.rename(places.top / "away")
+    absent_kubelet.start()
+    wait_until_it_sees(absent_kubelet, Truth(node.root))
+
+
+def hang_up_on_everybody(path: Path, times: int) -> None:
+    """Something that listens at `path` and ends each connection at once: as a kubelet does that is about to end."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(10)
+        for _ in range(times):
+            connection, _ = listener.accept()
+            connection.close()
+    path.unlink()
+
+
+def test_a_kubelet_that_hangs_up_on_everybody_is_tried_again(
+    fake_node: MakeNode, absent_kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    places.kubelet.mkdir()
+    plugin = daemon(node)
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason="no socket")
+    for _ in range(30):
+        hang_up_on_everybody(absent_kubelet.socket, times=2)
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason="the kubelet does not answer")
+    absent_kubelet.start()
+    wait_until_it_sees(absent_kubelet, Truth(node.root))
+
+
+def test_a_pod_resources_socket_that_hangs_up_costs_no_more_than_knowledge(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    folder = places.top / "pod-resources"
+    folder.mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        listening = pool.submit(hang_up_on_everybody, folder / "kubelet.sock", 1)
+        wait_until((folder / "kubelet.sock").exists, "it listens")
+        node = fake_node("workstation")
+        plugin = daemon(node)
+        listening.result()
+    plugin.wait_for("no pod resources")
+    wait_until_it_sees(kubelet, Truth(node.root))
+
+
+def test_a_socket_of_ours_that_somebody_deletes_comes_back_and_is_registered(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    plugin = daemon(node)
+    plugin.wait_for("registered", resource=PGPU)
+    since = plugin.mark()
+    socket_of(places).unlink()
+    plugin.wait_for("registration lost", since=since, reason="our socket is gone")
+    plugin.wait_for("registered", since=since, resource=PGPU)
+    assert len(kubelet.registrations) == 2
+    wait_until_it_sees(kubelet, Truth(node.root))
+
+
+def test_something_that_is_no_socket_in_the_place_of_ours_is_named_and_waited_for(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    socket_of(places).write_text("in the way")
+    plugin = daemon(node)
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason=f"cannot listen at {socket_of(places)}")
+    assert socket_of(places).read_text() == "in the way"
+    socket_of(places).unlink()
+    wait_until_it_sees(kubelet, Truth(node.root))
+
+
+# Register and ListAndWatch go wrong
+
+
+@slow
+@pytest.mark.parametrize(
+    ("manners", "reason", "seconds"),
+    [
+        (Manners.HANGS, "no answer in 20 s", 20),
+        (Manners.FORGETS, "accepted the registration but never asked for the devices", 10),
+    ],
+)
+@pytest.mark.timeout(120)
+def test_a_register_without_an_answer_or_a_stream_is_given_up_in_time_and_tried_again(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, manners: Manners, reason: str, seconds: int
+) -> None:
+    node = fake_node("workstation")
+    kubelet.manners = manners
+    plugin = daemon(node)
+    kubelet.wait_for(lambda: kubelet.calls)
+    started = time.monotonic()
+    plugin.wait_for("endpoint trouble", resource=PGPU, reason=reason, timeout=seconds + 10)
+    took = time.monotonic() - started
+    assert seconds - 1 < took < seconds + 5
+    kubelet.manners = Manners.POLITE
+    wait_until_it_sees(kubelet, Truth(node.root), timeout=30)
+
+
+def test_while_register_hangs_streams_of_other_clients_are_served(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    truth = Truth(node.root)
+    truth.read()
+    kubelet.manners = Manners.HANGS
+    daemon(node)
+    kubelet.wait_for(lambda: kubelet.calls)
+    with other_client(places, kubelet) as watch:
+        kubelet.wait_for(lambda: watch.last is not None and len(watch.last.healthy) == 2)
+        node.unbind(T4)
+        kubelet.wait_for(lambda: watch.last is not None and len(watch.last.unhealthy) == 1)
+    kubelet.manners = Manners.POLITE
+    kubelet.restart()
+    wait_until_it_sees(kubelet, truth)
+
+
+@contextmanager
+def other_client(places: Places, kubelet: GrpcKubelet) -> Iterator[Watch]:
+    """A stream that no registration led to."""
+    client = Plugin(socket_of(places))
+    try:
+        yield Watch(client, kubelet.changed, on_end=lambda: None)
+    finally:
+        client.close()
+
+
+def test_of_two_streams_on_one_connection_both_are_kept_up_to_date_and_either_may_end(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("workstation")
+    truth = Truth(node.root)
+    plugin = daemon(node)
+    wait_until_it_sees(kubelet, truth)
+    registration = kubelet.registration(PGPU)
+    assert registration is not None
+    assert registration.watch is not None
+    second = Watch(registration.plugin, kubelet.changed, on_end=lambda: None)
+    kubelet.wait_for(lambda: second.received)
+    node.unbind(T4)
+    kubelet.wait_for(lambda: second.last is not None and second.last.unhealthy)
+    wait_until_it_sees(kubelet, truth)
+    since = plugin.mark()
+    second.cancel()  # the newest: a real kubelet would have dropped us with it
+    plugin.wait_for("registration lost", since=since, resource=PGPU, reason="stream ended")
+    plugin.wait_for("registered", since=since, resource=PGPU)
+    wait_until_it_sees(kubelet, truth)
+
+
+def test_a_connection_that_is_cut_in_the_middle_of_everything_is_registered_anew(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("workstation")
+    truth = Truth(node.root)
+    plugin = daemon(node)
+    for turn in range(3):
+        wait_until_it_sees(kubelet, truth)
+        (node.unbind if turn % 2 else node.bind)(T4) if turn else None
+        kubelet.plugin(PGPU).close()  # with its stream, whatever is on its way
+        kubelet.wait_for(lambda turn=turn: len(kubelet.registrations) == turn + 2)  # type: ignore[misc]
+    wait_until_it_sees(kubelet, truth)
+    plugin.wait_for("registration lost", reason="stream ended")
+
+
+# The process or the machine runs out of something
+
+
+@contextmanager
+def no_descriptors(plugin: Daemon) -> Iterator[None]:
+    """Not one file can be opened more, and no connection accepted: RLIMIT_NOFILE, while it runs."""
+    before = resource.prlimit(plugin.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(plugin.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(plugin.pid, resource.RLIMIT_NOFILE, before)
+
+
+def test_without_file_descriptors_what_was_known_stays_and_afterwards_nothing_is_lost(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node, QUICK)
+    wait_until_it_sees(kubelet, truth)
+    before = view(kubelet)
+    messages = len(kubelet.history(PGPU))
+    with no_descriptors(plugin):
+        plugin.wait_for("no scan", reason="Too many open files")
+        refused = refusal(lambda: kubelet.plugin(PGPU).allocate(["4"]))
+        assert refused.status is StatusCode.FAILED_PRECONDITION, "what cannot be looked at is not promised"
+        node.unbind(FIRST_GPU)
+        kubelet.plugin(PGPU).options()
+        assert view(kubelet) == before
+        assert len(kubelet.history(PGPU)) == messages
+    wait_until_it_sees(kubelet, truth)
+
+
+def test_a_kubelet_that_restarts_while_there_are_no_file_descriptors_is_registered_with_when_there_are(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node, QUICK)
+    wait_until_it_sees(kubelet, truth)
+    with no_descriptors(plugin):
+        since = plugin.mark()
+        kubelet.restart()
+        plugin.wait_for("endpoint trouble", since=since, resource=PGPU)
+    wait_until_it_sees(kubelet, truth)
+
+
+def test_connections_that_come_while_there_are_no_file_descriptors_are_served_when_there_are(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    plugin = daemon(node, QUICK)
+    wait_until_it_sees(kubelet, Truth(node.root))
+    since = plugin.mark()
+    client = Plugin(socket_of(places))
+    with no_descriptors(plugin), socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(socket_of(places)))
+        plugin.wait_for("socket.accept() out of system resource", since=since)
+        assert len(plugin.events("socket.accept() out of system resource")) < 5
+    try:
+        assert client.options().get_preferred_allocation_available
+    finally:
+        client.close()
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 64 KiB at `folder`."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Writes until there is no room."""
+    filler = disk / "filler"
+    written = subprocess.run(
+        ["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], capture_output=True, text=True, check=False
+    )
+    assert "No space left" in written.stderr
+    return filler
+
+
+@as_root
+def test_with_a_full_disk_new_devices_wait_for_their_spec_and_those_that_stand_there_are_kept(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    node.unbind(FIRST_GPU)
+    with small_disk(places.cdi) as disk, ExitStack() as stack:
+        plugin = stack.enter_context(Daemon(places, node, QUICK))
+        wait_until_it_sees(kubelet, truth)
+        specs = {path.name: path.read_text() for path in disk.glob("*.yaml")}
+        filler = fill(disk)
+        node.bind(FIRST_GPU)
+        plugin.wait_for("cdi trouble", resource=PGPU, reason="No space left")
+        assert kubelet.healthy(PGPU) == {"5", "6", "7", "8", "9", "10", "11"}
+        assert {path.name: path.read_text() for path in disk.glob("*.yaml")} == specs, "no half-written spec"
+        assert not list(disk.glob(".*")), "no temporary file left"
+        filler.unlink()
+        wait_until_it_sees(kubelet, truth)
+
+
+@as_root
+def test_a_disk_that_is_full_from_the_start_is_waited_for(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    with small_disk(places.cdi) as disk, ExitStack() as stack:
+        filler = fill(disk)
+        plugin = stack.enter_context(Daemon(places, node, QUICK))
+        plugin.wait_for("cdi trouble", resource=PGPU, reason="No space left")
+        assert kubelet.calls == 0
+        filler.unlink()
+        wait_until_it_sees(kubelet, Truth(node.root))
+
+
+@as_root
+def test_on_a_read_only_disk_specs_that_stand_there_go_on_to_count(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    with small_disk(places.cdi) as disk, ExitStack() as stack:
+        plugin = stack.enter_context(Daemon(places, node, QUICK))
+        wait_until_it_sees(kubelet, truth)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        node.unbind(FIRST_GPU)  # Unhealthy at once, although its spec cannot be taken away
+        plugin.wait_for("cdi trouble", resource=PGPU, reason="Read-only file system")
+        wait_until_it_sees(kubelet, truth)
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        since = plugin.mark()
+        plugin.wait_for("cdi spec written", since=since, resource=PGPU)
+        assert "vfio4" not in (disk / "nvidia.com-pgpu.yaml").read_text()
+
+
+def test_without_inotify_the_timers_alone_find_everything(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = ["unshare", "--user", "--map-root-user", "sh", "-c"]
+    command = 'echo 0 >/proc/sys/user/max_inotify_instances && exec "$@"'
+    if shutil.which("unshare") is None or subprocess.run([*limit, command, "sh", "true"], check=False).returncode:
+        pytest.skip("a user namespace with an inotify limit of its own cannot be had here")
+    monkeypatch.setattr(daemon_process, "PYTHON", (*limit, command, "sh", *daemon_process.PYTHON))
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node, QUICK)
+    plugin.wait_for("folders cannot be watched, the timer alone goes on")
+    wait_until_it_sees(kubelet, truth)
+    started = time.monotonic()
+    node.unbind(FIRST_GPU)
+    wait_until_it_sees(kubelet, truth)
+    figures("a loss is seen without inotify, looking every 0.2 s", [time.monotonic() - started])
+    started = time.monotonic()
+    kubelet.restart()
+    wait_until_it_sees(kubelet, truth)
+    figures("registered with a new kubelet without inotify", [time.monotonic() - started])
+
+
+# Clocks
+
+
+SET_BACK = """
+import datetime, os, time
+FLAG = os.environ["CLOCK_FLAG"]
+def shift():
+    return 3600 if os.path.exists(FLAG) else 0
+now, now_ns, get = time.time, time.time_ns, time.clock_gettime
+time.time = lambda: now() - shift()
+time.time_ns = lambda: now_ns() - shift() * 10**9
+time.clock_gettime = lambda which: get(which) - (shift() if which == time.CLOCK_REALTIME else 0)
+class Shifted(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return super().now(tz) - datetime.timedelta(seconds=shift())
+datetime.datetime = Shifted
+"""
+
+
+def test_a_clock_that_is_set_back_an_hour_changes_nothing_but_the_log(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    flag = places.top / "set-back"
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    plugin = daemon(node, QUICK, PYTHONPATH=tampered(places, SET_BACK), CLOCK_FLAG=str(flag))
+    wait_until_it_sees(kubelet, truth)
+    before = plugin.wait_for("registered", resource=PGPU)
+    flag.touch()
+    since = plugin.mark()
+    started = time.monotonic()
+    node.sicken(FIRST_GPU)
+    wait_until_it_sees(kubelet, truth)
+    node.heal(FIRST_GPU)
+    wait_until_it_sees(kubelet, truth)  # after its 2 seconds, not after an hour
+    kubelet.restart()
+    wait_until_it_sees(kubelet, truth)
+    assert time.monotonic() - started < 10
+    after = plugin.wait_for("registered", since=since, resource=PGPU)
+    stamps = [datetime.fromisoformat(event["timestamp"]) for event in (before, after)]
+    assert (stamps[0] - stamps[1]).total_seconds() > 3500, "the clock was not set back, so this test shows nothing"
+
+
+# A read that hangs
+
+
+def test_while_a_read_hangs_in_sysfs_streams_go_on_and_other_devices_are_given_within_100_ms(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("hgx-h100")
+    plugin = daemon(node, QUICK)
+    wait_until_it_sees(kubelet, Truth(node.root))
+    trap = node.folder(FIRST_GPU) / "class"
+    text = trap.read_bytes()
+    trap.unlink()
+    os.mkfifo(trap)  # whoever opens it to read hangs, as in a reset that does not end
+    took = []
+    while not kubelet.unhealthy(PGPU):  # for the second in which the daemon waits for it
+        started = time.monotonic()
+        assert len(kubelet.plugin(PGPU).allocate(["11"]).container_responses) == 1
+        took.append(time.monotonic() - started)
+    figures("Allocate of another device while a read hangs", took)
+    assert kubelet.unhealthy(PGPU) == {"4"}
+    assert sorted(took)[len(took) // 2] < 0.1
+    started = time.monotonic()
+    node.unbind("0000:43:00.0")
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"4", "5"})
+    figures("another device's loss reaches the kubelet while a read hangs", [time.monotonic() - started])
+    threads = psutil.Process(plugin.pid).num_threads()
+    node.unbind("0000:52:00.0")
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"4", "5", "6"})
+    assert psutil.Process(plugin.pid).num_threads() <= threads + 2, "every scan leaves a thread behind"
+    give_back(trap, text)
+    node.bind("0000:43:00.0")
+    node.bind("0000:52:00.0")
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 8)
+
+
+def give_back(trap: Path, text: bytes) -> None:
+    """Puts the attribute back and lets go whoever hangs at the FIFO."""
+    fifo = trap.with_name("fifo")
+    trap.rename(fifo)
+    trap.write_bytes(text)
+    os.close(os.open(fifo, os.O_RDWR | os.O_NONBLOCK))
+    fifo.unlink()
+
+
+# A fault of our own
+
+
+BREAKS = {
+    "a scan": "from sandbox_plugin.host import read\n{boom}\nread.read_groups = boom",
+    "a step of the registry": "from sandbox_plugin import registry\n{boom}\nregistry.advance = boom",
+    "the CDI writer": "from sandbox_plugin.outputs import cdi\n{boom}\ncdi.render_specs = boom",
+    "an endpoint": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint.PluginServer = boom",
+    "a Register call": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint._outcome = boom",
+    "the log of changes": "from sandbox_plugin import daemon\n{boom}\ndaemon._report_devices = boom",
+    "the turn": "from sandbox_plugin.kubelet import turn\n{boom}\nturn._is_at = boom",
+    "a watcher": "from sandbox_plugin.host import watch\n{boom}\nwatch.awatch = boom",
+}
+BOOM = "def boom(*args, **kwargs): raise RuntimeError('a fault of our own')"
+
+
+@pytest.mark.parametrize("part", BREAKS)
+def test_a_part_that_fails_unexpectedly_ends_the_process_loudly_with_status_1(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places, part: str
+) -> None:
+    done = run_broken(places, fake_node("workstation"), BREAKS[part].format(boom=BOOM))
+    assert done.returncode == 1, done.stderr
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    (critical,) = [event for event in events if event["level"] == "critical"]
+    assert "a fault of our own" in critical["exception"]
+    assert events[-1] == critical
+    assert sockets(places.kubelet) == set()
+    kubelet.wait_for(lambda: not kubelet.resources())
+
+
+BREAKS_LATER = """
+from sandbox_plugin import registry
+advance = registry.advance
+def boom(before, facts, *rest):
+    if "0000:02:00.0" in facts.functions and facts.functions["0000:02:00.0"].driver is None:
+        raise RuntimeError("a fault of our own")
+    return advance(before, facts, *rest)
+registry.advance = boom
+"""
+
+
+def test_a_part_that_fails_later_ends_the_streams_as_well(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    node = fake_node("workstation")
+
+    def break_it() -> None:
+        kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+        node.unbind(T4)
+
+    with ThreadPoolExecutor(1) as pool:
+        broken = pool.submit(break_it)
+        done = run_broken(places, node, BREAKS_LATER)
+        broken.result()
+    assert done.returncode == 1
+    assert "a fault of our own" in done.stderr
+    kubelet.wait_for(lambda: not kubelet.resources())
+    assert sockets(places.kubelet) == set()
+
+
+FAILS_ONCE = """
+from sandbox_plugin.kubelet import servicer
+answer = servicer.answer
+def boom(*args):
+    servicer.answer = answer
+    raise RuntimeError("a fault of our own")
+servicer.answer = boom
+"""
+
+
+def test_a_fault_while_one_call_is_answered_costs_that_call_alone_and_is_told(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    plugin = daemon(node, PYTHONPATH=tampered(places, FAILS_ONCE))
+    wait_until_it_sees(kubelet, Truth(node.root))
+    (device, *_) = sorted(kubelet.healthy(PGPU))
+    refused = refusal(lambda: kubelet.plugin(PGPU).allocate([device]))
+    assert refused.status in (StatusCode.UNKNOWN, StatusCode.INTERNAL)
+    assert "a fault of our own" in str(plugin.wait_for("Application error", logger="grpclib.server"))
+    assert kubelet.plugin(PGPU).allocate([device]).container_responses
+    assert len(kubelet.registrations) == 1

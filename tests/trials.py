@@ -1,0 +1,100 @@
+"""What the tests of faults share: which of them are slow, the kubelet's view beside the node's, a process that is
+broken on purpose.
+
+Apart from conftest, because scripts/soak.py and the tests both hold the kubelet's view against the node's.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from daemon import ROOT, Daemon, Places, clean_environment
+from kubelet import TIMEOUT, GrpcKubelet
+from truth import HEALTHY, Truth, View
+
+from sandbox_plugin.fake.node import FakeNode
+
+PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
+QUICK = "--health-interval=0.2"
+"""For what no event tells of."""
+
+slow = pytest.mark.skipif(not os.environ.get("SANDBOX_SLOW"), reason="takes long: SANDBOX_SLOW=1 runs it")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def view(kubelet: GrpcKubelet) -> View:
+    """What the kubelet believes now: resource -> device ID -> health. Only resources that are registered."""
+    return {
+        resource: {device.id: device.health for device in kubelet.devices(resource).values()}
+        for resource in kubelet.resources()
+    }
+
+
+def healthy(seen: View) -> View:
+    """The same without devices that no pod could get."""
+    return {
+        resource: {device: health for device, health in devices.items() if health == HEALTHY}
+        for resource, devices in seen.items()
+    }
+
+
+def wait_until_it_sees(kubelet: GrpcKubelet, truth: Truth, timeout: float = TIMEOUT) -> None:
+    """Until the kubelet's view equals the node's. Raises AssertionError with both."""
+    wanted = truth.read()
+    try:
+        kubelet.wait_for(lambda: view(kubelet) == wanted, timeout)
+    except AssertionError as error:
+        raise AssertionError(f"the node has {wanted}\nthe kubelet sees {view(kubelet)}\n{error}") from None
+
+
+def wait_until(predicate: Callable[[], object], what: str, timeout: float = TIMEOUT) -> None:
+    """For what nobody notifies of, such as a file that goes: looks every 5 ms."""
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        assert time.monotonic() < deadline, f"after {timeout:g} s: {what}"
+        time.sleep(0.005)
+
+
+def figures(name: str, seconds: Sequence[float]) -> None:
+    """Prints measured times, in milliseconds; `pytest -s` or `-rP` shows them. docs/reliability.md quotes them."""
+    worst, median = max(seconds) * 1000, statistics.median(seconds) * 1000
+    print(f"FIGURE {name}: median {median:.1f} ms, worst {worst:.1f} ms of {len(seconds)}")
+
+
+def memory(daemon: Daemon) -> int:
+    """Resident bytes."""
+    return int(psutil.Process(daemon.pid).memory_info().rss)
+
+
+def tampered(places: Places, code: str) -> str:
+    """A PYTHONPATH with which `code` runs in the daemon's process before anything else does (sitecustomize)."""
+    folder = places.top / "tampered"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(code)
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run_broken(places: Places, node: FakeNode, code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The daemon with one part broken by `code`, until it ends by itself. Raises TimeoutExpired if it lives on."""
+    start = "import sys; from sandbox_plugin.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.run(
+        [sys.executable, "-c", f"{code}\n{start}", "run", *places.flags(node), *flags],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        cwd=ROOT,
+        env=clean_environment({"TMPDIR": str(places.top)}),
+        check=False,
+    )
+
+
+def socket_of(places: Places, resource: str = PGPU) -> Path:
+    return places.kubelet / f"sandbox-{resource.partition('/')[2]}.sock"

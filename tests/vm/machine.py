@@ -1,0 +1,107 @@
+"""The machine: QEMU with an emulated IOMMU, two NUMA nodes, devices in groups of their own and in a shared one.
+
+The guest speaks over its serial line: `@@QMP {...}` asks for something on the machine's outside (hot-plug), `@@END n`
+is its exit status. KVM hangs stock kernels on some hosts, so the emulator runs the code itself (TCG) unless asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+_DEVICES = (
+    # Root ports: two for devices that are there from the start, one for hot-plug, one behind a second NUMA node.
+    "pcie-root-port,id=rp1,bus=pcie.0,chassis=1,slot=1,addr=04.0,multifunction=on",
+    "pcie-root-port,id=rp2,bus=pcie.0,chassis=2,slot=2,addr=04.1",
+    "pcie-root-port,id=rp3,bus=pcie.0,chassis=3,slot=3,addr=04.2",
+    "pxb-pcie,id=pxb1,bus=pcie.0,bus_nr=128,numa_node=1",
+    "pcie-root-port,id=rp4,bus=pxb1,chassis=4,slot=4",
+    # 01:00.0 a "GPU" alone; 02:00.0 one with another function in its group; 81:00.0 one on the other NUMA node.
+    "virtio-gpu-pci,id=gpu0,bus=rp1,aer=on",
+    "virtio-gpu-pci,id=gpu1,bus=rp2,addr=00.0,multifunction=on",
+    "virtio-rng-pci,id=rng1,bus=rp2,addr=00.1",
+    "virtio-gpu-pci,id=gpu2,bus=rp4",
+)
+_KERNEL_LINE = "console=ttyS0 intel_iommu=on loglevel=4 panic=-1 pcie_ports=native rdinit=/guest/init"
+
+
+def run_machine(kernel: Path, initrd: Path, seconds: float) -> int:
+    """Boots, obeys and prints until the guest ends. Returns its exit status, or 1 when it ended otherwise."""
+    with tempfile.TemporaryDirectory(prefix="sandbox-vm-") as folder:
+        serial, control = f"{folder}/serial", f"{folder}/qmp"
+        command = _command(kernel, initrd, serial, control)
+        qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        watchdog = threading.Timer(seconds, qemu.kill)
+        watchdog.start()
+        try:
+            with _connect(control, qemu) as commands, _connect(serial, qemu) as lines:
+                return _converse(commands.makefile("rw"), lines.makefile("rb"))
+        finally:
+            watchdog.cancel()
+            qemu.kill()
+            qemu.wait()
+
+
+def _command(kernel: Path, initrd: Path, serial: str, control: str) -> list[str]:
+    accelerator = os.environ.get("SANDBOX_VM_ACCEL", "tcg")
+    options = [
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-machine", f"q35,accel={accelerator}", "-cpu", "max", "-smp", "2", "-m", "1536"),
+        *("-object", "memory-backend-ram,id=m0,size=768M", "-numa", "node,nodeid=0,cpus=0,memdev=m0"),
+        *("-object", "memory-backend-ram,id=m1,size=768M", "-numa", "node,nodeid=1,cpus=1,memdev=m1"),
+        *("-device", "intel-iommu,intremap=on"),
+        *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),  # hot-plug the PCIe way
+        *("-serial", f"unix:{serial},server=on,wait=off", "-qmp", f"unix:{control},server=on,wait=off"),
+        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", _KERNEL_LINE),
+    ]
+    devices = [word for device in _DEVICES for word in ("-device", device)]
+    return ["qemu-system-x86_64", *options, *devices]
+
+
+def _connect(path: str, qemu: subprocess.Popen[bytes]) -> socket.socket:
+    """Connects as soon as QEMU listens. Raises RuntimeError when it ends instead."""
+    while qemu.poll() is None:
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(path)
+        except OSError:
+            connection.close()
+            time.sleep(0.05)
+        else:
+            return connection
+    raise RuntimeError(f"QEMU ended with status {qemu.returncode}")
+
+
+def _converse(commands: IO[str], lines: IO[bytes]) -> int:
+    commands.readline()  # QMP's greeting
+    _ask(commands, '{"execute": "qmp_capabilities"}')
+    started = time.monotonic()
+    for raw in lines:
+        line = raw.decode("utf-8", "replace").rstrip()
+        if match := re.match(r"@@END (\d+)", line):
+            return int(match[1])
+        if line.startswith("@@QMP "):
+            _ask(commands, line.removeprefix("@@QMP "))
+        else:
+            print(f"[{time.monotonic() - started:6.1f}] {line}", flush=True)
+    print("the machine ended without a result")
+    return 1
+
+
+def _ask(commands: IO[str], command: str) -> None:
+    commands.write(command + "\n")
+    commands.flush()
+    for line in commands:
+        answer = json.loads(line)
+        if "error" in answer:
+            print(f"QMP: {answer['error']}")
+        if "return" in answer or "error" in answer:
+            return
