@@ -62,6 +62,34 @@ pci-names *file: setup
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}
 
+# the daemon on a real kernel in QEMU; docs/vm-test.md
+test-vm *arguments:
+    scripts/test-vm.sh "$@"
+
+# random events on a fake node against an independent reading of it, for longer than the tests do
+truth examples="100" steps="100": setup
+    TRUTH_EXAMPLES={{ examples }} TRUTH_STEPS={{ steps }} pytest tests/test_truth.py
+
+# the faults that take long too: 100 kubelet restarts, a kubelet that hangs
+test-slow: setup
+    SANDBOX_SLOW=1 KUBELET_RESTARTS=100 pytest tests/test_faults.py
+
+# restarts, flapping devices and Allocates at random; at the end nothing may have grown
+soak seconds="600": setup
+    python scripts/soak.py --seconds {{ seconds }}
+
+# fuzz what reads foreign input, for so many seconds each
+fuzz seconds="60":
+    scripts/fuzz.sh {{ seconds }}
+
+# the figures and the plot of docs/topology.md
+simulate *arguments: setup
+    python scripts/simulate-allocation.py "$@"
+
+# how long preferred allocation takes
+bench *arguments: setup
+    python scripts/bench-prefer.py "$@"
+
 # build the wheel into dist/
 wheel: setup
     python -m hatchling build --target wheel
@@ -72,4 +100,4 @@ image *arguments:
 
 # remove what the other recipes leave behind, .venv included
 clean:
-    rm -rf .venv .venv.lock dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+    rm -rf .cache .venv .venv.lock dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -4,6 +4,7 @@
     python3 scripts/dev.py demo [ARGUMENT ...]   install what the program needs, then `sandbox-plugin demo`
     python3 scripts/dev.py test [ARGUMENT ...]   install the tools too, then every check and pytest
     python3 scripts/dev.py lint                  the same checks without pytest
+    python3 scripts/dev.py fuzz-setup            install the tools and the fuzzer
     python3 scripts/dev.py setup                 only install the tools; `.venv/bin/just` lists the recipes
 
 Everything goes into `.venv` in the checkout, at the exact versions of requirements/*.txt, verified by hash.
@@ -43,6 +44,7 @@ STATE = VENV / "dev-state.json"
 LOCKS = {
     "program": ["requirements/runtime.txt", "requirements/build.txt"],
     "tools": ["requirements/dev.txt"],  # holds all of the program's at the same versions
+    "fuzz": ["requirements/dev.txt", "requirements/fuzz.txt"],
 }
 CHECKS = [
     ["ruff", "check", "."],
@@ -185,7 +187,9 @@ def ensure(need: str) -> None:
         if not is_current(state):
             state = make_venv()
         held = state["locks"]
-        if not any(set(LOCKS[level]) <= set(held) for level in {need, "tools"}):
+        if need == "program" and set(LOCKS["tools"]) <= set(held):
+            need = "tools"
+        if not set(LOCKS[need]) <= set(held):
             for lock in LOCKS[need]:
                 # Wheels only: no code of a package runs while it is installed.
                 install(lock, ["--require-hashes", "--only-binary=:all:", "-r", lock])
@@ -226,6 +230,9 @@ def main(arguments: list[str]) -> int:
     if command == "test":
         ensure("tools")
         return run([*CHECKS, ["pytest", *rest]])
+    if command == "fuzz-setup" and not rest:
+        ensure("fuzz")
+        return 0
     if command in ("lint", "setup") and not rest:
         ensure("tools")
         return run(CHECKS) if command == "lint" else 0

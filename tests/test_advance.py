@@ -1,0 +1,316 @@
+"""The step from one inventory to the next: what is remembered, held back, promised and retired."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from facts import gpu, host
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox_plugin.inventory.advance import (
+    ADMISSION,
+    ARRIVAL,
+    FATAL_QUIET,
+    PROMISE_UNUSED,
+    RETIRE,
+    SETTLE,
+    DeviceKey,
+    Holdings,
+    Inventory,
+    Signals,
+    advance,
+)
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason
+from sandbox_plugin.settings import Settings
+
+PGPU = "nvidia.com/pgpu"
+A, B = "0000:01:00.0", "0000:02:00.0"
+OFF: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
+
+
+@dataclass
+class Node:
+    """A node that is looked at again and again, at times of the test's choosing."""
+
+    now: float = 100.0
+    settings: Settings = field(default_factory=Settings)
+    inventory: Inventory = field(default_factory=Inventory)
+    signals: Signals = field(default_factory=Signals)
+    wake_at: float | None = None
+    facts: HostFacts = field(default_factory=HostFacts)
+
+    def look(self, facts: HostFacts | None = None, *, after: float = 0.0, **news: Any) -> Node:
+        """One step `after` seconds later; `news` are signals of this step alone."""
+        self.now += after
+        self.facts = self.facts if facts is None else facts
+        signals = replace(self.signals, **news)
+        names = ModelNames()
+        self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, self.settings, names)
+        return self
+
+    def pods(self, *held: str, after: float = 0.0, asked: float | None = None) -> Node:
+        """PodResources answers: these IDs are held by pods."""
+        self.now += after
+        pods: dict[DeviceKey, str] = {(PGPU, number): f"default/pod-{number}" for number in held}
+        self.signals = replace(
+            self.signals, holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods)
+        )
+        return self.look()
+
+    def device(self, number: str, resource: str = PGPU) -> Device:
+        found = self.inventory.device(resource, number)
+        assert found is not None, f"{number} is not listed"
+        return found
+
+    def reason(self, number: str) -> Reason | None:
+        return self.device(number).health.reason
+
+    @property
+    def listed(self) -> list[str]:
+        return [d.id for d in self.inventory.resources.get(PGPU, ())]
+
+
+def test_a_device_that_is_seen_for_the_first_time_is_healthy_at_once() -> None:
+    assert Node().look(host(gpu(A, vfio=3))).reason("3") is None
+
+
+def test_a_loss_counts_at_once_and_a_recovery_after_it_has_held() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10)
+    assert node.reason("0") is Reason.OFF_THE_BUS
+    assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
+    assert node.wake_at == node.now + SETTLE
+    assert node.look(after=SETTLE - 0.1).reason("0") is Reason.SETTLING
+    assert node.look(after=0.2).reason("0") is None
+
+
+def test_flapping_starts_the_wait_anew() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look(host(gpu(A)), after=1)
+    node.look(host(gpu(A, **OFF)), after=1.5).look(host(gpu(A)), after=0.1)
+    assert node.look(after=SETTLE - 0.2).reason("0") is Reason.SETTLING
+
+
+def test_a_device_that_was_bound_anew_is_not_held_back() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, vfio=None)), after=10)
+    assert node.reason("0") is Reason.NOT_BOUND
+    assert node.look(host(gpu(A)), after=0.1).reason("0") is None
+
+
+def test_a_look_in_the_middle_of_a_bind_holds_nothing_back() -> None:
+    arriving = host(gpu(A), dev_nodes=frozenset())
+    node = Node().look(arriving)
+    assert node.reason("0") is Reason.NO_NODE
+    assert node.look(host(gpu(A)), after=ARRIVAL / 2).reason("0") is None
+
+
+def test_a_device_that_came_ill_and_stayed_so_is_held_back() -> None:
+    node = Node().look(host(gpu(A, **OFF))).look(after=ARRIVAL).look(host(gpu(A)), after=1)
+    assert node.reason("0") is Reason.SETTLING
+
+
+def test_an_unbound_device_stays_listed_until_no_pod_has_held_it_for_a_minute() -> None:
+    node = Node().look(host(gpu(A))).pods("0", after=1).look(host(gpu(A, vfio=None)), after=1)
+    assert node.pods("0", after=1).listed == ["0"]
+    node.pods(after=1)
+    assert node.pods(after=RETIRE - 1).listed == ["0"]
+    assert node.pods(after=2).look().listed == []
+
+
+def test_a_pod_that_holds_it_again_starts_the_minute_anew() -> None:
+    node = Node().look(host(gpu(A))).look(host(), after=1).pods(after=1).pods("0", after=30).pods(after=30)
+    assert node.pods(after=RETIRE - 1).listed == ["0"]
+
+
+def test_an_answer_that_was_asked_for_before_the_loss_says_nothing() -> None:
+    node = Node().look(host(gpu(A))).look(host(), after=10)
+    node.pods(asked=node.now - 5).pods(after=RETIRE - 1)
+    assert node.pods(after=2).look().listed == ["0"]
+
+
+def test_without_pod_resources_nothing_is_ever_dropped() -> None:
+    assert Node().look(host(gpu(A))).look(host(), after=1).look(after=1e6).listed == ["0"]
+
+
+def test_an_id_that_only_pod_resources_knows_is_listed_unhealthy() -> None:
+    node = Node().look(host(gpu(A))).pods("7", after=1)
+    assert node.reason("7") is Reason.GONE
+    assert node.look(host(gpu(A), gpu(B, vfio=7, group=51)), after=1).reason("7") is None
+
+
+def test_ids_of_others_are_not_ours() -> None:
+    node = Node().look(host(gpu(A)))
+    node.look(holdings=Holdings(asked_at=200, pods={("nvidia.com/gpu", "7"): "a/b", (PGPU, "GPU-1"): "a/b"}))
+    assert list(node.inventory.resources) == [PGPU]
+    assert node.listed == ["0"]
+
+
+def test_enabled_although_no_pod_holds_it_is_in_use_elsewhere() -> None:
+    node = Node().look(host(gpu(A))).pods(after=1).look(host(gpu(A, enable=1)), after=1)
+    assert node.reason("0") is None
+    assert node.inventory.waits_for_holdings
+    assert node.pods(after=5).reason("0") is Reason.IN_USE_ELSEWHERE
+
+
+def test_enabled_by_the_pod_that_holds_it_is_fine() -> None:
+    node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
+    assert node.pods("0", after=5).reason("0") is None
+
+
+def test_a_vm_that_outlives_its_pod_is_in_use_elsewhere() -> None:
+    node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
+    assert node.pods("0", after=5).pods(after=5).reason("0") is Reason.IN_USE_ELSEWHERE
+
+
+def mates(**changes: Any) -> HostFacts:
+    return host(gpu(A, vfio=1, group=9, **changes), gpu(B, vfio=2, group=9))
+
+
+def test_an_allocation_takes_the_whole_group() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),))
+    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
+
+
+def test_the_group_is_free_when_the_holder_is_gone() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),)).pods("1", after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    assert node.pods(after=5).reason("2") is Reason.SETTLING
+    assert node.look(after=SETTLE).reason("2") is None
+
+
+def test_an_allocation_that_never_shows_ends_after_the_admission() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),)).pods(after=ADMISSION - 1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    assert node.pods(after=2).reason("2") is Reason.SETTLING
+
+
+def test_without_pod_resources_the_group_is_free_after_it_was_used() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),)).look(mates(enable=1), after=20)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    assert node.look(mates(), after=100).reason("2") is Reason.SETTLING
+
+
+def test_without_pod_resources_an_unused_promise_ends() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),))
+    assert node.wake_at == node.now + PROMISE_UNUSED
+    assert node.look(after=PROMISE_UNUSED).reason("2") is Reason.SETTLING
+
+
+def test_a_group_mate_that_somebody_uses_is_enough() -> None:
+    node = Node().look(mates()).look(mates(enable=1), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    assert node.pods(after=5).reason("2") is Reason.IN_USE_ELSEWHERE
+
+
+def test_an_id_never_changes_its_node_while_it_may_be_held() -> None:
+    as_group = host(gpu(A, vfio=4, group=5, cdev=False))
+    node = Node().look(as_group).pods("5", after=1)
+    assert node.device("5").node == "/dev/vfio/5"
+    as_cdev = host(gpu(B, vfio=5, group=60))
+    assert node.look(as_cdev, after=1).reason("5") is Reason.ID_HELD
+    node.pods(after=1)
+    node.pods(after=RETIRE).look()
+    assert (node.device("5").node, node.reason("5")) == ("/dev/vfio/devices/vfio5", None)
+
+
+@pytest.mark.parametrize(
+    ("events", "reason"),
+    [
+        (["BEGIN_RECOVERY"], Reason.FATAL_ERROR),
+        (["BEGIN_RECOVERY", "FAILED_RECOVERY"], Reason.FATAL_ERROR),
+        (["BEGIN_RECOVERY", "SUCCESSFUL_RECOVERY"], None),
+    ],
+)
+def test_the_outcome_of_a_recovery_decides(events: list[str], reason: Reason | None) -> None:
+    node = Node().look(host(gpu(A))).look(aer=tuple((A, event) for event in events), after=1)
+    assert node.reason("0") is reason
+
+
+def test_a_failed_recovery_lasts_until_the_device_is_bound_anew() -> None:
+    node = Node().look(host(gpu(A))).look(aer=((A, "FAILED_RECOVERY"),)).look(after=10 * FATAL_QUIET)
+    assert node.reason("0") is Reason.FATAL_ERROR
+    assert node.look(host(gpu(A, vfio=None))).look(host(gpu(A))).reason("0") is None
+
+
+def test_only_a_rise_of_the_counter_is_news() -> None:
+    node = Node().look(host(gpu(A, fatal_errors=4))).look(after=1)
+    assert node.reason("0") is None
+    assert node.look(host(gpu(A, fatal_errors=5)), after=1).reason("0") is Reason.FATAL_ERROR
+    assert node.look(after=FATAL_QUIET).reason("0") is Reason.SETTLING
+
+
+def test_a_device_is_healthy_only_when_it_stands_in_a_spec() -> None:
+    node = Node(signals=Signals(in_cdi={})).look(host(gpu(A)))
+    assert node.reason("0") is Reason.NOT_IN_CDI
+    node.signals = Signals(in_cdi={PGPU: frozenset({"0"})})
+    assert node.look().reason("0") is None
+
+
+def test_silence_of_sysfs_is_no_proof_of_absence() -> None:
+    node = Node().look(host(gpu(A))).look(host(unreadable={A: "sysfs has not answered"}), after=1)
+    assert node.reason("0") is Reason.UNREADABLE
+    assert node.device("0").node_exists
+    assert node.look(host(gpu(A)), after=1).reason("0") is Reason.SETTLING
+
+
+def test_confidential_nodes_refuse_group_nodes() -> None:
+    settings = Settings(require_iommufd=True)
+    assert Node(settings=settings).look(host(gpu(A, group=5, cdev=False))).reason("5") is Reason.NO_CDEV
+    assert Node(settings=settings).look(host(gpu(A))).reason("0") is None
+
+
+def test_a_function_without_a_cdev_is_not_ready_where_others_have_one() -> None:
+    node = Node().look(host(gpu(A, vfio=1), gpu(B, vfio=2, group=51, cdev=False)))
+    assert node.listed == ["1"]
+    assert "cdev" in node.inventory.unoffered[B]
+
+
+@st.composite
+def functions(draw: st.DrawFn) -> PciFunction:
+    """A GPU in any state, on vfio, on a host driver or on none."""
+    changes = dict(OFF) if draw(st.booleans()) else {}
+    vfio = draw(st.one_of(st.none(), st.integers(0, 3)))
+    if vfio is None:
+        changes["driver"] = draw(st.sampled_from([None, "nvidia"]))
+    address, group = draw(st.sampled_from([A, B, "0000:03:00.0"])), draw(st.integers(8, 10))
+    return gpu(address, vfio=vfio, group=group, enable=draw(st.integers(0, 1)), **changes)
+
+
+def number_of(function: PciFunction) -> object:
+    """What no two functions of a host have in common, beside the address."""
+    return function.vfio.number if function.vfio else function.address
+
+
+steps = st.lists(
+    st.tuples(
+        st.lists(functions(), max_size=3, unique_by=(lambda f: f.address, number_of)),
+        st.floats(0, 40),
+        st.one_of(st.none(), st.frozensets(st.sampled_from("0123"))),
+        st.frozensets(st.sampled_from("0123"), max_size=1),
+    ),
+    max_size=12,
+)
+
+
+@given(steps)
+def test_whatever_happens_the_inventory_keeps_its_promises(history: list[Any]) -> None:
+    node = Node()
+    for found, after, held, allocated in history:
+        before, known = node.inventory, set(node.listed)
+        if held is not None:
+            node.pods(*held)
+        answered = node.signals.holdings is not None
+        node.look(host(*found), after=after, allocated=tuple((PGPU, i) for i in allocated))
+        assert len(set(node.listed)) == len(node.listed)
+        assert answered or known <= set(node.listed)
+        for device in node.inventory.resources.get(PGPU, ()):
+            if device.health.healthy:
+                functions_of_it = [node.facts.functions[p.address] for p in device.placements]
+                assert functions_of_it
+                assert all(f.driver == "vfio-pci" and f.link_speed != "Unknown" for f in functions_of_it)
+        assert node.inventory.version >= before.version
+        again, _ = advance(node.inventory, node.facts, node.signals, node.now, node.settings, ModelNames())
+        assert again.resources == node.inventory.resources
+        assert again.version == node.inventory.version
