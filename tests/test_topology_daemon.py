@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 from conftest import StartDaemon
-from examples import Example, examples
 from kubelet import GrpcKubelet
 
+from examples import Example, examples
 from sandbox_plugin.fake.node import FakeNode
 
 PGPU = "nvidia.com/pgpu"
