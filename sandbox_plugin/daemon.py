@@ -41,6 +41,8 @@ _DEBOUNCE = 0.005
 """Seconds between the first sign of a change and the scan: a bind is several events within a few milliseconds."""
 
 
+_QUICK, _UNHURRIED = 0.01, 0.1
+"""Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
 _RECHECK_PATIENCE = 0.1
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer."""
 _FIRST_ANSWER = 1.0
@@ -70,9 +72,12 @@ async def run(settings: Settings) -> None:
 
     await poller.ask(patience=_FIRST_ANSWER)
     async with asyncio.TaskGroup() as group:
-        if settings.host_root == Path("/"):
+        is_real = settings.host_root == Path("/")
+        if is_real:
             group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
-        group.create_task(FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake).run())
+        step = _UNHURRIED if is_real else _QUICK  # uevents are quicker than inotify, a fake tree has no others
+        watcher = FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake, step=step)
+        group.create_task(watcher.run())
         group.create_task(FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet).run())
         group.create_task(rescans.run())
         group.create_task(poller.run())
@@ -80,7 +85,9 @@ async def run(settings: Settings) -> None:
         if needs_cdi:
             neighbours = NeighbourWatch(folders=cdi_folders(settings), recheck=settings.health_interval)
             group.create_task(neighbours.run())
-            group.create_task(FolderWatcher(folders=lambda: list(neighbours.folders), on_change=neighbours.look).run())
+            folders = list(neighbours.folders)
+            watcher = FolderWatcher(folders=lambda: folders, on_change=neighbours.look, step=_UNHURRIED)
+            group.create_task(watcher.run())
         group.create_task(serve(turn, [endpoints.run, specs.run] if needs_cdi else [endpoints.run]))
 
 

@@ -54,9 +54,17 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--preset: {args.preset!r} is not one of {', '.join(playable)}")
     try:
         return asyncio.run(_until_signal(args.preset))
-    except StoryError as error:
-        print(f"sandbox-plugin: the demo stopped: {error}", file=sys.stderr)
+    except BaseExceptionGroup as failures:
+        told = failures.subgroup(StoryError)
+        if told is None:
+            raise
+        print(f"sandbox-plugin: the demo stopped: {_first(told)}", file=sys.stderr)
         return 1
+
+
+def _first(failures: BaseExceptionGroup[StoryError]) -> StoryError:
+    error = failures.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 async def _until_signal(preset: str) -> int:
@@ -72,7 +80,7 @@ async def _until_signal(preset: str) -> int:
 
 async def _play(preset: str) -> None:
     console = Console(highlight=False)
-    with tempfile.TemporaryDirectory(prefix="sandbox-demo-") as name:
+    with tempfile.TemporaryDirectory(prefix="sandbox-demo-", dir=_short_folder()) as name:
         folder = Path(name)
         node = FakeNode.create(folder / "node", preset)
         async with FakeKubelet(folder / "kubelet", folder / "pod-resources.sock") as kubelet, _daemon(folder) as daemon:
@@ -81,6 +89,11 @@ async def _play(preset: str) -> None:
                 await _show_live(console, preset, kubelet, story, daemon)
             else:
                 await _tell(preset, story)
+
+
+def _short_folder() -> str | None:
+    """Where unix sockets, whose paths have 107 bytes at most, fit in; None: the usual folder for temporary files."""
+    return None if len(tempfile.gettempdir()) < 50 else "/tmp"
 
 
 # The daemon
@@ -98,6 +111,7 @@ class _Daemon:
         assert self.process.stderr is not None
         async for line in self.process.stderr:
             self.said.append(_in_words(line.decode("utf-8", "replace").strip()))
+        await self.process.wait()  # before anybody signals it: that would take its exit status away from the loop
         raise StoryError(f"the daemon ended: {' / '.join(self.said) or 'without a word'}")
 
 
@@ -120,8 +134,6 @@ async def _daemon(folder: Path) -> AsyncIterator[_Daemon]:
             listening = group.create_task(daemon.listen())
             yield daemon
             listening.cancel()
-    except* StoryError as failures:
-        raise failures.exceptions[0] from None
     finally:
         if process.returncode is None:
             process.terminate()

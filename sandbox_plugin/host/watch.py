@@ -21,8 +21,6 @@ from sandbox_plugin.host.paths import HostPaths
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_STEP_MS = 10
-"""How long watchfiles waits for more before it reports; the default, 50, costs a bind some 90 ms."""
 _RECHECK_MS = 5000
 """How often it is checked that the watched folders are still the ones at these paths."""
 
@@ -37,6 +35,9 @@ class FolderWatcher:
 
     folders: Callable[[], Sequence[Path]]
     on_change: Callable[[], None]
+    step: float = 0.01
+    """Seconds that watchfiles waits for more before it reports, and how often its thread looks meanwhile; its own
+    default, 0.05, costs a bind some 90 ms."""
     retry: float = 5.0
     """Seconds before a watch that could not be had is tried again."""
     _failing: bool = False
@@ -60,7 +61,7 @@ class FolderWatcher:
             *targets,
             watch_filter=None,
             recursive=False,  # these folders hold links into all of sysfs, and a recursive watch follows them
-            step=_STEP_MS,
+            step=round(self.step * 1000),
             rust_timeout=_RECHECK_MS,
             yield_on_timeout=True,
         )
