@@ -114,6 +114,7 @@ class Rescans:
         self._interval = interval
         self._wanted = asyncio.Event()
         self._aer: list[tuple[str, str]] = []
+        self._unreachable: str | None = None
         self._scanner = HostScanner(paths, on_late=self.wake)
 
     def wake(self) -> None:
@@ -144,6 +145,9 @@ class Rescans:
             self._aer = aer + self._aer
             log.error("no scan", reason=f"{error}; what was known stays, and it is tried again")
         else:
+            if facts.unreachable != self._unreachable and facts.unreachable is not None:
+                log.error("the PCI bus cannot be read", reason=facts.unreachable)
+            self._unreachable = facts.unreachable
             self._registry.observe(facts, aer=aer)
 
     def _patience(self) -> float:
@@ -179,8 +183,9 @@ class Endpoints:
                 while True:
                     for resource in self._running.keys() - inventory.resources.keys():
                         await self._end(resource)
-                    for resource, devices in inventory.resources.items():
-                        if resource not in self._running and _may_be_advertised(devices):
+                    for resource in inventory.resources:
+                        # Not before the spec is written: Kata would fail every pod that gets one of these devices.
+                        if resource not in self._running and resource not in inventory.without_spec:
                             self._begin(group, resource)
                     inventory = await self.registry.newer_than(inventory.version)
         finally:
@@ -202,11 +207,6 @@ class Endpoints:
         task.cancel()
         await asyncio.wait([task])
         log.info("no longer advertised", resource=resource, reason="its last device is gone and no pod holds one")
-
-
-def _may_be_advertised(devices: tuple[Device, ...]) -> bool:
-    """Not before the CDI spec is written: Kata would fail every pod that gets one of these devices."""
-    return all(d.health.reason is not Reason.NOT_IN_CDI for d in devices)
 
 
 async def report(registry: Registry) -> None:

@@ -65,6 +65,8 @@ class Registry:
 
     def observe(self, facts: HostFacts, *, aer: Iterable[tuple[str, str]] = ()) -> Inventory:
         """Takes in a scan, with the AER events that had arrived before it began."""
+        if facts.unreachable is not None and self._facts is None:
+            return self._inventory  # nothing was seen yet: that is not a host without devices
         self._facts = facts
         return self._step(replace(self._signals, aer=tuple(aer)))
 

@@ -314,3 +314,32 @@ def test_whatever_happens_the_inventory_keeps_its_promises(history: list[Any]) -
         again, _ = advance(node.inventory, node.facts, node.signals, node.now, node.settings, ModelNames())
         assert again.resources == node.inventory.resources
         assert again.version == node.inventory.version
+
+
+def test_a_dead_device_that_falls_asleep_is_still_dead() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10)
+    node.look(host(gpu(A, link_speed=None, link_width=None)), after=10)
+    assert node.look(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
+
+
+def test_a_recovery_that_failed_at_the_bridge_above_failed() -> None:
+    node = Node().look(host(gpu(A))).look(aer=((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")))
+    assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
+
+
+def test_a_node_that_was_only_guessed_promises_nothing() -> None:
+    node = Node().pods("3").look(HostFacts())
+    assert node.reason("3") is Reason.GONE
+    assert node.look(host(gpu(A, vfio=3)), after=1).reason("3") is None
+
+
+def test_a_promise_ends_although_pod_resources_has_fallen_silent() -> None:
+    node = Node().look(mates()).pods(after=1).look(allocated=((PGPU, "1"),), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    assert node.look(after=PROMISE_UNUSED + 1).reason("2") is Reason.SETTLING
+
+
+def test_a_mate_is_taken_while_the_holder_is_unbound_under_its_vm() -> None:
+    node = Node().look(mates()).pods("1", after=1)
+    node.look(host(gpu(A, vfio=None, group=9), gpu(B, vfio=2, group=9)), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN

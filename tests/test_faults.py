@@ -435,7 +435,7 @@ def test_with_a_full_disk_new_devices_wait_for_their_spec_and_those_that_stand_t
         plugin.wait_for("cdi trouble", resource=PGPU, reason="No space left")
         assert kubelet.healthy(PGPU) == {"5", "6", "7", "8", "9", "10", "11"}
         assert {path.name: path.read_text() for path in disk.glob("*.yaml")} == specs, "no half-written spec"
-        assert not list(disk.glob(".*")), "no temporary file left"
+        wait_until(lambda: not list(disk.glob(".*")), "a temporary file is left")
         filler.unlink()
         wait_until_it_sees(kubelet, truth)
 

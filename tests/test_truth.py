@@ -150,7 +150,7 @@ class NodeMachine(RuleBasedStateMachine):
         self._changed = False
         expected = self._expected()
         note(f"expected {expected}")
-        self._kubelet.wait_for(lambda: self._is_seen(expected, settled=False), _SETTLE)
+        self._wait_until_seen(expected, settled=False)
         self._advertised |= self._kubelet.resources()
         self._before = expected
 
@@ -160,7 +160,7 @@ class NodeMachine(RuleBasedStateMachine):
                 if self._cdi_broken:
                     self.mend_cdi_folder()
                 expected = self._expected()
-                self._kubelet.wait_for(lambda: self._is_seen(expected, settled=True), _SETTLE)
+                self._wait_until_seen(expected, settled=True)
                 cdi, root = self._places.cdi, self._node.root
                 assert _wait_for(lambda: not _named_but_missing(cdi, root)), _named_but_missing(cdi, root)
         finally:
@@ -182,6 +182,12 @@ class NodeMachine(RuleBasedStateMachine):
         return view
 
     _ill_before: View = {}  # noqa: RUF012  (replaced, never changed)
+
+    def _wait_until_seen(self, expected: View, *, settled: bool) -> None:
+        try:
+            self._kubelet.wait_for(lambda: self._is_seen(expected, settled=settled), _SETTLE)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nthe daemon's log ends with\n{self._daemon.log()[-4000:]}") from None
 
     def _is_seen(self, expected: View, *, settled: bool) -> bool:
         for resource, devices in expected.items():

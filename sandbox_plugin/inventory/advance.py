@@ -131,6 +131,8 @@ class Inventory:
     """Resource name -> its devices, those that left but may still be held included, in order of their IDs."""
     unoffered: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """PCI address -> why a function that a rule wants is not a device, or could not be read."""
+    without_spec: frozenset[str] = frozenset()
+    """Resources with a device that should stand in a CDI spec on disk, and does not yet."""
     waits_for_holdings: bool = False
     """Whether something here can only be settled by asking PodResources."""
     memory: Memory = Memory()
@@ -159,6 +161,7 @@ def advance(
         version=previous.version,
         resources=_by_resource(listed),
         unoffered=MappingProxyType(dict(found.unoffered)),
+        without_spec=_without_spec(listed, signals),
         waits_for_holdings=_waits_for_holdings(tracks, promises, signals),
         memory=Memory(tracks=tracks, promises=promises, cdevs=found.cdevs),
     )
@@ -169,7 +172,7 @@ def advance(
 
 def _shown(inventory: Inventory) -> tuple[object, ...]:
     """What readers see, and so what makes a new version."""
-    return (inventory.resources, inventory.unoffered, inventory.waits_for_holdings)
+    return (inventory.resources, inventory.unoffered, inventory.without_spec, inventory.waits_for_holdings)
 
 
 def _follow(
@@ -186,7 +189,7 @@ def _follow(
             followed[key] = _arrived(device, facts, now)
         elif device is None:
             followed[key] = _lost(track, facts, signals, now)
-        elif track.device.node != device.node:
+        elif track.device.placements and track.device.node != device.node:
             followed[key] = _gone(track, _id_held(track.device, device), signals, now)
         elif track.gone_since is not None or _addresses(track.device) != _addresses(device):
             followed[key] = _arrived(device, facts, now)
@@ -209,14 +212,20 @@ def _stayed(track: Track, device: Device, facts: HostFacts, signals: Signals, no
     in_use_since = None
     if _enabled_functions(device, facts):
         in_use_since = now if track.in_use_since is None else track.in_use_since
+    if device.health.healthy and track.device.health.reason is Reason.OFF_THE_BUS and not _link_was_read(device, facts):
+        device = replace(device, health=track.device.health)  # it sleeps now: silence is no proof that it healed
     return _with_fatal_errors(replace(track, device=device, in_use_since=in_use_since), facts, signals, now)
+
+
+def _link_was_read(device: Device, facts: HostFacts) -> bool:
+    return all(facts.functions[a].link_speed is not None for a in _addresses(device))
 
 
 def _lost(track: Track, facts: HostFacts, signals: Signals, now: float) -> Track:
     health = lost(track.device, facts) if track.device.placements else track.device.health
     if health.reason is Reason.UNREADABLE and track.gone_since is None:
         # Silence is no proof that it left: its node stays in the CDI spec, and its return is damped.
-        return replace(track, device=replace(track.device, health=health))
+        return _with_fatal_errors(replace(track, device=replace(track.device, health=health)), facts, signals, now)
     return _gone(track, health, signals, now)
 
 
@@ -291,8 +300,8 @@ def _enabled_functions(device: Device, facts: HostFacts) -> tuple[str, ...]:
 
 
 def _fatal_counts(device: Device, facts: HostFacts) -> dict[str, int]:
-    counts = ((a, facts.functions[a].fatal_errors) for a in _addresses(device))
-    return {address: count for address, count in counts if count is not None}
+    functions = (facts.functions.get(address) for address in _addresses(device))
+    return {f.address: f.fatal_errors for f in functions if f is not None and f.fatal_errors is not None}
 
 
 def _with_fatal_errors(track: Track, facts: HostFacts, signals: Signals, now: float) -> Track:
@@ -305,7 +314,8 @@ def _with_fatal_errors(track: Track, facts: HostFacts, signals: Signals, now: fl
     if risen := sorted(a for a, count in counts.items() if count > track.fatal_errors.get(a, count)):
         fatal, since = f"{risen[0]} has counted a fatal AER error", now
     for address, event in signals.aer:
-        if address not in _addresses(track.device):
+        above = event == "FAILED_RECOVERY" and any(address in p.bridges for p in track.device.placements)
+        if address not in _addresses(track.device) and not above:
             continue
         if event == "BEGIN_RECOVERY":
             fatal, since = f"{address} is being recovered from an AER error", now
@@ -315,7 +325,7 @@ def _with_fatal_errors(track: Track, facts: HostFacts, signals: Signals, now: fl
             fatal, since = None, None
     if since is not None and now - since >= FATAL_QUIET:
         fatal, since = None, None
-    return replace(track, fatal=fatal, fatal_at=since, fatal_errors=counts)
+    return replace(track, fatal=fatal, fatal_at=since, fatal_errors={**track.fatal_errors, **counts})
 
 
 def _promises(
@@ -329,7 +339,7 @@ def _promises(
         shown = holdings is not None and holdings.asked_at >= promise.at
         held = shown and holdings is not None and key in holdings.pods
         promise = replace(promise, seen_held=promise.seen_held or held, seen_used=promise.seen_used or used)
-        if holdings is None:
+        if holdings is None or (not shown and now - promise.at >= PROMISE_UNUSED):  # none, or it fell silent
             over = not used and (promise.seen_used or now - promise.at >= PROMISE_UNUSED)
         else:
             over = shown and not held and (promise.seen_held or holdings.asked_at - promise.at >= ADMISSION)
@@ -361,7 +371,12 @@ def _taken(
     """
     group = track.device.iommu_group
     mates = [t for t in tracks.values() if t.gone_since is None and t.device.iommu_group == group and t is not track]
-    for mate in mates:
+    gone = [
+        t
+        for t in tracks.values()
+        if t.gone_since is not None and t.device.iommu_group == group and t.device.address != track.device.address
+    ]
+    for mate in [*mates, *gone]:
         if (holder := _holder(mate.key, promises, signals)) is not None:
             detail = f"its IOMMU group {group} belongs to {holder}, by {mate.device.id} ({mate.device.address})"
             return Health(reason=Reason.GROUP_TAKEN, detail=detail)
@@ -413,6 +428,14 @@ def _by_resource(devices: list[Device]) -> Mapping[str, tuple[Device, ...]]:
     for device in sorted(devices, key=lambda d: (d.resource, id_order(d.id))):
         resources.setdefault(device.resource, []).append(device)
     return MappingProxyType({name: tuple(listed) for name, listed in resources.items()})
+
+
+def _without_spec(devices: list[Device], signals: Signals) -> frozenset[str]:
+    in_cdi = signals.in_cdi
+    if in_cdi is None:
+        return frozenset()
+    missing = (d for d in devices if d.node_exists and d.id not in in_cdi.get(d.resource, frozenset()))
+    return frozenset(d.resource for d in missing)
 
 
 def _waits_for_holdings(

@@ -71,16 +71,18 @@ def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: M
         assert function.vfio is not None
         assert function.iommu_group is not None
         assert answer.resource is not None
+        node = f"/dev/vfio/devices/vfio{function.vfio.number}"
         devices.append(
             Device(
                 id=str(function.vfio.number),
                 resource=answer.resource,
-                node=f"/dev/vfio/devices/vfio{function.vfio.number}",
+                node=node,
                 model=_model(function, names),
                 placements=(_placement(function),),
                 iommu_group=function.iommu_group,
                 mdev=function.mdev_type is not None,
                 group_node=_group_node(function.iommu_group, facts),
+                node_exists=facts.dev_nodes is None or node in facts.dev_nodes,
             )
         )
     return devices
@@ -108,7 +110,8 @@ def _by_group(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: 
                 iommu_group=number,
                 mdev=functions[0].mdev_type is not None,
                 group_node=_group_node(number, facts),
-                node_exists=number in facts.group_nodes,
+                node_exists=number in facts.group_nodes
+                and (facts.dev_nodes is None or f"/dev/vfio/{number}" in facts.dev_nodes),
             )
         )
     return devices

@@ -85,8 +85,8 @@ def _leaves_group_viable(member: PciFunction) -> bool:
 
 
 def _node_is_there(device: Device, facts: HostFacts) -> Health:
-    if not device.node_exists:
-        return Health(reason=Reason.NO_NODE, detail=f"sysfs shows no node {device.node}")
     if facts.dev_nodes is not None and device.node not in facts.dev_nodes:
         return Health(reason=Reason.NO_NODE, detail=f"{device.node} is not in the host's /dev")
+    if not device.node_exists:
+        return Health(reason=Reason.NO_NODE, detail=f"sysfs shows no node {device.node}")
     return HEALTHY

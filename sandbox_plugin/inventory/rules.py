@@ -52,12 +52,18 @@ def claim(function: PciFunction, settings: Settings, names: ModelNames) -> Claim
 
 
 def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
-    """Whether these settings can give a device this resource name: what PodResources tells of others is not ours."""
+    """Whether these settings can give a device this resource name: what PodResources tells of others is not ours.
+
+    Types of vGPU are not known beforehand, so their names do not count.
+    """
     if resource in {rule.name for rule in settings.resources}:
         return True
     domain, _, name = resource.partition("/")
     if domain != "nvidia.com":
         return False
+    model = name.removesuffix("_VF")
+    if model != name and (model in settings.model_names.values() or names.is_resource_name(model)):
+        return True
     aliases = {settings.gpu_alias, settings.nvswitch_alias}
     if name in aliases - {""}:
         return True

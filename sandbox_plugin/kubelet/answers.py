@@ -1,4 +1,4 @@
-"""What Allocate gives a container, for each consumer: pure functions of the devices. docs/consumers.md shows them.
+"""What Allocate gives a container, for each consumer: pure functions of the devices.
 
 Kata gets the device's own node and nothing else: it finds the CDI name in PodResources, and the policy of a
 confidential guest checks every variable and device. KubeVirt's virt-launcher needs to be told the PCI addresses, and

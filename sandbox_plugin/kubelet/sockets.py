@@ -142,7 +142,7 @@ def listen_at(path: Path) -> tuple[Listener, Identity]:
         listener.listen(128)
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     return listener, bound
 
 
