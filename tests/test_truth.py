@@ -32,8 +32,8 @@ from truth import HEALTHY, UNHEALTHY, Truth, View
 
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 
-EXAMPLES = int(os.environ.get("TRUTH_EXAMPLES", "6"))
-STEPS = int(os.environ.get("TRUTH_STEPS", "40"))
+EXAMPLES = int(os.environ.get("TRUTH_EXAMPLES", "4"))
+STEPS = int(os.environ.get("TRUTH_STEPS", "30"))
 
 _KINDS = {0x030000, 0x030200, 0x068000}
 _SETTLE = 10.0
