@@ -1,0 +1,674 @@
+"""Reading one PCI function and what belongs to all, on made-up trees that are changed and broken on purpose."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.host import read
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.model import Bar, Device, PciFunction, Placement, VfioDev
+
+GEFORCE, SOUND, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
+GEFORCE_BRIDGE = "0000:00:01.0"
+GEFORCE_GROUP, T4_GROUP = 11, 13
+GEFORCE_MEMBERS = (GEFORCE_BRIDGE, GEFORCE, SOUND, "0000:01:00.2", "0000:01:00.3")
+GRACE_GPU = "0009:01:00.0"
+UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+MakeNode = Callable[[str], FakeNode]
+KIB, MIB = 1 << 10, 1 << 20
+
+
+class Tree:
+    """A made-up node and the paths below it."""
+
+    def __init__(self, node: FakeNode) -> None:
+        self.node = node
+        self.paths = HostPaths(node.root)
+
+    def read(self, address: str = T4) -> PciFunction:
+        return read.read_function(self.paths, address)
+
+    def file(self, name: str, address: str = T4) -> Path:
+        return self.node.folder(address) / name
+
+    def put_fifo(self, name: str, address: str = T4) -> None:
+        """Whoever opens it to read waits for ever."""
+        self.file(name, address).unlink()
+        os.mkfifo(self.file(name, address))
+
+    def put_folder(self, name: str, address: str = T4) -> None:
+        """A file that root cannot read either."""
+        self.file(name, address).unlink()
+        self.file(name, address).mkdir()
+
+    def functions(self) -> dict[str, PciFunction]:
+        return {address: self.read(address) for address in read.list_addresses(self.paths)}
+
+
+@pytest.fixture
+def tree(fake_node: MakeNode) -> Tree:
+    return Tree(fake_node("workstation"))
+
+
+@pytest.fixture
+def grace(fake_node: MakeNode) -> Tree:
+    return Tree(fake_node("gh200"))
+
+
+# What a function is
+
+
+def test_a_bound_function_is_read_whole(tree: Tree) -> None:
+    found = tree.read(GEFORCE)
+    assert (found.vendor, found.device, found.class_code) == (0x10DE, 0x21C4, 0x030000)
+    assert (found.subsystem_vendor, found.subsystem_device, found.revision) == (0x1458, 0x4014, 0xA1)
+    assert (found.driver, found.iommu_group, found.vfio) == ("vfio-pci", 11, VfioDev(number=0, cdev=None))
+    assert (found.link_speed, found.link_width) == ("8.0 GT/s PCIe", 16)
+    assert (found.enable, found.power_state, found.runtime_status) == (0, "D3hot", "suspended")
+    assert found.bridges == ("pci0000:00", GEFORCE_BRIDGE)
+    assert (found.virtual_functions, found.physical_function, found.fatal_errors) == (0, None, 0)
+    assert found.unread == ()
+
+
+def test_regions_have_their_sizes_and_kinds(tree: Tree) -> None:
+    assert tree.read(GEFORCE).bars == (
+        Bar(index=0, size=16 * MIB, prefetchable=False, wide=False, io=False),
+        Bar(index=1, size=256 * MIB, prefetchable=True, wide=True, io=False),
+        Bar(index=3, size=32 * MIB, prefetchable=True, wide=True, io=False),
+        Bar(index=5, size=128, prefetchable=False, wide=False, io=True),
+        Bar(index=6, size=512 * KIB, prefetchable=True, wide=False, io=False),
+    )
+
+
+def test_a_cdev_is_known_by_its_dev_file_and_a_variant_driver_is_as_good(grace: Tree) -> None:
+    found = grace.read(GRACE_GPU)
+    assert found.driver == "nvgrace_gpu_vfio_pci"
+    assert found.vfio == VfioDev(number=0, cdev="253:0")
+
+
+def test_a_vfio_device_without_a_dev_file_has_no_cdev(grace: Tree) -> None:
+    grace.file("vfio-dev/vfio0/dev", GRACE_GPU).unlink()
+    assert grace.read(GRACE_GPU).vfio == VfioDev(number=0, cdev=None)
+
+
+@pytest.mark.parametrize("content", ["", "253", "dev", "253:0:1"])
+def test_a_dev_file_that_says_no_numbers_is_no_cdev(grace: Tree, content: str) -> None:
+    grace.node.set_attribute(GRACE_GPU, "vfio-dev/vfio0/dev", content)
+    assert grace.read(GRACE_GPU).vfio == VfioDev(number=0, cdev=None)
+
+
+def test_a_vfio_device_of_the_mode_without_an_iommu_is_none(grace: Tree) -> None:
+    folder = grace.file("vfio-dev", GRACE_GPU)
+    (folder / "vfio0").rename(folder / "noiommu-vfio0")
+    assert grace.read(GRACE_GPU).vfio is None
+
+
+def test_of_a_function_on_a_host_driver_only_what_it_is_and_where_is_read(tree: Tree) -> None:
+    tree.node.bind(T4, "nvidia")
+    for name in ("numa_node", "enable", "power_state", "current_link_speed", "resource", "aer_dev_fatal"):
+        tree.put_fifo(name)
+    found = tree.read()
+    assert (found.driver, found.iommu_group, found.vfio, found.device) == ("nvidia", 13, None, 0x1EB8)
+    assert (found.enable, found.power_state, found.bars) == (None, None, ())
+
+
+def test_a_function_without_a_driver_and_one_without_a_group_are_read(tree: Tree) -> None:
+    tree.node.unbind(T4)
+    tree.file("iommu_group").unlink()
+    found = tree.read()
+    assert (found.driver, found.iommu_group, found.vfio) == (None, None, None)
+
+
+# What must not be touched
+
+
+@pytest.mark.parametrize("address", [T4, GEFORCE])
+def test_what_can_block_is_never_opened(tree: Tree, address: str) -> None:
+    for name in ("config", "uevent", "driver_override"):
+        tree.put_fifo(name, address)
+    assert tree.read(address).driver == "vfio-pci"
+
+
+def test_the_node_of_a_device_is_never_opened(tree: Tree) -> None:
+    for node in ("11", "13", "vfio"):
+        (tree.paths.dev_vfio / node).unlink()
+        os.mkfifo(tree.paths.dev_vfio / node)
+    assert tree.read().driver == "vfio-pci"
+    assert read.read_dev_nodes(tree.paths) == frozenset({"/dev/vfio/11", "/dev/vfio/13"})
+
+
+def asleep(tree: Tree) -> None:
+    tree.node.set_attribute(GEFORCE, "power_state", "D3cold")
+
+
+def below_a_sleeping_bridge(tree: Tree) -> None:
+    tree.node.set_attribute(GEFORCE_BRIDGE, "power_state", "D3hot")
+
+
+def below_a_bridge_that_cannot_say(tree: Tree) -> None:
+    tree.file("power_state", GEFORCE_BRIDGE).unlink()
+    tree.file("power/runtime_status", GEFORCE_BRIDGE).unlink()
+
+
+def below_a_sleeping_bridge_of_an_old_kernel(tree: Tree) -> None:
+    tree.file("power_state", GEFORCE_BRIDGE).unlink()
+    tree.node.set_attribute(GEFORCE_BRIDGE, "power/runtime_status", "suspended")
+
+
+@pytest.mark.parametrize(
+    "put", [asleep, below_a_sleeping_bridge, below_a_bridge_that_cannot_say, below_a_sleeping_bridge_of_an_old_kernel]
+)
+def test_a_link_is_not_read_where_that_would_wake_something(tree: Tree, put: Callable[[Tree], None]) -> None:
+    put(tree)
+    for name in ("current_link_speed", "current_link_width"):
+        tree.put_fifo(name, GEFORCE)
+    found = tree.read(GEFORCE)
+    assert (found.link_speed, found.link_width) == (None, None)
+
+
+def test_on_an_old_kernel_a_link_is_read_below_a_bridge_that_is_awake(tree: Tree) -> None:
+    tree.file("power_state", GEFORCE_BRIDGE).unlink()
+    tree.node.set_attribute(GEFORCE_BRIDGE, "power/runtime_status", "active")
+    assert tree.read(GEFORCE).link_width == 16
+
+
+def test_a_link_of_a_device_that_merely_sleeps_lightly_is_read(tree: Tree) -> None:
+    tree.node.sicken(GEFORCE)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.link_speed, found.link_width) == ("D3hot", "Unknown", 63)
+
+
+# What is missing, nonsense or unreadable
+
+
+@pytest.mark.parametrize("name", ["vendor", "device", "class"])
+@pytest.mark.parametrize("content", ["", "10de", "0x", "0xg0", "0x1234567", "-1", "0x10de 0x10de", "\udcff"])
+def test_a_function_that_makes_no_sense_is_refused_in_words(tree: Tree, name: str, content: str) -> None:
+    tree.node.set_attribute(T4, name, content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(read.FunctionUnreadable, match=f"^{name} is '.*', not a hexadecimal number$"):
+        tree.read()
+
+
+@pytest.mark.parametrize("name", ["vendor", "device", "class"])
+def test_a_function_that_vanishes_is_refused_in_words(tree: Tree, name: str) -> None:
+    tree.file(name).unlink()
+    with pytest.raises(read.FunctionUnreadable, match=f"^{name} is missing "):
+        tree.read()
+
+
+def test_a_function_that_cannot_be_read_is_refused_with_the_kernels_words(tree: Tree) -> None:
+    tree.put_folder("vendor")
+    with pytest.raises(read.FunctionUnreadable, match=r"^vendor cannot be read: Is a directory$"):
+        tree.read()
+
+
+def test_a_driver_that_is_no_link_costs_the_function(tree: Tree) -> None:
+    tree.file("driver").unlink()
+    tree.file("driver").touch()
+    with pytest.raises(read.FunctionUnreadable, match=r"^driver cannot be read: "):
+        tree.read()
+
+
+@pytest.mark.parametrize("target", ["../../noiommu", "../../-1", "../../\u0661"])
+def test_a_group_without_a_number_costs_the_function(tree: Tree, target: str) -> None:
+    tree.file("iommu_group").unlink()
+    tree.file("iommu_group").symlink_to(target)
+    with pytest.raises(read.FunctionUnreadable, match="not to a numbered group"):
+        tree.read()
+
+
+def test_a_function_that_hangs_below_nothing_is_refused(tree: Tree) -> None:
+    link = tree.paths.pci_devices / T4
+    elsewhere = tree.paths.root / "elsewhere" / T4
+    elsewhere.parent.mkdir()
+    tree.file(".").rename(elsewhere)
+    link.unlink()
+    link.symlink_to(elsewhere)
+    with pytest.raises(read.FunctionUnreadable, match="below a PCI host bridge"):
+        tree.read()
+
+
+@pytest.mark.parametrize("address", ["", "junk", "0000:01:00.8", "0000:01:20.0", "0000:1:00.0", "../x", "0000:0A:00.0"])
+def test_what_is_no_address_is_refused(tree: Tree, address: str) -> None:
+    with pytest.raises(read.FunctionUnreadable, match="is not a PCI address"):
+        tree.read(address)
+
+
+def test_a_domain_may_have_more_than_four_digits(tree: Tree) -> None:
+    wide = "10000:02:00.0"
+    tree.file(".").rename(tree.file(".").with_name(wide))
+    (tree.paths.pci_devices / T4).unlink()
+    (tree.paths.pci_devices / wide).symlink_to(f"../../../devices/pci0000:00/0000:00:1b.0/{wide}")
+    assert tree.read(wide).bridges == ("pci0000:00", "0000:00:1b.0")
+
+
+OPTIONAL = {
+    "numa_node": "numa_node",
+    "current_link_speed": "link_speed",
+    "current_link_width": "link_width",
+    "enable": "enable",
+    "power_state": "power_state",
+    "power/runtime_status": "runtime_status",
+    "subsystem_vendor": "subsystem_vendor",
+    "revision": "revision",
+    "aer_dev_fatal": "fatal_errors",
+}
+
+
+@pytest.mark.parametrize(("name", "attribute"), OPTIONAL.items())
+def test_a_function_may_lack_any_other_attribute(grace: Tree, name: str, attribute: str) -> None:
+    assert getattr(grace.read(GRACE_GPU), attribute) is not None
+    grace.file(name, GRACE_GPU).unlink()
+    found = grace.read(GRACE_GPU)
+    assert getattr(found, attribute) is None
+    assert found.unread == ()
+
+
+@pytest.mark.parametrize(("name", "attribute"), OPTIONAL.items())
+def test_an_attribute_that_cannot_be_read_costs_nothing_else_and_is_told(
+    grace: Tree, name: str, attribute: str
+) -> None:
+    grace.put_folder(name, GRACE_GPU)
+    found = grace.read(GRACE_GPU)
+    assert getattr(found, attribute) is None
+    assert found.vfio == VfioDev(number=0, cdev="253:0")
+    assert found.unread == (f"{name}: Is a directory",)
+
+
+@pytest.mark.parametrize("name", ["numa_node", "current_link_width", "enable", "subsystem_vendor", "revision"])
+def test_a_number_that_is_none_is_told(tree: Tree, name: str) -> None:
+    tree.node.set_attribute(T4, name, "many")
+    (line,) = tree.read().unread
+    assert line.startswith(f"{name}")
+    assert "'many'" in line
+
+
+@pytest.mark.parametrize("content", ["-1", "-2147483648", "2147483648", "99999999999999999999"])
+def test_a_numa_node_that_cannot_be_is_unknown(tree: Tree, content: str) -> None:
+    tree.node.set_attribute(T4, "numa_node", content)
+    assert tree.read().numa_node is None
+
+
+@pytest.mark.parametrize(
+    "content", ["0x0", "x y z", "0x0 0x1 0x2 0x3", "0x00000000 0x00000fff zzz"], ids=["one", "words", "four", "flags"]
+)
+def test_regions_that_make_no_sense_are_told(tree: Tree, content: str) -> None:
+    tree.node.set_attribute(T4, "resource", content)
+    assert (tree.read().bars, tree.read().unread) == ((), ("resource: not lines of three numbers",))
+
+
+def test_a_region_that_the_firmware_left_unassigned_is_not_listed(tree: Tree) -> None:
+    lines = ["0x0000000000000000 0x0000000000000000 0x0000000000040200"] * 6
+    lines[2] = "0x0000000010000000 0x0000000010000fff 0x0000000000040200"
+    tree.node.set_attribute(T4, "resource", "\n".join(lines))
+    assert tree.read().bars == (Bar(index=2, size=4096, prefetchable=False, wide=False, io=False),)
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        ("DLP 1\nSDES 2\nTOTAL_ERR_FATAL 3", 3),
+        ("TOTAL_ERR_FATAL 0", 0),
+        ("TOTAL_ERR_FATAL many", None),
+        ("DLP 1", None),
+        ("", None),
+    ],
+)
+def test_the_count_of_fatal_errors_is_their_total(tree: Tree, content: str, count: int | None) -> None:
+    tree.node.set_attribute(T4, "aer_dev_fatal", content)
+    assert tree.read().fatal_errors == count
+
+
+def test_virtual_functions_and_what_carries_them_are_told(tree: Tree) -> None:
+    (tree.file("sriov_numvfs", GEFORCE)).write_text("4\n")
+    (tree.file("physfn")).symlink_to(f"../../0000:00:01.0/{GEFORCE}")
+    assert tree.read(GEFORCE).virtual_functions == 4
+    assert tree.read().physical_function == GEFORCE
+
+
+@pytest.fixture(scope="module")
+def battered(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    return Tree(FakeNode.create(tmp_path_factory.mktemp("battered") / "host", "gh200"))
+
+
+names = sorted({*OPTIONAL, "vendor", "device", "class", "resource", "vfio-dev/vfio0/dev", "subsystem_device"})
+nonsense = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([b"", b"0x10de\n", b"-1\n", b"1" * 5000, b"0x" + b"f" * 30, b"TOTAL_ERR_FATAL \xc2\xb2\n"]),
+    st.integers().map(lambda n: str(n).encode()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(contents=st.dictionaries(st.sampled_from(names), nonsense, min_size=1, max_size=4))
+def test_whatever_sysfs_says_a_function_is_read_or_refused(battered: Tree, contents: dict[str, bytes]) -> None:
+    before = {name: battered.file(name, GRACE_GPU).read_bytes() for name in contents}
+    for name, content in contents.items():
+        battered.node.set_attribute(GRACE_GPU, name, content)
+    try:
+        found = battered.read(GRACE_GPU)
+    except read.FunctionUnreadable:
+        assert {"vendor", "device", "class"} & contents.keys()
+    else:
+        assert 0 <= found.vendor <= 0xFFFF
+        assert 0 <= found.device <= 0xFFFF
+        assert 0 <= found.class_code <= 0xFFFFFF
+        assert found.numa_node is None or 0 <= found.numa_node < 1 << 31
+        assert all(bar.size > 0 for bar in found.bars)
+        assert all("\n" not in line for line in found.unread)
+    finally:
+        for name, content in before.items():
+            battered.node.set_attribute(GRACE_GPU, name, content)
+
+
+# What is the same as before
+
+
+def test_what_can_never_change_is_taken_from_before(tree: Tree) -> None:
+    before = tree.read()
+    for name in ("vendor", "device", "class", "subsystem_vendor", "subsystem_device", "revision"):
+        tree.put_fifo(name)
+    assert read.read_function(tree.paths, T4, before) == before
+
+
+def test_what_changes_is_never_taken_from_before(tree: Tree) -> None:
+    before = tree.read()
+    tree.node.bind(T4, "nvidia")
+    after = read.read_function(tree.paths, T4, before)
+    assert (after.driver, after.vfio, after.enable) == ("nvidia", None, None)
+    tree.node.bind(T4)
+    tree.node.set_enable(T4, 1)
+    tree.node.sicken(T4)
+    again = read.read_function(tree.paths, T4, after)
+    assert again == tree.read()
+    assert (again.vfio, again.enable, again.link_width) == (VfioDev(number=4, cdev=None), 1, 63)
+
+
+def test_another_function_in_its_place_has_another_stamp(tree: Tree) -> None:
+    before = read.stamp(tree.paths, T4)
+    assert before == read.stamp(tree.paths, T4)
+    tree.node.remove(T4)
+    assert read.stamp(tree.paths, T4) is None
+    tree.node.add(T4)
+    assert read.stamp(tree.paths, T4) not in (None, before)
+
+
+def test_the_driver_of_a_function_can_be_asked_for_alone(tree: Tree) -> None:
+    assert read.driver_of(tree.paths, T4) == "vfio-pci"
+    tree.node.unbind(T4)
+    assert read.driver_of(tree.paths, T4) is None
+    tree.file("driver").touch()
+    assert read.driver_of(tree.paths, T4) is None
+
+
+# Mediated devices
+
+
+def add_mdev(tree: Tree, uuid: str = UUID, *, on: str = T4, driver: str | None = "vfio_mdev", group: int = 70) -> Path:
+    folder = tree.file(uuid, on)
+    kind = tree.file("mdev_supported_types/nvidia-222", on)
+    kind.mkdir(parents=True, exist_ok=True)
+    (kind / "name").write_text("GRID T4-1Q\n")
+    (folder / "vfio-dev/vfio9").mkdir(parents=True)
+    (folder / "mdev_type").symlink_to("../mdev_supported_types/nvidia-222")
+    (folder / "iommu_group").symlink_to(f"../../../../../kernel/iommu_groups/{group}")
+    if driver:
+        (folder / "driver").symlink_to(f"../../../../../bus/mdev/drivers/{driver}")
+    tree.paths.mdev_devices.mkdir(parents=True, exist_ok=True)
+    way = os.path.relpath(folder, tree.paths.mdev_devices)
+    (tree.paths.mdev_devices / uuid).symlink_to(way)
+    return folder
+
+
+def test_a_mediated_device_is_what_carries_it_with_a_driver_and_a_group_of_its_own(tree: Tree) -> None:
+    add_mdev(tree)
+    tree.node.set_attribute(T4, "numa_node", "1")
+    found = tree.read(UUID)
+    assert (found.address, found.vendor, found.device) == (UUID, 0x10DE, 0x1EB8)
+    assert (found.driver, found.iommu_group, found.vfio) == ("vfio_mdev", 70, VfioDev(number=9, cdev=None))
+    assert (found.mdev_type, found.numa_node) == ("GRID T4-1Q", 1)
+    assert found.bridges == ("pci0000:00", "0000:00:1b.0", T4)
+
+
+def test_a_mediated_device_whose_type_has_no_name_is_of_the_types_folder(tree: Tree) -> None:
+    add_mdev(tree)
+    tree.file("mdev_supported_types/nvidia-222/name").unlink()
+    assert tree.read(UUID).mdev_type == "nvidia-222"
+
+
+def test_mediated_devices_are_listed_after_the_functions(tree: Tree) -> None:
+    functions = read.list_addresses(tree.paths)
+    add_mdev(tree)
+    assert functions == sorted(functions)
+    assert read.list_addresses(tree.paths) == [*functions, UUID]
+
+
+def test_a_mediated_device_whose_carrier_is_unreadable_is_refused(tree: Tree) -> None:
+    add_mdev(tree)
+    tree.node.set_attribute(T4, "vendor", "none")
+    with pytest.raises(read.FunctionUnreadable, match="vendor"):
+        tree.read(UUID)
+
+
+def test_a_mediated_device_that_is_not_there_is_refused(tree: Tree) -> None:
+    with pytest.raises(read.FunctionUnreadable):
+        tree.read(UUID)
+
+
+# Groups and nodes
+
+
+def test_a_group_has_all_its_members_whether_they_can_be_read_or_not(tree: Tree) -> None:
+    functions = tree.functions()
+    del functions[SOUND]
+    groups = read.read_groups(tree.paths, functions)
+    assert groups.keys() == {GEFORCE_GROUP, T4_GROUP}
+    assert groups[GEFORCE_GROUP].members == GEFORCE_MEMBERS
+    assert not groups[GEFORCE_GROUP].noiommu
+
+
+def test_a_group_whose_folder_is_gone_has_the_members_that_were_seen(tree: Tree) -> None:
+    functions = tree.functions()
+    folder = tree.paths.iommu_groups / str(GEFORCE_GROUP) / "devices"
+    folder.rename(folder.with_name("away"))
+    members = read.read_groups(tree.paths, functions)[GEFORCE_GROUP].members
+    assert members == GEFORCE_MEMBERS
+
+
+def test_a_group_that_no_vfio_driver_has_a_part_of_is_not_read(tree: Tree) -> None:
+    tree.node.bind(T4, "nvidia")
+    assert read.read_groups(tree.paths, tree.functions()).keys() == {GEFORCE_GROUP}
+
+
+def test_a_group_without_an_iommu_is_known_by_its_name(tree: Tree) -> None:
+    (tree.paths.iommu_groups / str(T4_GROUP) / "name").write_text("vfio-noiommu\n")
+    groups = read.read_groups(tree.paths, tree.functions())
+    assert (groups[T4_GROUP].noiommu, groups[GEFORCE_GROUP].noiommu) == (True, False)
+
+
+def test_group_nodes_are_those_that_the_class_shows_as_numbers(tree: Tree) -> None:
+    for name in ("noiommu-3", "vfio", "\u00b2", "\u0661"):
+        (tree.paths.vfio_class / name).mkdir()
+    assert read.read_group_nodes(tree.paths) == {GEFORCE_GROUP, T4_GROUP}
+    tree.node.unbind(T4)
+    assert read.read_group_nodes(tree.paths) == {GEFORCE_GROUP}
+
+
+def test_without_vfio_there_are_no_group_nodes(tmp_path: Path) -> None:
+    assert read.read_group_nodes(HostPaths(tmp_path)) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("majors", "has_cdevs"),
+    [
+        ("  1 mem\n245 vfio\n", False),
+        ("  1 mem\n245 vfio\n511 vfio-dev\n", True),
+        ("  1 mem\n 10 misc\n", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_proc_devices_tells_whether_there_are_cdevs(tmp_path: Path, majors: str | None, has_cdevs: bool | None) -> None:
+    paths = HostPaths(tmp_path)
+    if majors is not None:
+        paths.devices_list.parent.mkdir()
+        paths.devices_list.write_text(f"Character devices:\n{majors}\nBlock devices:\n  8 sd\n")
+    assert read.read_kernel_has_cdevs(paths) is has_cdevs
+
+
+def test_dev_nodes_are_groups_and_cdevs_and_nothing_else(grace: Tree) -> None:
+    (grace.paths.dev_vfio / "noiommu-3").touch()
+    (grace.paths.dev_vfio / "devices/other").touch()
+    assert read.read_dev_nodes(grace.paths) == frozenset({"/dev/vfio/13", "/dev/vfio/devices/vfio0"})
+
+
+def test_a_made_up_host_without_dev_says_nothing_of_nodes(tmp_path: Path) -> None:
+    assert read.read_dev_nodes(HostPaths(tmp_path)) is None
+
+
+ROOT_MOUNT = "22 1 254:0 / / rw - ext4 /dev/root rw"
+CONTAINER_DEV = "30 22 0:50 / /dev rw,nosuid - tmpfs tmpfs rw"
+HOST_DEV = "31 22 0:5 / /dev rw,nosuid - devtmpfs udev rw"
+HOST_DEV_VFIO = "32 30 0:5 /vfio /dev/vfio rw shared:4 - devtmpfs udev rw"
+STALE_DEV_VFIO = "32 30 0:5 /vfio//deleted /dev/vfio rw - devtmpfs udev rw"
+
+
+@pytest.mark.parametrize(
+    ("mounts", "is_live"),
+    [
+        ([ROOT_MOUNT], False),
+        ([ROOT_MOUNT, CONTAINER_DEV], False),
+        ([ROOT_MOUNT, HOST_DEV], True),
+        ([ROOT_MOUNT, CONTAINER_DEV, HOST_DEV_VFIO], True),
+        ([ROOT_MOUNT, HOST_DEV_VFIO, CONTAINER_DEV], True),
+        ([ROOT_MOUNT, CONTAINER_DEV, STALE_DEV_VFIO], False),
+        ([ROOT_MOUNT, HOST_DEV, CONTAINER_DEV], False),
+        ([ROOT_MOUNT, "31 22 0:5 / /dev/shm rw - devtmpfs udev rw"], False),
+        (["nonsense", "31 22 - x", HOST_DEV], True),
+        ([], False),
+    ],
+)
+def test_only_the_kernels_own_dev_is_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mounts: list[str], is_live: bool
+) -> None:
+    (tmp_path / "mountinfo").write_text("".join(f"{line}\n" for line in mounts))
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio/12").touch()
+    monkeypatch.setattr(HostPaths, "mountinfo", tmp_path / "mountinfo")
+    monkeypatch.setattr(HostPaths, "dev_vfio", tmp_path / "vfio")
+    assert read.read_dev_nodes(HostPaths(Path("/"))) == (frozenset({"/dev/vfio/12"}) if is_live else None)
+
+
+# The last look before a device is given away
+
+
+def device(tree: Tree, *addresses: str, node: str, mdev: bool = False) -> Device:
+    return Device(
+        id=node.rpartition("/")[2].removeprefix("vfio"),
+        resource="nvidia.com/pgpu",
+        node=node,
+        model="GPU",
+        placements=tuple(Placement(address=a, numa_node=None, bridges=()) for a in addresses),
+        iommu_group=1,
+        mdev=mdev,
+    )
+
+
+def test_a_device_that_is_still_bound_may_be_given_away(tree: Tree) -> None:
+    assert read.still_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) is None
+
+
+def test_a_cdev_that_is_still_bound_may_be_given_away(grace: Tree) -> None:
+    assert read.still_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
+
+
+def test_a_device_on_another_driver_or_none_may_not(tree: Tree) -> None:
+    given = device(tree, T4, node="/dev/vfio/13")
+    tree.node.bind(T4, "nvidia")
+    assert read.still_bound(tree.paths, given) == f"{T4} is bound to nvidia now"
+    tree.node.unbind(T4)
+    assert read.still_bound(tree.paths, given) == f"{T4} is bound to no driver now"
+
+
+def test_a_device_with_another_number_may_not(grace: Tree) -> None:
+    why = read.still_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio3"))
+    assert why == "/dev/vfio/devices/vfio3 is gone"
+
+
+def test_a_cdev_whose_dev_file_went_may_not(grace: Tree) -> None:
+    grace.file("vfio-dev/vfio0/dev", GRACE_GPU).unlink()
+    given = device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")
+    assert read.still_bound(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
+
+
+def test_a_group_whose_node_went_may_not(tree: Tree) -> None:
+    (tree.paths.vfio_class / "13").unlink()
+    assert read.still_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
+
+
+def test_every_function_of_the_device_counts(tree: Tree) -> None:
+    tree.node.bind(T4, "nvidia")
+    why = read.still_bound(tree.paths, device(tree, GEFORCE, T4, node="/dev/vfio/11"))
+    assert why == f"{T4} is bound to nvidia now"
+
+
+def test_a_device_that_left_may_not(tree: Tree) -> None:
+    tree.node.remove(T4)
+    assert read.still_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) == f"{T4} is bound to no driver now"
+
+
+def test_a_mediated_device_is_looked_for_where_it_is(tree: Tree) -> None:
+    add_mdev(tree)
+    (tree.paths.vfio_class / "70").mkdir()
+    given = device(tree, UUID, node="/dev/vfio/70", mdev=True)
+    assert read.still_bound(tree.paths, given) is None
+    (tree.paths.mdev_devices / UUID).unlink()
+    assert read.still_bound(tree.paths, given) is not None
+
+
+# When this process is at its own end
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_want_of_descriptors_or_memory_is_no_word_about_the_host(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*args: Any, **more: Any) -> Any:
+        raise OSError(number, os.strerror(number), "somewhere")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", fail)
+        with pytest.raises(read.OutOfResources, match=os.strerror(number)):
+            tree.read()
+        with pytest.raises(read.OutOfResources):
+            read.read_kernel_has_cdevs(tree.paths)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "listdir", fail)
+        with pytest.raises(read.OutOfResources):
+            read.list_addresses(tree.paths)
+        with pytest.raises(read.OutOfResources):
+            read.read_group_nodes(tree.paths)
+        with pytest.raises(read.OutOfResources):
+            read.still_bound(tree.paths, device(tree, T4, node="/dev/vfio/13"))
+
+
+def test_a_bus_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read.list_addresses(HostPaths(tmp_path))
+
+
+@pytest.mark.parametrize("preset", ["hgx-h100", "workstation", "gh200"])
+def test_nothing_stays_open(fake_node: MakeNode, preset: str) -> None:
+    tree = Tree(fake_node(preset))
+    before = len(os.listdir("/proc/self/fd"))
+    read.read_groups(tree.paths, tree.functions())
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,605 @@
+"""A look at the whole host while parts of it hang, break, vanish or change under it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.host import read
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.scan import HostScanner, scan_now, why_not_bound
+from sandbox_plugin.model import Device, HostFacts, PciFunction, Placement
+
+GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
+PATIENCE = 0.15
+"""Seconds; long against the time that a whole scan takes."""
+LIMIT = 20.0
+"""Seconds that anything may take before a test gives up."""
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(LIMIT):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Address and thread of every function whose reading has begun, in order."""
+    reads: list[tuple[str, int]] = []
+    real = read.read_function
+
+    def spy(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
+        reads.append((address, threading.get_ident()))
+        return real(paths, address, before)
+
+    monkeypatch.setattr(read, "read_function", spy)
+    return reads
+
+
+def scan_threads() -> int:
+    return sum(thread.name == "host-scan" for thread in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left_behind() -> Iterator[None]:
+    """Whatever hung has been let go; each test starts and ends without threads of a scan."""
+    assert scan_threads() == 0
+    yield
+    deadline = time.monotonic() + LIMIT
+    for thread in threading.enumerate():
+        if thread.name in ("host-scan", "recheck"):
+            thread.join(max(0.0, deadline - time.monotonic()))
+    assert scan_threads() == 0
+
+
+@pytest.fixture
+def node(fake_node: Callable[[str], FakeNode]) -> FakeNode:
+    return fake_node("workstation")
+
+
+@pytest.fixture
+def paths(node: FakeNode) -> HostPaths:
+    return HostPaths(node.root)
+
+
+@dataclass
+class Trap:
+    """An attribute whose reading hangs, until `release`."""
+
+    file: Path
+    fifo: Path
+    content: bytes
+
+    def release(self) -> None:
+        """Lets whoever hangs in it have the answer; the next reader finds a plain file again."""
+        plain = self.fifo.with_name("plain")
+        plain.write_bytes(self.content)
+        plain.replace(self.file)
+        if self.fifo.exists():
+            try:
+                descriptor = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                return  # nobody hangs in it
+            os.write(descriptor, self.content)
+            os.close(descriptor)
+            self.fifo.unlink()
+
+
+@pytest.fixture
+def trap(node: FakeNode) -> Iterator[Callable[..., Trap]]:
+    """Puts a FIFO in an attribute's place: `trap(address, "vendor")`. At the end of the test all are let go."""
+    made: list[Trap] = []
+
+    def put(address: str, name: str = "vendor") -> Trap:
+        file = node.folder(address) / name
+        fifo = node.root / f"fifo-{len(made)}"
+        content = file.read_bytes()
+        os.mkfifo(fifo)
+        file.unlink()
+        os.link(fifo, file)
+        made.append(Trap(file, fifo, content))
+        return made[-1]
+
+    yield put
+    for each in made:
+        each.release()
+
+
+@dataclass
+class Late:
+    """Counts the calls of `on_late`."""
+
+    called: asyncio.Event = field(default_factory=asyncio.Event)
+    calls: int = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        self.called.set()
+
+
+def ignore() -> None:
+    """For tests in which nothing answers late."""
+
+
+SILENCE = f"sysfs has not answered for {PATIENCE:g} s"
+
+
+def test_a_scan_off_the_loop_sees_what_one_on_it_sees(paths: HostPaths) -> None:
+    facts = run(HostScanner(paths, on_late=ignore).scan())
+    assert facts == scan_now(paths)
+    assert facts.functions[T4].driver == "vfio-pci"
+    assert facts.group_nodes == {11, 13}
+    assert facts.groups.keys() == {11, 13}
+    assert facts.kernel_has_cdevs is False
+    assert facts.dev_nodes == frozenset({"/dev/vfio/11", "/dev/vfio/13"})
+    assert (facts.unreadable, facts.unreachable) == ({}, None)
+
+
+def test_the_loop_goes_on_while_a_scan_runs(paths: HostPaths, trap: Callable[..., Trap]) -> None:
+    trap(T4)
+
+    async def work() -> int:
+        scan = asyncio.create_task(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
+        turns = 0
+        while not scan.done():
+            await asyncio.sleep(0.001)
+            turns += 1
+        return turns
+
+    assert run(work()) > 10
+
+
+def test_a_function_that_cannot_be_read_costs_itself_alone(node: FakeNode, paths: HostPaths) -> None:
+    node.set_attribute(T4, "class", "graphics")
+    facts = run(HostScanner(paths, on_late=ignore).scan())
+    assert dict(facts.unreadable) == {T4: "class is 'graphics', not a hexadecimal number"}
+    assert GEFORCE in facts.functions
+    assert T4 not in facts.functions
+
+
+def test_an_entry_that_is_no_function_costs_itself_alone(paths: HostPaths) -> None:
+    (paths.pci_devices / "slots").mkdir()
+    facts = run(HostScanner(paths, on_late=ignore).scan())
+    assert list(facts.unreadable) == ["slots"]
+    assert len(facts.functions) == 12
+
+
+def test_a_function_that_vanishes_while_it_is_read_costs_itself_alone(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = read.list_addresses(paths)
+    monkeypatch.setattr(read, "list_addresses", lambda _: listed)
+    node.remove(T4)
+    facts = run(HostScanner(paths, on_late=ignore).scan())
+    assert list(facts.unreadable) == [T4]
+    assert "missing" in facts.unreadable[T4]
+
+
+def test_a_bus_that_cannot_be_listed_is_unreachable_and_says_why(tmp_path: Path) -> None:
+    for facts in (run(HostScanner(HostPaths(tmp_path), on_late=ignore).scan()), scan_now(HostPaths(tmp_path))):
+        assert facts.functions == {}
+        assert facts.unreachable == f"{tmp_path}/sys/bus/pci/devices: No such file or directory"
+
+
+# What hangs
+
+
+def test_a_function_that_hangs_is_reported_after_the_patience_and_the_others_are_read(
+    paths: HostPaths, trap: Callable[..., Trap]
+) -> None:
+    trap(GEFORCE)
+    begun = time.monotonic()
+    facts = run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
+    assert time.monotonic() - begun >= PATIENCE
+    assert dict(facts.unreadable) == {GEFORCE: SILENCE}
+    assert GEFORCE not in facts.functions
+    assert facts.functions[T4].driver == "vfio-pci"
+    assert GEFORCE in facts.groups[11].members
+
+
+@pytest.mark.parametrize("name", ["class", "power_state", "enable", "resource"])
+def test_it_does_not_matter_where_a_function_hangs(paths: HostPaths, trap: Callable[..., Trap], name: str) -> None:
+    trap(GEFORCE, name)
+    facts = run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
+    assert dict(facts.unreadable) == {GEFORCE: SILENCE}
+    assert len(facts.functions) == 11
+
+
+def test_each_function_that_hangs_has_one_thread_and_no_more(
+    paths: HostPaths, trap: Callable[..., Trap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trap(GEFORCE)
+    trap(T4, "enable")
+    reads = spy_on_reads(monkeypatch)
+
+    async def work() -> list[HostFacts]:
+        scanner = HostScanner(paths, on_late=ignore, patience=PATIENCE)
+        return [await scanner.scan() for _ in range(4)]
+
+    for facts in run(work()):
+        assert dict(facts.unreadable) == {GEFORCE: SILENCE, T4: SILENCE}
+        assert len(facts.functions) == 10
+    addresses = [address for address, _ in reads]
+    assert (addresses.count(GEFORCE), addresses.count(T4)) == (1, 1)
+    assert len({thread for address, thread in reads if address in (GEFORCE, T4)}) == 2
+    assert scan_threads() <= 3  # the last scan's may not have ended yet
+
+
+def test_what_hangs_is_waited_for_once_and_not_in_every_scan(paths: HostPaths, trap: Callable[..., Trap]) -> None:
+    trap(GEFORCE)
+
+    async def work() -> float:
+        scanner = HostScanner(paths, on_late=ignore, patience=2 * PATIENCE)
+        await scanner.scan()
+        begun = time.monotonic()
+        for _ in range(5):
+            await scanner.scan()
+        return time.monotonic() - begun
+
+    assert run(work()) < 5 * 2 * PATIENCE
+
+
+def test_a_late_answer_is_told_and_the_function_is_back(paths: HostPaths, trap: Callable[..., Trap]) -> None:
+    hanging = trap(GEFORCE)
+
+    async def work() -> tuple[HostFacts, HostFacts, int]:
+        late = Late()
+        scanner = HostScanner(paths, on_late=late, patience=PATIENCE)
+        before = await scanner.scan()
+        assert late.calls == 0
+        hanging.release()
+        await late.called.wait()
+        return before, await scanner.scan(), late.calls
+
+    before, after, calls = run(work())
+    assert GEFORCE not in before.functions
+    assert after == scan_now(paths)
+    assert GEFORCE in after.functions
+    assert calls == 1
+
+
+def test_one_late_answer_says_nothing_of_another_function_that_hangs(
+    paths: HostPaths, trap: Callable[..., Trap]
+) -> None:
+    first = trap(GEFORCE)
+    trap(T4)
+
+    async def work() -> HostFacts:
+        late = Late()
+        scanner = HostScanner(paths, on_late=late, patience=PATIENCE)
+        await scanner.scan()
+        first.release()
+        await late.called.wait()
+        return await scanner.scan()
+
+    facts = run(work())
+    assert dict(facts.unreadable) == {T4: SILENCE}
+    assert GEFORCE in facts.functions
+
+
+def test_a_function_that_hangs_and_leaves_the_bus_is_not_reported(paths: HostPaths, trap: Callable[..., Trap]) -> None:
+    trap(T4)
+
+    async def work() -> HostFacts:
+        scanner = HostScanner(paths, on_late=ignore, patience=PATIENCE)
+        await scanner.scan()
+        (paths.pci_devices / T4).unlink()
+        return await scanner.scan()
+
+    assert run(work()).unreadable == {}
+
+
+class Gate:
+    """In the place of a function that hangs until it is opened."""
+
+    def __init__(self, instead_of: Callable[..., Any]) -> None:
+        self._real = instead_of
+        self._open = threading.Event()
+        self.entered = threading.Event()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.calls += 1
+        self.entered.set()
+        assert self._open.wait(LIMIT)
+        return self._real(*args, **more)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@contextmanager
+def gate(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Gate]:
+    """Makes `read.<name>` hang; open at the latest when the test ends."""
+    made = Gate(getattr(read, name))
+    monkeypatch.setattr(read, name, made)
+    try:
+        yield made
+    finally:
+        made.open()
+
+
+@pytest.mark.parametrize("name", ["list_addresses", "read_groups", "read_group_nodes", "read_dev_nodes"])
+def test_a_bus_that_hangs_is_unreachable_and_asked_again_when_it_answers(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with gate(monkeypatch, name) as hanging:
+
+        async def work() -> tuple[list[HostFacts], HostFacts]:
+            late = Late()
+            scanner = HostScanner(paths, on_late=late, patience=PATIENCE)
+            silent = [await scanner.scan() for _ in range(3)]
+            assert scan_threads() == 1
+            assert hanging.calls == 1
+            hanging.open()
+            await late.called.wait()
+            return silent, await scanner.scan()
+
+        silent, answered = run(work())
+    assert [facts.unreachable for facts in silent] == [SILENCE] * 3
+    assert all(facts.functions == {} for facts in silent)
+    assert answered.unreachable is None
+    assert len(answered.functions) == 12
+
+
+def test_a_scan_that_is_slow_but_goes_on_is_not_given_up(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = read.read_function
+
+    def slow(*args: Any, **more: Any) -> PciFunction:
+        threading.Event().wait(PATIENCE / 5)
+        return real(*args, **more)
+
+    monkeypatch.setattr(read, "read_function", slow)
+    facts = run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
+    assert (len(facts.functions), facts.unreadable) == (12, {})
+
+
+# What ends it
+
+
+def test_a_scan_that_is_cancelled_ends_at_once_and_its_thread_after_the_read_it_is_at(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gate(monkeypatch, "read_function") as hanging:
+
+        async def work() -> float:
+            late = Late()
+            scan = asyncio.create_task(HostScanner(paths, on_late=late, patience=LIMIT).scan())
+            await asyncio.to_thread(hanging.entered.wait, LIMIT)
+            begun = time.monotonic()
+            scan.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await scan
+            took = time.monotonic() - begun
+            hanging.open()
+            await asyncio.to_thread(_join_scans)
+            assert late.calls == 0
+            return took
+
+        assert run(work()) < 1
+    assert hanging.calls == 1
+
+
+def _join_scans() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "host-scan":
+            thread.join(LIMIT)
+
+
+def test_an_answer_after_the_loop_has_ended_harms_nobody(paths: HostPaths, trap: Callable[..., Trap]) -> None:
+    hanging = trap(GEFORCE)
+    run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
+    hanging.release()
+    _join_scans()  # an exception in the thread would fail the test
+
+
+def test_a_fault_of_ours_in_the_scan_thread_reaches_the_caller(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> PciFunction:
+        raise LookupError("a fault of ours")
+
+    monkeypatch.setattr(read, "read_function", fail)
+    with pytest.raises(LookupError, match="a fault of ours"):
+        run(HostScanner(paths, on_late=ignore).scan())
+    with pytest.raises(LookupError, match="a fault of ours"):
+        scan_now(paths)
+
+
+def test_a_fault_of_ours_after_something_hung_reaches_the_caller_too(
+    paths: HostPaths, trap: Callable[..., Trap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trap(GEFORCE)
+
+    def fail(*_: object) -> frozenset[int]:
+        raise LookupError("a fault of ours")
+
+    monkeypatch.setattr(read, "read_group_nodes", fail)
+    with pytest.raises(LookupError, match="a fault of ours"):
+        run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
+
+
+@pytest.mark.parametrize("name", ["list_addresses", "read_function", "read_groups", "read_group_nodes"])
+def test_a_want_of_descriptors_is_no_word_about_the_host(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise read.OutOfResources("Too many open files")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(read, name, fail)
+        scanner = HostScanner(paths, on_late=ignore)
+        with pytest.raises(read.OutOfResources, match="Too many open files"):
+            run(scanner.scan())
+    assert len(run(scanner.scan()).functions) == 12
+
+
+# What changes while it is looked at
+
+
+def test_a_function_that_is_unbound_while_the_rest_is_read_is_read_again(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = read.read_groups
+    calls = 0
+
+    def meanwhile(paths: HostPaths, functions: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            node.unbind(T4)
+        return real(paths, functions)
+
+    monkeypatch.setattr(read, "read_groups", meanwhile)
+    facts = run(HostScanner(paths, on_late=ignore).scan())
+    assert (facts.functions[T4].driver, facts.functions[T4].vfio) == (None, None)
+    assert facts.group_nodes == {11}
+    assert facts.groups.keys() == {11}
+
+
+def test_a_function_that_leaves_while_the_rest_is_read_is_told_of(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = read.read_groups
+
+    def meanwhile(paths: HostPaths, functions: Any) -> Any:
+        if T4 in [f.address for f in node.functions()]:
+            node.remove(T4)
+        return real(paths, functions)
+
+    monkeypatch.setattr(read, "read_groups", meanwhile)
+    facts = run(HostScanner(paths, on_late=ignore).scan())
+    assert T4 not in facts.functions
+    assert list(facts.unreadable) == [T4]
+
+
+def test_a_function_that_never_rests_does_not_keep_the_scan(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = read.read_groups
+
+    def meanwhile(paths: HostPaths, functions: Any) -> Any:
+        if node.function(T4).driver == "vfio-pci":
+            node.unbind(T4)
+        else:
+            node.bind(T4)
+        return real(paths, functions)
+
+    monkeypatch.setattr(read, "read_groups", meanwhile)
+    assert len(run(HostScanner(paths, on_late=ignore).scan()).functions) == 12
+
+
+def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known: dict[str, bool] = {}
+    real = read.read_function
+
+    def spy(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
+        known[address] = before is not None
+        return real(paths, address, before)
+
+    monkeypatch.setattr(read, "read_function", spy)
+
+    async def work() -> None:
+        scanner = HostScanner(paths, on_late=ignore)
+        await scanner.scan()
+        assert set(known.values()) == {False}
+        await scanner.scan()
+        assert set(known.values()) == {True}
+        node.remove(T4)
+        node.add(T4)
+        node.set_attribute(T4, "device", "0x2330")
+        facts = await scanner.scan()
+        assert not known[T4]
+        assert known[GEFORCE]
+        assert facts.functions[T4].device == 0x2330
+
+    run(work())
+
+
+def test_a_second_scan_sees_everything_that_changed(node: FakeNode, paths: HostPaths) -> None:
+    async def work() -> tuple[HostFacts, HostFacts]:
+        scanner = HostScanner(paths, on_late=ignore)
+        first = await scanner.scan()
+        node.sicken(T4)
+        node.set_enable(GEFORCE, 1)
+        node.unbind("0000:01:00.1")
+        return first, await scanner.scan()
+
+    first, second = run(work())
+    assert second == scan_now(paths)
+    assert second.functions[T4].link_width == 63
+    assert second.functions[GEFORCE].enable == 1
+    assert second.functions["0000:01:00.1"].driver is None
+    assert second != first
+
+
+# The last look before devices are given away
+
+
+def given(*addresses: str) -> list[Device]:
+    groups = {GEFORCE: 11, T4: 13}
+    return [
+        Device(
+            id=str(groups[address]),
+            resource="nvidia.com/pgpu",
+            node=f"/dev/vfio/{groups[address]}",
+            model="GPU",
+            placements=(Placement(address=address, numa_node=None, bridges=()),),
+            iommu_group=groups[address],
+        )
+        for address in addresses
+    ]
+
+
+def test_devices_that_are_as_they_should_be_have_nothing_against_them(paths: HostPaths) -> None:
+    assert run(why_not_bound(paths, given(GEFORCE, T4), LIMIT)) == {}
+
+
+def test_what_is_against_a_device_stands_at_its_id(node: FakeNode, paths: HostPaths) -> None:
+    node.bind(T4, "nvidia")
+    assert run(why_not_bound(paths, given(GEFORCE, T4), LIMIT)) == {"13": f"{T4} is bound to nvidia now"}
+
+
+def test_devices_that_do_not_answer_in_time_are_not_given_away(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = read.still_bound
+    opened = threading.Event()
+
+    def look(paths: HostPaths, device: Device) -> str | None:
+        if device.id == "13":
+            assert opened.wait(LIMIT)
+        return real(paths, device)
+
+    monkeypatch.setattr(read, "still_bound", look)
+    try:
+        begun = time.monotonic()
+        found = run(why_not_bound(paths, given(GEFORCE, T4), PATIENCE))
+        assert PATIENCE <= time.monotonic() - begun < LIMIT / 2
+    finally:
+        opened.set()
+    assert found == {"13": SILENCE}
+
+
+def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise read.OutOfResources("Too many open files")
+
+    monkeypatch.setattr(read, "still_bound", fail)
+    found = run(why_not_bound(paths, given(T4), LIMIT))
+    assert found == {"13": "it cannot be looked at: Too many open files"}
