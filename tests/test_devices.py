@@ -1,0 +1,416 @@
+"""From PCI functions to devices: what is one, what its ID is, and why the rest is not offered."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from facts import H100, gpu, host
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox_plugin.inventory.devices import Found, find_devices, lost
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Placement, Reason, id_order
+from sandbox_plugin.settings import ResourceRule, Settings
+
+A, B, C = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
+SOUND, USB, USB_C = "0000:01:00.1", "0000:01:00.2", "0000:01:00.3"
+PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
+NAMES = ModelNames({(0x10DE, H100): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x2335): "GH100 [H200 SXM 141GB]"})
+
+
+def find(facts: HostFacts, *, cdevs_known: bool = False, **settings: Any) -> Found:
+    return find_devices(facts, Settings(**settings), NAMES, cdevs_known=cdevs_known)
+
+
+def offered(found: Found) -> dict[tuple[str, str], str]:
+    """Resource and ID -> node."""
+    return {(d.resource, d.id): d.node for d in found.devices}
+
+
+def switch(address: str, **changes: Any) -> PciFunction:
+    return gpu(address, **{"device": 0x22A3, "class_code": 0x068000, **changes})
+
+
+def by_group(address: str, *, group: int, **changes: Any) -> PciFunction:
+    """As a kernel without cdevs shows it."""
+    return gpu(address, group=group, cdev=False, **changes)
+
+
+def siblings(group: int, **changes: Any) -> list[PciFunction]:
+    """Audio, USB and USB-C of a GPU, all on vfio-pci."""
+    kinds = ((SOUND, 0x040300), (USB, 0x0C0330), (USB_C, 0x0C8000))
+    return [gpu(a, vfio=20 + i, group=group, class_code=c, **changes) for i, (a, c) in enumerate(kinds)]
+
+
+# What one device is
+
+
+def test_with_cdevs_a_device_is_a_function_and_its_id_is_the_number_of_its_cdev() -> None:
+    found = find(host(gpu(A, vfio=3, group=59)))
+    (device,) = found.devices
+    assert (device.id, device.node, device.resource) == ("3", "/dev/vfio/devices/vfio3", PGPU)
+    assert (device.iommu_group, device.group_node) == (59, "/dev/vfio/59")
+    assert device.placements == (Placement(address=A, numa_node=0, bridges=("pci0000:00", "0000:00:01.0")),)
+    assert device.model == "GH100 [H100 SXM5 80GB]"
+    assert found.cdevs
+    assert found.unoffered == {}
+
+
+def test_without_cdevs_a_device_is_a_group_and_its_id_is_the_groups_number() -> None:
+    found = find(host(by_group(A, group=59, vfio=3)))
+    (device,) = found.devices
+    assert (device.id, device.node, device.group_node) == ("59", "/dev/vfio/59", "/dev/vfio/59")
+    assert not found.cdevs
+
+
+def test_without_cdevs_two_gpus_of_a_group_are_one_device() -> None:
+    (device,) = find(host(by_group(A, group=9, vfio=1), by_group(B, group=9, numa_node=1))).devices
+    assert (device.id, device.mates) == ("9", ())
+    assert device.address == A
+    assert [p.address for p in device.placements] == [A, B]
+    assert device.numa_nodes == (0, 1)
+
+
+def test_with_cdevs_two_gpus_of_a_group_are_two_devices_that_know_of_each_other() -> None:
+    found = find(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9), gpu(C, vfio=3, group=10)))
+    assert {d.id: d.mates for d in found.devices} == {"1": ("2",), "2": ("1",), "3": ()}
+
+
+def test_mates_may_be_of_another_resource() -> None:
+    found = find(host(gpu(A, vfio=1, group=9), switch(B, vfio=2, group=9)))
+    assert {(d.resource, d.id): d.mates for d in found.devices} == {(PGPU, "1"): ("2",), (NVSWITCH, "2"): ("1",)}
+
+
+@pytest.mark.parametrize("cdev", [True, False])
+def test_audio_and_usb_ride_along_and_are_never_devices(cdev: bool) -> None:
+    found = find(host(gpu(A, vfio=1, group=9, cdev=cdev), *siblings(9, cdev=cdev)))
+    (device,) = found.devices
+    assert [p.address for p in device.placements] == [A]
+    assert (device.mates, found.unoffered) == ((), {})
+
+
+def test_a_group_of_audio_alone_is_no_device() -> None:
+    assert find(host(*siblings(9, cdev=False))).devices == ()
+
+
+@pytest.mark.parametrize(
+    ("class_code", "resource"),
+    [
+        (0x030000, PGPU),
+        (0x030200, PGPU),
+        (0x068000, NVSWITCH),
+        (0x030001, None),
+        (0x038000, None),
+        (0x060400, None),
+        (0x068001, None),
+        (0x040300, None),
+    ],
+)
+def test_the_class_tells_a_gpu_from_an_nvswitch_and_from_neither(class_code: int, resource: str | None) -> None:
+    found = find(host(gpu(A, vfio=1, class_code=class_code)))
+    assert [d.resource for d in found.devices] == ([resource] if resource else [])
+    assert found.unoffered == {}
+
+
+@pytest.mark.parametrize("vendor", [0x1002, 0x8086, 0x10DF])
+def test_other_vendors_are_not_offered(vendor: int) -> None:
+    assert find(host(gpu(A, vendor=vendor))).devices == ()
+
+
+def test_two_models_under_one_alias_are_one_resource() -> None:
+    found = find(host(gpu(A, vfio=1), gpu(B, vfio=2, group=51, device=0x2335)), gpu_alias="gpu")
+    assert offered(found).keys() == {("nvidia.com/gpu", "1"), ("nvidia.com/gpu", "2")}
+
+
+def test_with_an_empty_alias_each_model_is_a_resource() -> None:
+    found = find(
+        host(gpu(A, vfio=1), gpu(B, vfio=2, group=51, device=0x2335), gpu(C, vfio=3, group=52, device=0x2FFF)),
+        gpu_alias="",
+    )
+    assert offered(found).keys() == {
+        ("nvidia.com/GH100_H100_SXM5_80GB", "1"),
+        ("nvidia.com/GH100_H200_SXM_141GB", "2"),
+        ("nvidia.com/UNKNOWN_10DE_2FFF", "3"),
+    }
+
+
+def test_a_name_that_a_person_gave_a_model_counts_where_models_are_named() -> None:
+    names = {(0x10DE, H100): "H100"}
+    assert offered(find(host(gpu(A, vfio=1)), gpu_alias="", model_names=names)).keys() == {("nvidia.com/H100", "1")}
+    assert offered(find(host(gpu(A, vfio=1)), model_names=names)).keys() == {(PGPU, "1")}
+
+
+def test_a_virtual_function_is_of_a_resource_of_its_own() -> None:
+    whole, part = gpu(A, vfio=1), gpu(B, vfio=2, group=51, physical_function="0000:09:00.0")
+    found = find(host(whole, part))
+    assert offered(found).keys() == {(PGPU, "1"), ("nvidia.com/GH100_H100_SXM5_80GB_VF", "2")}
+    assert "virtual function of 0000:09:00.0" in found.devices[0].model
+
+
+def test_a_mediated_device_is_of_the_resource_of_its_type() -> None:
+    uuid = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
+    found = find(host(by_group(uuid, group=70, mdev_type="GRID T4-1Q", driver="vfio_mdev")))
+    (device,) = found.devices
+    assert (device.resource, device.id, device.mdev) == ("nvidia.com/GRID_T4-1Q", "70", True)
+    assert device.model == "GRID T4-1Q on GH100 [H100 SXM5 80GB]"
+    other = find(host(by_group(uuid, group=70, mdev_type="i915-GVTg_V5_4", driver="vfio_mdev", vendor=0x8086)))
+    assert other.devices == ()
+
+
+# The kind of kernel
+
+
+@pytest.mark.parametrize(
+    ("kernel_has_cdevs", "others_have", "known", "cdevs"),
+    [
+        (None, False, False, False),
+        (False, False, False, False),
+        (True, False, False, True),
+        (None, True, False, True),
+        (False, True, False, True),
+        (None, False, True, True),
+        (False, False, True, True),
+    ],
+)
+def test_a_function_without_a_dev_file_is_a_group_only_where_the_kernel_has_no_cdevs(
+    kernel_has_cdevs: bool | None, others_have: bool, known: bool, cdevs: bool
+) -> None:
+    other = gpu(C, vfio=7, group=70, vendor=0x8086, cdev=others_have)
+    facts = host(by_group(A, group=59, vfio=3), other, kernel_has_cdevs=kernel_has_cdevs)
+    found = find(facts, cdevs_known=known)
+    assert found.cdevs is cdevs
+    if cdevs:
+        assert found.devices == ()
+        assert found.unoffered == {A: "being bound: its cdev is not there yet"}
+    else:
+        assert offered(found) == {(PGPU, "59"): "/dev/vfio/59"}
+
+
+def test_with_cdevs_one_that_is_bound_already_is_offered_beside_one_that_is_being_bound() -> None:
+    found = find(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9, cdev=False)))
+    assert offered(found) == {(PGPU, "1"): "/dev/vfio/devices/vfio1"}
+    assert found.devices[0].mates == ()
+    assert list(found.unoffered) == [B]
+
+
+# Why not
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (gpu(A, vfio=None), "bound to no driver"),
+        (gpu(A, vfio=None, driver="nvidia"), "bound to nvidia, not to vfio-pci"),
+        (replace(gpu(A), driver=None), "bound to no driver"),
+        (gpu(A, virtual_functions=4), "carries 4 SR-IOV virtual functions"),
+        (replace(gpu(A), iommu_group=None), "in no IOMMU group"),
+    ],
+)
+def test_what_could_be_a_device_and_is_not_says_why(function: PciFunction, why: str) -> None:
+    found = find(host(function))
+    assert found.devices == ()
+    assert found.unoffered[A].startswith(why)
+
+
+def test_a_group_without_an_iommu_is_never_offered() -> None:
+    noiommu = {50: IommuGroup(number=50, members=(A,), noiommu=True)}
+    found = find(host(gpu(A, cdev=False), groups=noiommu))
+    assert found.devices == ()
+    assert "no-IOMMU" in found.unoffered[A]
+
+
+def test_what_could_not_be_read_is_told_whatever_it_is() -> None:
+    found = find(host(gpu(A), unreadable={"0000:09:00.0": "vendor is missing"}))
+    assert found.unoffered == {"0000:09:00.0": "vendor is missing"}
+    assert len(found.devices) == 1
+
+
+def test_what_nobody_wants_is_not_mentioned() -> None:
+    assert find(host(gpu(A, vfio=None, vendor=0x8086, driver="ixgbe"))).unoffered == {}
+
+
+def test_a_device_whose_function_is_being_read_no_more_is_judged_without_it() -> None:
+    facts = host(gpu(A, vfio=1, group=9))
+    groups = {9: IommuGroup(number=9, members=(A, B))}
+    found = find(replace(facts, groups=groups, unreadable={B: "sysfs has not answered"}))
+    assert found.devices[0].health.reason is Reason.NOT_VIABLE
+
+
+# Rules of the config file
+
+
+def rule(name: str | None, **conditions: Any) -> ResourceRule:
+    return ResourceRule(label="resources[0]", name=name, **conditions)
+
+
+def test_a_rule_is_asked_before_the_built_in_ones() -> None:
+    rules = (rule("example.com/special", addresses=(A,)),)
+    found = find(host(gpu(A, vfio=1), gpu(B, vfio=2, group=51)), resources=rules)
+    assert offered(found).keys() == {("example.com/special", "1"), (PGPU, "2")}
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    rules = (rule("example.com/first", vendors=frozenset({0x10DE})), rule("example.com/second", addresses=(A,)))
+    assert offered(find(host(gpu(A, vfio=1)), resources=rules)).keys() == {("example.com/first", "1")}
+
+
+def test_a_rule_may_exclude_functions() -> None:
+    found = find(host(gpu(A, vfio=1), gpu(B, vfio=2, group=51)), resources=(rule(None, addresses=(A,)),))
+    assert offered(found).keys() == {(PGPU, "2")}
+    assert found.unoffered == {A: "excluded by resources[0]"}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "does"),
+    [
+        ({"vendors": frozenset({0x10DE, 1})}, True),
+        ({"vendors": frozenset({1})}, False),
+        ({"devices": frozenset({H100})}, True),
+        ({"devices": frozenset({1})}, False),
+        ({"classes": ("03",)}, True),
+        ({"classes": ("0302",)}, True),
+        ({"classes": ("030200", "ff")}, True),
+        ({"classes": ("0300",)}, False),
+        ({"classes": ("02",)}, False),
+        ({"subsystems": frozenset({(0x10DE, 0x16C1)})}, True),
+        ({"subsystems": frozenset({(0x10DE, 0x16C2)})}, False),
+        ({"addresses": ("0000:0?:00.*",)}, True),
+        ({"addresses": ("0000:0?:01.*",)}, False),
+        ({"drivers": frozenset({"vfio-pci"})}, True),
+        ({"drivers": frozenset({"nvidia"})}, False),
+        ({"vendors": frozenset({0x10DE}), "classes": ("02",)}, False),
+    ],
+)
+def test_a_rule_matches_when_each_of_its_conditions_does(conditions: dict[str, Any], does: bool) -> None:
+    function = gpu(A, vfio=1, subsystem_vendor=0x10DE, subsystem_device=0x16C1)
+    found = find(host(function), resources=(rule("example.com/mine", **conditions),))
+    assert offered(found).keys() == {("example.com/mine" if does else PGPU, "1")}
+
+
+def test_a_group_that_two_rules_want_goes_to_the_first_rule() -> None:
+    both = host(by_group(A, group=9), by_group(B, group=9, device=0x22A3, class_code=0x068000))
+    assert {(d.resource, d.address) for d in find(both).devices} == {(PGPU, A)}
+    rules = (rule("example.com/switch", classes=("0680",)),)
+    assert {(d.resource, d.address) for d in find(both, resources=rules).devices} == {("example.com/switch", B)}
+
+
+# Why it is no longer there
+
+
+def known(function: PciFunction, **settings: Any) -> Device:
+    (device,) = find(host(function), **settings).devices
+    return device
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason", "words"),
+    [
+        (host(), Reason.GONE, "not on the PCI bus"),
+        (host(gpu(A, vfio=None)), Reason.NOT_BOUND, f"{A} is bound to no driver"),
+        (host(gpu(A, vfio=None, driver="nvidia")), Reason.NOT_BOUND, f"{A} is bound to nvidia"),
+        (host(gpu(A, vfio=4)), Reason.NOT_BOUND, "bound anew and is vfio4 now"),
+        (host(gpu(A, vfio=3, virtual_functions=2)), Reason.NOT_BOUND, "no longer offered"),
+        (host(unreadable={A: "sysfs has not answered"}), Reason.UNREADABLE, f"{A}: sysfs has not answered"),
+        (HostFacts(unreachable="no such folder"), Reason.UNREADABLE, "no such folder"),
+    ],
+)
+def test_a_device_that_is_not_there_any_more_says_why(facts: HostFacts, reason: Reason, words: str) -> None:
+    found = lost(known(gpu(A, vfio=3)), facts)
+    assert found.reason is reason
+    assert words in found.detail
+
+
+def test_any_function_of_a_device_may_be_the_unreadable_one() -> None:
+    (device,) = find(host(by_group(A, group=9), by_group(B, group=9))).devices
+    found = lost(device, host(by_group(A, group=9), unreadable={B: "sysfs has not answered"}))
+    assert found.reason is Reason.UNREADABLE
+    assert B in found.detail
+
+
+# For every host
+
+
+ADDRESSES = [f"0000:0{n}:00.0" for n in range(1, 7)]
+
+
+@st.composite
+def hosts(draw: st.DrawFn) -> HostFacts:
+    """A kernel of either kind, or one that shows both for a moment, with functions in any state."""
+    kernel = draw(st.sampled_from(["cdevs", "groups", "mixed"]))
+    functions = []
+    numbers = draw(st.permutations(range(6)))
+    for address, number in zip(draw(st.lists(st.sampled_from(ADDRESSES), unique=True)), numbers, strict=False):
+        cdev = {"cdevs": True, "groups": False, "mixed": draw(st.booleans())}[kernel]
+        vfio = number if draw(st.integers(0, 3)) else None
+        changes: dict[str, Any] = {
+            "device": draw(st.sampled_from([H100, 0x2335, 0x22A3])),
+            "class_code": draw(st.sampled_from([0x030200, 0x030000, 0x068000, 0x040300])),
+        }
+        if vfio is None:
+            changes["driver"] = draw(st.sampled_from([None, "nvidia", "pci-stub"]))
+        functions.append(gpu(address, vfio=vfio, group=draw(st.integers(40, 43)), cdev=cdev, **changes))
+    facts = host(*functions, kernel_has_cdevs=draw(st.sampled_from([None, kernel == "cdevs"])))
+    return replace(facts, dev_nodes=draw(st.sampled_from([None, frozenset(), frozenset({"/dev/vfio/41"})])))
+
+
+aliases = st.fixed_dictionaries(
+    {"gpu_alias": st.sampled_from(["pgpu", ""]), "nvswitch_alias": st.sampled_from(["nvswitch", ""])}
+)
+
+
+@given(hosts(), aliases, st.booleans())
+def test_one_id_is_one_node_path_and_one_device_of_a_resource(
+    facts: HostFacts, alias: dict[str, Any], cdevs_known: bool
+) -> None:
+    found = find(facts, cdevs_known=cdevs_known, **alias)
+    assert len({(d.resource, d.id) for d in found.devices}) == len(found.devices)
+    assert len({d.node for d in found.devices}) == len(found.devices)
+    for device in found.devices:
+        prefix = "/dev/vfio/devices/vfio" if found.cdevs else "/dev/vfio/"
+        assert device.node == prefix + device.id
+
+
+@given(hosts(), aliases)
+def test_a_function_is_in_one_device_at_most_and_never_in_one_and_refused(
+    facts: HostFacts, alias: dict[str, Any]
+) -> None:
+    found = find(facts, **alias)
+    used = [p.address for d in found.devices for p in d.placements]
+    assert len(set(used)) == len(used)
+    assert not set(used) & found.unoffered.keys()
+    for address in used:
+        assert facts.functions[address].driver == "vfio-pci"
+        assert facts.functions[address].class_code != 0x040300
+
+
+@given(hosts())
+def test_everything_a_rule_wants_is_a_device_or_says_why_not_where_each_is_its_own(facts: HostFacts) -> None:
+    found = find(facts, cdevs_known=True)
+    wanted = {a for a, f in facts.functions.items() if f.class_code != 0x040300}
+    assert wanted == {p.address for d in found.devices for p in d.placements} | found.unoffered.keys()
+
+
+@given(hosts())
+def test_devices_stand_in_order_and_mates_are_those_of_the_same_group(facts: HostFacts) -> None:
+    found = find(facts)
+    assert [(d.resource, d.id) for d in found.devices] == sorted(
+        ((d.resource, d.id) for d in found.devices), key=lambda k: (k[0], id_order(k[1]))
+    )
+    for device in found.devices:
+        in_group = {d.id for d in found.devices if d.iommu_group == device.iommu_group}
+        assert {device.id, *device.mates} == in_group
+        assert device.id not in device.mates
+
+
+@given(hosts(), st.randoms(use_true_random=False))
+def test_the_order_of_the_functions_makes_no_difference(facts: HostFacts, chance: Any) -> None:
+    shuffled = list(facts.functions.items())
+    chance.shuffle(shuffled)
+    again = find(replace(facts, functions=dict(shuffled)))
+    assert {(d.resource, d.id, d.node, d.health) for d in again.devices} == {
+        (d.resource, d.id, d.node, d.health) for d in find(facts).devices
+    }
+    assert again.unoffered == find(facts).unoffered

@@ -1,0 +1,230 @@
+"""The one truth of the process, and those who wait for a newer one."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from facts import gpu, host
+
+from sandbox_plugin.inventory.advance import PROMISE_UNUSED, SETTLE, Holdings, Inventory
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import HostFacts, Reason
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Settings
+
+PGPU = "nvidia.com/pgpu"
+A, B = "0000:01:00.0", "0000:02:00.0"
+LIMIT = 20.0
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    async def bounded() -> T:
+        async with asyncio.timeout(LIMIT):
+            return await work
+
+    return asyncio.run(bounded())
+
+
+class Clock:
+    """Stands still until it is set."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def registry(*, requires_cdi: bool = False, clock: Clock | None = None) -> Registry:
+    return Registry(Settings(), ModelNames(), requires_cdi=requires_cdi, clock=clock or Clock())
+
+
+def reason(inventory: Inventory, device_id: str) -> Reason | None:
+    device = inventory.device(PGPU, device_id)
+    assert device is not None
+    return device.health.reason
+
+
+def test_before_the_first_scan_there_is_nothing_and_nothing_can_be_learnt() -> None:
+    empty = registry()
+    assert (empty.current.version, empty.current.resources, empty.wake_at) == (0, {}, None)
+    learnt = empty.learn(allocated=[(PGPU, "3")], holdings=Holdings(asked_at=1, pods={(PGPU, "3"): "a/b"}))
+    assert learnt is empty.current
+    assert learnt.version == 0
+
+
+def test_what_was_learnt_before_the_first_scan_counts_with_it() -> None:
+    early = registry()
+    early.learn(holdings=Holdings(asked_at=99, pods={(PGPU, "9"): "a/b"}))
+    early.observe(host(gpu(A, vfio=3)))
+    assert reason(early.current, "9") is Reason.GONE
+
+
+def test_the_first_scan_is_news_even_of_an_empty_host() -> None:
+    assert registry().observe(HostFacts()).version == 1
+
+
+def test_a_bus_that_cannot_be_read_at_first_is_no_host_without_devices() -> None:
+    blind = registry()
+    assert blind.observe(HostFacts(unreachable="no such folder")).version == 0
+    assert blind.observe(host(gpu(A))).version == 1
+    after = blind.observe(HostFacts(unreachable="no such folder"))
+    assert reason(after, "0") is Reason.UNREADABLE
+
+
+def test_a_scan_without_news_is_the_same_version() -> None:
+    seen = registry()
+    first = seen.observe(host(gpu(A)))
+    assert seen.observe(host(gpu(A))).version == first.version == 1
+    assert seen.observe(host(gpu(A), gpu(B, vfio=1, group=51))).version == 2
+
+
+def test_a_reader_waits_until_there_is_something_newer_than_what_it_has() -> None:
+    async def work() -> None:
+        seen = registry()
+        waiting = asyncio.create_task(seen.newer_than(0))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        first = seen.observe(host(gpu(A)))
+        assert await waiting is first
+        waiting = asyncio.create_task(seen.newer_than(first.version))
+        await asyncio.sleep(0)
+        seen.observe(host(gpu(A)))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        second = seen.observe(host())
+        assert await waiting is second
+
+    run(work())
+
+
+def test_a_reader_who_is_behind_does_not_wait() -> None:
+    async def work() -> None:
+        seen = registry()
+        seen.observe(host(gpu(A)))
+        async with asyncio.timeout(0):
+            assert (await seen.newer_than(0)).version == 1
+
+    run(work())
+
+
+def test_a_slow_reader_gets_the_latest_and_no_backlog() -> None:
+    async def work() -> list[int]:
+        seen = registry()
+        versions = []
+
+        async def read() -> None:
+            version = 0
+            while version < 20:
+                version = (await seen.newer_than(version)).version
+                versions.append(version)
+                for _ in range(5):  # it is slow
+                    await asyncio.sleep(0)
+
+        reading = asyncio.create_task(read())
+        for number in range(20):
+            seen.observe(host(gpu(A, vfio=number)))
+            await asyncio.sleep(0)
+        await reading
+        return versions
+
+    versions = run(work())
+    assert versions == sorted(set(versions))
+    assert versions[-1] == 20
+    assert len(versions) < 10
+
+
+def test_any_number_of_readers_get_the_same_snapshot() -> None:
+    async def work() -> None:
+        seen = registry()
+        readers = [asyncio.create_task(seen.newer_than(0)) for _ in range(50)]
+        await asyncio.sleep(0)
+        readers[7].cancel()
+        latest = seen.observe(host(gpu(A)))
+        found = await asyncio.gather(*readers, return_exceptions=True)
+        assert isinstance(found.pop(7), asyncio.CancelledError)
+        assert all(each is latest for each in found)
+
+    run(work())
+
+
+def test_a_snapshot_that_was_taken_never_changes() -> None:
+    seen = registry()
+    before = seen.observe(host(gpu(A)))
+    kept = dict(before.resources)
+    seen.observe(host())
+    assert dict(before.resources) == kept
+    assert before.version == 1
+
+
+def test_an_allocation_counts_from_the_moment_it_is_learnt() -> None:
+    seen = registry()
+    seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+    after = seen.learn(allocated=[(PGPU, "1")])
+    assert after is seen.current
+    assert reason(after, "2") is Reason.GROUP_TAKEN
+
+
+def test_an_allocation_is_news_once() -> None:
+    clock = Clock()
+    seen = registry(clock=clock)
+    seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+    seen.learn(allocated=[(PGPU, "1")])
+    clock.now += PROMISE_UNUSED / 2
+    seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+    clock.now += PROMISE_UNUSED / 2
+    after = seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+    assert reason(after, "2") is Reason.SETTLING
+
+
+def test_error_events_are_news_once() -> None:
+    clock = Clock()
+    seen = registry(clock=clock)
+    seen.observe(host(gpu(A)))
+    assert reason(seen.observe(host(gpu(A)), aer=[(A, "BEGIN_RECOVERY")]), "0") is Reason.FATAL_ERROR
+    seen.observe(host(gpu(A)), aer=[(A, "SUCCESSFUL_RECOVERY")])
+    clock.now += SETTLE
+    assert reason(seen.observe(host(gpu(A))), "0") is None
+
+
+def test_what_is_not_told_anew_stays_as_it_was() -> None:
+    seen = registry(requires_cdi=True)
+    seen.observe(host(gpu(A)))
+    seen.learn(holdings=Holdings(asked_at=101, pods={(PGPU, "0"): "default/pod"}))
+    seen.learn(cdi_trouble={PGPU: "the disk is full"})
+    device = seen.current.device(PGPU, "0")
+    assert device is not None
+    assert (device.health.reason, device.health.detail) == (Reason.NOT_IN_CDI, "the disk is full")
+    seen.learn(in_cdi={PGPU: frozenset({"0"})}, cdi_trouble={})
+    assert reason(seen.current, "0") is None
+    assert seen.learn(allocated=[]).device(PGPU, "0") == seen.current.device(PGPU, "0")
+    assert reason(seen.observe(host(gpu(A, enable=1))), "0") is None  # the pod of before still holds it
+
+
+def test_only_a_consumer_that_needs_specs_waits_for_them() -> None:
+    assert reason(registry(requires_cdi=False).observe(host(gpu(A))), "0") is None
+    waiting = registry(requires_cdi=True).observe(host(gpu(A)))
+    assert reason(waiting, "0") is Reason.NOT_IN_CDI
+    assert waiting.without_spec == {PGPU}
+
+
+def test_it_says_when_to_look_again_in_its_own_clock() -> None:
+    clock = Clock()
+    seen = registry(clock=clock)
+    seen.observe(host(gpu(A)))
+    assert wake_at(seen) is None
+    clock.now += 10
+    seen.observe(host(gpu(A, link_speed="Unknown", link_width=63)))
+    clock.now += 10
+    seen.observe(host(gpu(A)))
+    assert wake_at(seen) == clock.now + SETTLE
+    clock.now += SETTLE
+    seen.observe(host(gpu(A)))
+    assert wake_at(seen) is None
+
+
+def wake_at(seen: Registry) -> float | None:
+    """A function, since mypy takes the property for a value that stays as it was found."""
+    return seen.wake_at
