@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,12 +46,15 @@ _QUICK, _UNHURRIED = 0.01, 0.1
 """Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
 _RECHECK_PATIENCE = 0.1
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer."""
+_FILE_WORKERS = 2
+"""Threads for aiofiles and the like: one reads other people's specs, one writes ours. asyncio would make six."""
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 
 
 async def run(settings: Settings) -> None:
     """Runs the daemon until it is cancelled. Raises an ExceptionGroup when a part of it fails unexpectedly."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="files"))
     names = ModelNames.load()
     paths = HostPaths(settings.host_root)
     needs_cdi = settings.consumer is Consumer.KATA

@@ -4,8 +4,8 @@
     scripts/soak.py [--seconds 600] [--seed N]
 
 After the first minute (a fifth of shorter runs) and at the end the process is left alone for a moment and measured:
-memory, file descriptors, threads, connections. Prints a table; exit status 1 if it has grown, or if the kubelet's view
-was ever not the node's in the end.
+memory, file descriptors, threads, connections, asyncio's tasks. Prints a table; exit status 1 if it has grown, or if
+the kubelet's view was ever not the node's in the end.
 
 Uses the kubelet and the harness of tests/, so it needs what the tests need: `python3 scripts/dev.py setup`.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -35,6 +36,8 @@ from sandbox_plugin.fake.node import FakeNode, FakeNodeError  # noqa: E402
 GPUS = [f"0000:{bus}:00.0" for bus in ("1b", "43", "52", "61", "9d", "c3", "d1", "df")]
 ALLOWED_GROWTH = 0.15
 """Of the memory after the first minute: the allocator's arenas go up and down by that much."""
+ALLOWED_THREADS = 1
+"""More than after the first minute: the daemon's second file worker is made when two are first needed at once."""
 
 _LINES = 40
 """Of the daemon's log, shown when a run fails."""
@@ -49,11 +52,16 @@ class Measure:
     descriptors: int
     threads: int
     sockets: int
+    tasks: int
+    """Of asyncio, as the daemon counts them when it gets a SIGUSR1."""
 
     @classmethod
-    def of(cls, pid: int) -> Measure:
-        process = psutil.Process(pid)
+    def of(cls, daemon: Daemon) -> Measure:
+        process = psutil.Process(daemon.pid)
+        asked = daemon.mark()
+        process.send_signal(signal.SIGUSR1)
         return cls(
+            tasks=daemon.wait_for("tasks", since=asked)["count"],
             memory=process.memory_info().rss,
             descriptors=process.num_fds(),
             threads=process.num_threads(),
@@ -135,9 +143,9 @@ class Soak:
         seen = []
         end = time.monotonic() + 3
         while time.monotonic() < end:
-            seen.append(Measure.of(self.daemon.pid))
+            seen.append(Measure.of(self.daemon))
             time.sleep(0.1)
-        return min(seen, key=lambda m: (m.descriptors, m.threads, m.memory))
+        return min(seen, key=lambda m: (m.descriptors, m.threads, m.tasks, m.memory))
 
 
 def main() -> int:
@@ -167,9 +175,9 @@ def report(soak: Soak, first: Measure, last: Measure) -> int:
     print(f"{'longest until the view':24}{soak.longest:>10.2f} s")
     print(f"\n{'':24}{'early':>10}{'at the end':>12}")
     grown = []
-    for name in ("memory", "descriptors", "threads", "sockets"):
+    for name in ("memory", "descriptors", "threads", "sockets", "tasks"):
         before, after = getattr(first, name), getattr(last, name)
-        allowed = before * ALLOWED_GROWTH if name == "memory" else 0
+        allowed = {"memory": before * ALLOWED_GROWTH, "threads": ALLOWED_THREADS}.get(name, 0)
         is_more = after > before + allowed
         shown = [f"{n / 1e6:.1f} MB" if name == "memory" else str(n) for n in (before, after)]
         print(f"{name:24}{shown[0]:>10}{shown[1]:>12}{'   grown' if is_more else ''}")

@@ -830,6 +830,15 @@ def test_asked_to_end_it_closes_its_streams_and_removes_its_sockets_within_a_sec
     plugin.wait_for("stopped", reason=number.name)
 
 
+def test_asked_by_sigusr1_it_logs_its_tasks_and_goes_on(hgx: Hgx) -> None:
+    asked = hgx.daemon.mark()
+    os.kill(hgx.daemon.pid, signal.SIGUSR1)
+    tasks = hgx.daemon.wait_for("tasks", since=asked)
+    assert tasks["running"]["Endpoint.run"] == 2
+    assert sum(tasks["running"].values()) == tasks["count"]
+    assert hgx.kubelet.healthy(PGPU)
+
+
 def test_after_sigkill_it_starts_over_what_was_left_behind(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:

@@ -512,6 +512,7 @@ class TestBinding:
             (lambda: workstation.bind(T4), "bound to vfio-pci already"),
             (lambda: workstation.bind(GPU, "nvidia"), "held by a VM"),
             (lambda: workstation.bind(AUDIO, "snd_hda_intel"), "EBUSY"),
+            (lambda: workstation.bind("0000:00:01.0"), "is a bridge"),
             (lambda: workstation.unbind("0000:00:1f.0"), "not bound"),
             (lambda: workstation.bind("0000:77:00.0"), "no PCI function"),
             (lambda: workstation.unbind("../devices"), "no PCI function"),

@@ -36,6 +36,7 @@ EXAMPLES = int(os.environ.get("TRUTH_EXAMPLES", "4"))
 STEPS = int(os.environ.get("TRUTH_STEPS", "30"))
 
 _KINDS = {0x030000, 0x030200, 0x068000}
+_BRIDGE = 0x060400
 _SETTLE = 10.0
 """Seconds that one event may take to show on a busy machine; measured latencies are elsewhere."""
 
@@ -214,7 +215,9 @@ class NodeMachine(RuleBasedStateMachine):
         return [f.address for f in self._node.functions() if f.vendor == 0x10DE and f.class_code in _KINDS]
 
     def _siblings(self) -> list[str]:
-        return [f.address for f in self._node.functions() if f.vendor == 0x10DE and f.class_code not in _KINDS]
+        return [
+            f.address for f in self._node.functions() if f.vendor == 0x10DE and f.class_code not in {*_KINDS, _BRIDGE}
+        ]
 
     def _nodes(self) -> list[Path]:
         """The nodes that the kernel would show now."""

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import signal
 import sys
+from collections import Counter
 from typing import Any
 
 import structlog
@@ -50,6 +51,7 @@ async def _until_signal(settings: Settings) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGUSR1, _log_tasks)
     try:
         await work
     except asyncio.CancelledError:
@@ -60,3 +62,9 @@ async def _until_signal(settings: Settings) -> int:
         return 1
     log.info("stopped", reason=received[0].name if received else "")
     return 0
+
+
+def _log_tasks() -> None:
+    """For whoever wonders what the daemon is doing, or whether it grows."""
+    running = Counter(getattr(task.get_coro(), "__qualname__", "?") for task in asyncio.all_tasks())
+    log.info("tasks", count=running.total(), running=dict(sorted(running.items())))

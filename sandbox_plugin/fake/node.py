@@ -33,6 +33,7 @@ from sandbox_plugin.model import PciFunction, VfioDev
 
 _STATE = ".fake-node"
 _HARMLESS_DRIVERS = ("pci-stub", "pcieport")
+_PCI_BRIDGE = 0x0604
 """Host drivers that leave the DMA of their function's group alone (driver_managed_dma in struct pci_driver)."""
 
 
@@ -143,8 +144,9 @@ class FakeNode:
         group's first, then vfioM, the lowest that is free, and its node. A vfio driver lets the idle function sleep;
         any other enables it. The module, and vfio, are loaded if they were not.
 
-        Raises `FakeNodeError` when it has this driver already, when a VM still holds it, and when a VM holds a group
-        mate and the driver is a host's (iommu_device_use_default_domain in drivers/iommu/iommu.c).
+        Raises `FakeNodeError` when it has this driver already, when a VM still holds it, when a vfio driver should take
+        a bridge (vfio_pci_core_register_device in drivers/vfio/pci/vfio_pci_core.c), and when a VM holds a group mate
+        and the driver is a host's (iommu_device_use_default_domain in drivers/iommu/iommu.c).
         """
         folder = self._folder(address)
         bound = driver_of(folder)
@@ -152,6 +154,8 @@ class FakeNode:
             raise FakeNodeError(f"{address} is bound to {driver} already")
         if self._is_held(address, folder):
             raise FakeNodeError(f"{address} is held by a VM: its enable must be 0 first")
+        if is_vfio_driver(driver) and number_in(f"{folder}/class") >> 8 == _PCI_BRIDGE:
+            raise FakeNodeError(f"{address} is a bridge: vfio drivers take endpoints only (EINVAL)")
         if not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
             self._refuse_if_owned(folder)
         if bound:
