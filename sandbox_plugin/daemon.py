@@ -230,6 +230,7 @@ async def report(registry: Registry) -> None:
                 log.info("not offered", pci_address=address, reason=why)
         unoffered = dict(inventory.unoffered)
         inventory = await registry.newer_than(inventory.version)
+        await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by the same change
 
 
 def _report_devices(known: dict[tuple[str, str], Device], inventory: Inventory) -> dict[tuple[str, str], Device]:

@@ -3,48 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class HostPaths:
-    """The folders of a host that are read. `root` is `/`, or the top of a fake tree with `sys` and `dev` in it."""
+    """The folders of a host that are read. `root` is `/`, or the top of a fake tree with `sys` and `dev` in it.
+
+    Each is made once: a scan asks for them hundreds of times.
+    """
 
     root: Path
 
-    @property
+    @cached_property
     def pci_devices(self) -> Path:
         return self.root / "sys/bus/pci/devices"
 
-    @property
+    @cached_property
     def mdev_devices(self) -> Path:
         return self.root / "sys/bus/mdev/devices"
 
-    @property
+    @cached_property
     def pci_drivers(self) -> Path:
         return self.root / "sys/bus/pci/drivers"
 
-    @property
+    @cached_property
     def iommu_groups(self) -> Path:
         return self.root / "sys/kernel/iommu_groups"
 
-    @property
+    @cached_property
     def vfio_class(self) -> Path:
         return self.root / "sys/class/vfio"
 
-    @property
+    @cached_property
     def dev(self) -> Path:
         return self.root / "dev"
 
-    @property
+    @cached_property
     def dev_vfio(self) -> Path:
         return self.root / "dev/vfio"
 
-    @property
+    @cached_property
     def devices_list(self) -> Path:
         """`/proc/devices`: the character device majors the kernel has handed out; not namespaced."""
         return self.root / "proc/devices"
 
-    @property
+    @cached_property
     def mountinfo(self) -> Path:
         return self.root / "proc/self/mountinfo"

@@ -64,7 +64,7 @@ Stamp = tuple[int, int]
 def stamp(paths: HostPaths, address: str) -> Stamp | None:
     """Tells a function's folder from one that was there before under the same address; None if there is none."""
     try:
-        status = os.stat(paths.pci_devices / address)
+        status = os.stat(f"{paths.pci_devices}/{address}")
     except OSError:
         return None
     return (status.st_ino, status.st_ctime_ns)
@@ -73,7 +73,7 @@ def stamp(paths: HostPaths, address: str) -> Stamp | None:
 def driver_of(paths: HostPaths, address: str) -> str | None:
     """The driver that holds a function now; None for none, and where that cannot be told."""
     try:
-        return _link_name(paths.pci_devices / address / "driver")
+        return _link_name(f"{paths.pci_devices}/{address}/driver")
     except OSError:
         return None
 
@@ -90,28 +90,25 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
         return _read_mdev(paths, address)
     if not PCI_ADDRESS.fullmatch(address):
         raise FunctionUnreadable(f"{address!r} is not a PCI address")
-    folder = paths.pci_devices / address
+    folder = f"{paths.pci_devices}/{address}"
     try:
-        function = _identify(folder, address) if before is None else _unchanging(before)
-        function = replace(
-            function,
-            driver=_link_name(folder / "driver"),
-            iommu_group=_group_number(folder),
-            vfio=_vfio_dev(folder),
-        )
+        function = _identify(folder, address) if before is None else before
+        driver, group, vfio = _link_name(f"{folder}/driver"), _group_number(folder), _vfio_dev(folder)
     except OSError as error:
         raise FunctionUnreadable(_why(error)) from None
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
-    if function.vfio is None and not (function.driver and "vfio" in function.driver):
+    is_for_vms = vfio is not None or (driver is not None and "vfio" in driver)
+    if not is_for_vms and (driver, group, vfio) == (function.driver, function.iommu_group, function.vfio):
         return function
-    return _with_details(paths, folder, function)
+    function = replace(_unchanging(function), driver=driver, iommu_group=group, vfio=vfio)
+    return _with_details(paths, folder, function) if is_for_vms else function
 
 
-def _identify(folder: Path, address: str) -> PciFunction:
+def _identify(folder: str, address: str) -> PciFunction:
     """What a function is: it never changes. Raises OSError and ValueError."""
     names = (("vendor", 4), ("device", 4), ("class", 6))
-    vendor, device, class_code = (_hex(_text(folder / name), name, digits) for name, digits in names)
+    vendor, device, class_code = (_hex(_text(f"{folder}/{name}"), name, digits) for name, digits in names)
     return PciFunction(
         address=address,
         vendor=vendor,
@@ -136,7 +133,7 @@ def _unchanging(function: PciFunction) -> PciFunction:
     )
 
 
-def _with_details(paths: HostPaths, folder: Path, function: PciFunction) -> PciFunction:
+def _with_details(paths: HostPaths, folder: str, function: PciFunction) -> PciFunction:
     """The function with everything else that its folder says."""
     optional = _Optional(folder)
     if function.subsystem_vendor is None:
@@ -149,7 +146,7 @@ def _with_details(paths: HostPaths, folder: Path, function: PciFunction) -> PciF
         )
     power_state = optional.text("power_state")
     link_is_safe = power_state != "D3cold" and all(
-        _is_awake(paths.pci_devices / bridge) for bridge in function.bridges[1:]
+        _is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:]
     )
     return replace(
         function,
@@ -168,21 +165,21 @@ def _with_details(paths: HostPaths, folder: Path, function: PciFunction) -> PciF
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
     """A mediated device (Documentation/driver-api/vfio-mediated-device.rst): its folder lies in its parent's."""
-    folder = paths.mdev_devices / uuid
+    folder = f"{paths.mdev_devices}/{uuid}"
     try:
-        carrier = Path(os.readlink(folder)).parent.name
+        carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
         parent = read_function(paths, carrier)
         return PciFunction(
             address=uuid,
             vendor=parent.vendor,
             device=parent.device,
             class_code=parent.class_code,
-            driver=_link_name(folder / "driver"),
+            driver=_link_name(f"{folder}/driver"),
             iommu_group=_group_number(folder),
             vfio=_vfio_dev(folder),
-            numa_node=_known_node(_Optional(paths.pci_devices / carrier).number("numa_node")),
+            numa_node=_known_node(_Optional(f"{paths.pci_devices}/{carrier}").number("numa_node")),
             bridges=(*parent.bridges, carrier),
-            mdev_type=_text_or_none(folder / "mdev_type/name") or _link_name(folder / "mdev_type"),
+            mdev_type=_text_or_none(f"{folder}/mdev_type/name") or _link_name(f"{folder}/mdev_type"),
         )
     except OSError as error:
         raise FunctionUnreadable(_why(error)) from None
@@ -193,9 +190,9 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
 def still_bound(paths: HostPaths, device: Device) -> str | None:
     """Looks once more, at as little as possible, before a device is promised. Returns what is wrong, or None."""
     for placement in device.placements:
-        folder = (paths.mdev_devices if device.mdev else paths.pci_devices) / placement.address
+        folder = f"{paths.mdev_devices if device.mdev else paths.pci_devices}/{placement.address}"
         try:
-            driver, vfio = _link_name(folder / "driver"), _vfio_dev(folder)
+            driver, vfio = _link_name(f"{folder}/driver"), _vfio_dev(folder)
         except OSError as error:
             return f"{placement.address}: {_why(error)}"
         if driver is None or (vfio is None and "vfio" not in driver):
@@ -214,13 +211,13 @@ def read_groups(paths: HostPaths, functions: Mapping[str, PciFunction]) -> dict[
     wanted = {f.iommu_group for f in functions.values() if f.vfio or (f.driver and "vfio" in f.driver)}
     groups = {}
     for number in sorted(n for n in wanted if n is not None):
-        folder = paths.iommu_groups / str(number)
+        folder = f"{paths.iommu_groups}/{number}"
         seen = {f.address for f in functions.values() if f.iommu_group == number}
         groups[number] = IommuGroup(
             number=number,
-            members=tuple(sorted(seen | set(_listed(folder / "devices")))),
+            members=tuple(sorted(seen | set(_listed(f"{folder}/devices")))),
             # vfio_noiommu_group_alloc in drivers/vfio/group.c names the group so.
-            noiommu=_text_or_none(folder / "name") == "vfio-noiommu",
+            noiommu=_text_or_none(f"{folder}/name") == "vfio-noiommu",
         )
     return groups
 
@@ -237,7 +234,7 @@ def read_kernel_has_cdevs(paths: HostPaths) -> bool | None:
     the groups; /proc/devices is not namespaced, so a container sees the host's. Before vfio is loaded neither is
     there, and nothing is known.
     """
-    text = _text_or_none(paths.devices_list, limit=65536)
+    text = _text_or_none(str(paths.devices_list), limit=65536)
     if text is None:
         return None
     names = {line.split()[1] for line in text.splitlines() if len(line.split()) == 2}
@@ -265,7 +262,7 @@ def _dev_vfio_is_live(paths: HostPaths) -> bool:
         return paths.dev.is_dir()
     best = ""
     live = False
-    for line in (_text_or_none(paths.mountinfo, limit=1 << 20) or "").splitlines():
+    for line in (_text_or_none(str(paths.mountinfo), limit=1 << 20) or "").splitlines():
         fields, _, tail = line.partition(" - ")
         parts = fields.split()
         if len(parts) < 5 or not tail:
@@ -279,13 +276,13 @@ def _dev_vfio_is_live(paths: HostPaths) -> bool:
 class _Optional:
     """Reads attributes that a function may do without, and keeps a line about each that failed."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str) -> None:
         self._folder = folder
         self.unread: list[str] = []
 
     def text(self, name: str) -> str | None:
         try:
-            return _text(self._folder / name)
+            return _text(f"{self._folder}/{name}")
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -314,7 +311,7 @@ class _Optional:
 
     def link_name(self, name: str) -> str | None:
         try:
-            return _link_name(self._folder / name)
+            return _link_name(f"{self._folder}/{name}")
         except OSError as error:
             self.unread.append(f"{name}: {error.strerror}")
             return None
@@ -349,16 +346,16 @@ def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
             )
 
 
-def _is_awake(bridge: Path) -> bool:
+def _is_awake(bridge: str) -> bool:
     """Whether reading through this bridge wakes nothing. A bridge that cannot say so counts as asleep."""
-    state = _text_or_none(bridge / "power_state")
+    state = _text_or_none(f"{bridge}/power_state")
     if state is None:  # before Linux 5.11 there is no power_state
-        return _text_or_none(bridge / "power/runtime_status") == "active"
+        return _text_or_none(f"{bridge}/power/runtime_status") == "active"
     return state == "D0"
 
 
-def _group_number(folder: Path) -> int | None:
-    name = _link_name(folder / "iommu_group")
+def _group_number(folder: str) -> int | None:
+    name = _link_name(f"{folder}/iommu_group")
     if name is None:
         return None
     if not (name.isascii() and name.isdecimal()):
@@ -366,17 +363,17 @@ def _group_number(folder: Path) -> int | None:
     return int(name)
 
 
-def _vfio_dev(folder: Path) -> VfioDev | None:
+def _vfio_dev(folder: str) -> VfioDev | None:
     """The first `vfio-dev/vfioN`. Other names there (noiommu ones) are no node that could be offered."""
-    for name in sorted(_listed(folder / "vfio-dev")):
+    for name in sorted(_listed(f"{folder}/vfio-dev")):
         if match := _VFIO_DEV.fullmatch(name):
-            numbers = _text_or_none(folder / "vfio-dev" / name / "dev")
+            numbers = _text_or_none(f"{folder}/vfio-dev/{name}/dev")
             cdev = numbers if numbers is not None and _DEV_NUMBERS.fullmatch(numbers) else None
             return VfioDev(number=int(match[1]), cdev=cdev)
     return None
 
 
-def _bridges(folder: Path, address: str) -> tuple[str, ...]:
+def _bridges(folder: str, address: str) -> tuple[str, ...]:
     """From where the function's link leads: `../../../devices/pci0000:15/0000:15:01.0/.../<address>`."""
     parts = os.readlink(folder).split("/")
     for index, part in enumerate(parts):
@@ -396,14 +393,14 @@ def _hex(text: str, name: str, digits: int) -> int:
     return int(text, 16)
 
 
-def _link_name(link: Path) -> str | None:
+def _link_name(link: str) -> str | None:
     try:
         return os.path.basename(os.readlink(link))
     except FileNotFoundError:
         return None
 
 
-def _listed(folder: Path) -> list[str]:
+def _listed(folder: str | Path) -> list[str]:
     try:
         return os.listdir(folder)
     except OSError as error:
@@ -411,7 +408,7 @@ def _listed(folder: Path) -> list[str]:
         return []
 
 
-def _text(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str:
+def _text(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -424,12 +421,12 @@ def _text(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str:
             limit -= len(chunk)
         return b"".join(chunks).decode("utf-8", "replace").strip()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from None  # read(2) fails without a name
+        raise OSError(error.errno, error.strerror, file) from None  # read(2) fails without a name
     finally:
         os.close(descriptor)
 
 
-def _text_or_none(file: Path, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
+def _text_or_none(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
     try:
         return _text(file, limit)
     except OSError:

@@ -16,12 +16,11 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import aiofiles
 import aiofiles.os
 import structlog
 
@@ -147,11 +146,11 @@ class CdiWriter:
             del self._seen[resource]
         self._explain(resource, file, found, before)
         try:
-            await _to_its_end(_replace(file, wanted.text))
+            stamp = await _to_its_end(_replaced_whole(file, wanted.text))
         except FileNotFoundError:
             await aiofiles.os.makedirs(self.folder, exist_ok=True)
-            await _to_its_end(_replace(file, wanted.text))
-        self._seen[resource] = replace(wanted, stamp=await _stamp(file))
+            stamp = await _to_its_end(_replaced_whole(file, wanted.text))
+        self._seen[resource] = replace(wanted, stamp=stamp)
         log.info("cdi spec written", resource=resource, path=str(file))
 
     def _explain(self, resource: str, file: Path, found: bytes | None, before: _OnDisk | None) -> None:
@@ -211,7 +210,7 @@ def _kind(content: bytes) -> str | None:
     return match[1].decode("utf-8", "replace") if match else None
 
 
-async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
+async def _to_its_end(work: Awaitable[_T]) -> _T:
     """Lets file work end although the caller is cancelled meanwhile: a thread that is in it cannot be stopped anyway,
     and what it opens must be closed."""
     task = asyncio.ensure_future(work)
@@ -233,25 +232,33 @@ async def _stamp(file: Path) -> _Stamp | None:
     return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-async def _content(file: Path) -> bytes | None:
+def _read(file: Path) -> bytes | None:
     """What stands in the file; None if there is none."""
     try:
-        async with aiofiles.open(file, "rb") as opened:
-            return await opened.read(1 << 20)
+        with open(file, "rb") as opened:
+            return opened.read(1 << 20)
     except FileNotFoundError:
         return None
 
 
-async def _replace(file: Path, content: bytes) -> None:
+def _replace(file: Path, content: bytes) -> _Stamp:
     """Replaces a file whole: a reader sees the old one or the new one. Leaves nothing behind when it fails."""
     temporary = file.with_name(f".{file.name}{_TEMPORARY}")
     try:
-        async with aiofiles.open(temporary, "wb", opener=_open_0644) as opened:
-            await opened.write(content)
-        await aiofiles.os.replace(temporary, file)
+        with open(temporary, "wb", opener=_open_0644) as opened:
+            opened.write(content)
+            opened.flush()
+            status = os.fstat(opened.fileno())
+        os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return (status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+# One way to a worker thread and back for each, and not one for every call to the system in it: a pod may be waiting.
+_content = aiofiles.os.wrap(_read)
+_replaced_whole = aiofiles.os.wrap(_replace)
 
 
 def _open_0644(path: str, flags: int) -> int:

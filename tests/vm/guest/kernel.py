@@ -7,7 +7,8 @@ import os
 import struct
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PCI = Path("/sys/bus/pci")
@@ -71,10 +72,18 @@ def bind_by_new_id(address: str) -> None:
     folder = PCI / "devices" / address
     write(folder / "driver_override", "\n")
     vendor, device = ((folder / name).read_text().strip().removeprefix("0x") for name in ("vendor", "device"))
+    with new_id(f"{vendor} {device}"):
+        pass
+
+
+@contextmanager
+def new_id(vendor_and_device: str) -> Iterator[None]:
+    """For as long as it lasts vfio-pci takes every function with this ID that has no driver, also one that comes."""
+    write(PCI / "drivers/vfio-pci/new_id", vendor_and_device)
     try:
-        write(PCI / "drivers/vfio-pci/new_id", f"{vendor} {device}")
+        yield
     finally:
-        write(PCI / "drivers/vfio-pci/remove_id", f"{vendor} {device}")
+        write(PCI / "drivers/vfio-pci/remove_id", vendor_and_device)
 
 
 def announce(address: str) -> None:
