@@ -38,11 +38,9 @@ from sandbox_plugin.settings import Consumer, Settings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_DEBOUNCE = 0.005
-"""Seconds between the first sign of a change and the scan: a bind is several events within a few milliseconds."""
-
-
-_QUICK, _UNHURRIED = 0.01, 0.1
+_DEBOUNCE = 0.002
+"""Seconds between the first sign of a change and the scan: a bind is several events within a millisecond or two."""
+_QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
 _RECHECK_PATIENCE = 0.1
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer."""
@@ -79,10 +77,12 @@ async def run(settings: Settings) -> None:
         is_real = settings.host_root == Path("/")
         if is_real:
             group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
-        step = _UNHURRIED if is_real else _QUICK  # uevents are quicker than inotify, a fake tree has no others
+        # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
+        step = _UNHURRIED if is_real else _QUICK
         watcher = FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake, step=step)
         group.create_task(watcher.run())
-        group.create_task(FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet).run())
+        watcher = FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet, step=step)
+        group.create_task(watcher.run())
         group.create_task(rescans.run())
         group.create_task(poller.run())
         group.create_task(report(registry))

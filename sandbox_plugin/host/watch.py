@@ -35,7 +35,7 @@ class FolderWatcher:
 
     folders: Callable[[], Sequence[Path]]
     on_change: Callable[[], None]
-    step: float = 0.01
+    step: float
     """Seconds that watchfiles waits for more before it reports, and how often its thread looks meanwhile; its own
     default, 0.05, costs a bind some 90 ms."""
     retry: float = 5.0

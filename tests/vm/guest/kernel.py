@@ -40,8 +40,10 @@ def remove_vfio() -> None:
 
 
 def driver(address: str) -> str | None:
-    link = PCI / "devices" / address / "driver"
-    return os.path.basename(os.readlink(link)) if link.is_symlink() else None
+    try:
+        return os.path.basename(os.readlink(PCI / "devices" / address / "driver"))
+    except FileNotFoundError:
+        return None
 
 
 def group(address: str) -> str:
