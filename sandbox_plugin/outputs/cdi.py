@@ -108,12 +108,14 @@ class CdiWriter:
         specs = render_specs(inventory)
         in_cdi: dict[str, frozenset[str]] = {}
         trouble: dict[str, str] = {}
+        written: list[str] = []
         for resource, text in specs.items():
             wanted = _OnDisk(
                 text=text.encode(), ids=frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
             )
             try:
-                await self._put(resource, wanted)
+                if await self._put(resource, wanted):
+                    written.append(resource)
             except OSError as error:
                 trouble[resource] = f"its CDI spec cannot be written: {error.filename or self.folder}: {error.strerror}"
             except _NotOurs as error:
@@ -121,45 +123,36 @@ class CdiWriter:
             if resource in self._seen:
                 in_cdi[resource] = self._seen[resource].ids
         self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)  # before anything else: pods may be waiting for it
+        for resource in written:
+            log.info("cdi spec written", resource=resource, path=str(self.folder / cdi_file_name(resource)))
         stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
         for about, why in (trouble | stale).items():
             if self._trouble.get(about) != why:
                 log.error("cdi trouble", resource=about, reason=why)
         self._trouble = trouble | stale
 
-    async def _put(self, resource: str, wanted: _OnDisk) -> None:
-        """Makes the file what is wanted. When it fails, `_seen` has what stands there all the same."""
+    async def _put(self, resource: str, wanted: _OnDisk) -> bool:
+        """Makes the file what is wanted, and says whether it had to. When it fails, `_seen` has what stands there."""
         file = self.folder / cdi_file_name(resource)
         before = self._seen.get(resource)
         try:
-            stamp = await _stamp(file)
-            is_untouched = before is not None and stamp == before.stamp
-            found = before.text if before is not None and is_untouched else await _to_its_end(_content(file))
+            brought = await _to_its_end(_bring(file, resource, wanted.text, before))
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # those say nothing about the file
                 self._seen.pop(resource, None)
             raise
-        if found == wanted.text:
-            self._seen[resource] = replace(wanted, stamp=stamp)
-            return
-        if before is not None and before.text != found:
+        if before is not None and before.text != brought.found:
             del self._seen[resource]
-        self._explain(resource, file, found, before)
-        try:
-            stamp = await _to_its_end(_replaced_whole(file, wanted.text))
-        except FileNotFoundError:
-            await aiofiles.os.makedirs(self.folder, exist_ok=True)
-            stamp = await _to_its_end(_replaced_whole(file, wanted.text))
-        self._seen[resource] = replace(wanted, stamp=stamp)
-        log.info("cdi spec written", resource=resource, path=str(file))
+        if brought.failure is not None:
+            raise brought.failure
+        self._seen[resource] = replace(wanted, stamp=brought.stamp)
+        if brought.found == wanted.text:
+            return False
+        if not (brought.found is None or _is_ours(brought.found, before)):
+            self._tell_of_other_writer(resource, file)
+        return True
 
-    def _explain(self, resource: str, file: Path, found: bytes | None, before: _OnDisk | None) -> None:
-        """Says whose file is about to be replaced. Raises `_NotOurs` for one that must not be."""
-        if found is None or (before is not None and found == before.text) or found.startswith(_MARK_START):
-            return
-        kind = _kind(found)
-        if kind != resource:
-            raise _NotOurs(f"{file} is somebody else's (kind {kind}): move it away or choose another alias")
+    def _tell_of_other_writer(self, resource: str, file: Path) -> None:
         times = self._replaced[resource] = self._replaced.get(resource, 0) + 1
         if times == 1:
             reason = "it has the name and the kind of a resource that this plugin serves"
@@ -223,12 +216,51 @@ async def _to_its_end(work: Awaitable[_T]) -> _T:
         raise
 
 
-async def _stamp(file: Path) -> _Stamp | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Brought:
+    """How it went to bring a file to what is wanted."""
+
+    found: bytes | None
+    """What stood there before; None if there was no file."""
+    stamp: _Stamp | None = None
+    """The file as it is now."""
+    failure: OSError | _NotOurs | None = None
+    """Why what was found stands there still."""
+
+
+def _bring_now(file: Path, resource: str, wanted: bytes, before: _OnDisk | None) -> _Brought:
+    """Replaces the file if something else than `wanted` stands there. Raises OSError when that cannot be seen."""
+    stamp = _stamp(file)
+    found = before.text if before is not None and stamp == before.stamp else _read(file)
+    if found == wanted:
+        return _Brought(found=found, stamp=stamp)
+    if found is not None and not _is_ours(found, before) and (kind := _kind(found)) != resource:
+        reason = f"{file} is somebody else's (kind {kind}): move it away or choose another alias"
+        return _Brought(found=found, failure=_NotOurs(reason))
+    try:
+        try:
+            stamp = _replace(file, wanted)
+        except FileNotFoundError:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stamp = _replace(file, wanted)
+    except OSError as error:
+        return _Brought(found=found, failure=error)
+    return _Brought(found=found, stamp=stamp)
+
+
+def _is_ours(found: bytes, before: _OnDisk | None) -> bool:
+    return found.startswith(_MARK_START) or (before is not None and found == before.text)
+
+
+def _stamp(file: Path) -> _Stamp | None:
     """Which file, in which state, lies there; None if there is none."""
     try:
-        status = await aiofiles.os.stat(file)
+        return _stamp_of(os.stat(file))
     except FileNotFoundError:
         return None
+
+
+def _stamp_of(status: os.stat_result) -> _Stamp:
     return (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
@@ -248,20 +280,20 @@ def _replace(file: Path, content: bytes) -> _Stamp:
         with open(temporary, "wb", opener=_open_0644) as opened:
             opened.write(content)
             opened.flush()
-            status = os.fstat(opened.fileno())
+            stamp = _stamp_of(os.fstat(opened.fileno()))
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-# One way to a worker thread and back for each, and not one for every call to the system in it: a pod may be waiting.
-_content = aiofiles.os.wrap(_read)
-_replaced_whole = aiofiles.os.wrap(_replace)
+    return stamp
 
 
 def _open_0644(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes of other users read it
     return descriptor
+
+
+# One way to a worker thread and back for each, and not one for every call to the system in it: a pod may be waiting.
+_content = aiofiles.os.wrap(_read)
+_bring = aiofiles.os.wrap(_bring_now)

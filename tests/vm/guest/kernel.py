@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import socket
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PCI = Path("/sys/bus/pci")
+_KOBJECT_UEVENT = 15
+"""NETLINK_KOBJECT_UEVENT of include/uapi/linux/netlink.h."""
 _SLOT_CONTROL, _POWER_OFF = 0x18, 0x400
 """Slot Control Register in the PCI Express capability, and its Power Controller Control bit (PCIe 6.0, 7.5.3.10)."""
 
@@ -91,6 +96,29 @@ def new_id(vendor_and_device: str) -> Iterator[None]:
 def announce(address: str) -> None:
     """Makes the kernel send a uevent about a function, without anything having changed."""
     write(PCI / "devices" / address / "uevent", "change")
+
+
+@contextmanager
+def events() -> Iterator[list[float]]:
+    """When, by the monotonic clock, the kernel's uevents came, for as long as it lasts."""
+    moments: list[float] = []
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _KOBJECT_UEVENT) as netlink:
+        netlink.bind((0, 1))
+        stop, stopped = socket.socketpair()
+
+        def listen() -> None:
+            while stop not in (ready := select.select([netlink, stop], [], [])[0]):
+                moments.append(time.monotonic())
+                ready[0].recv(65536)
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        try:
+            yield moments
+        finally:
+            stopped.close()
+            listener.join()
+            stop.close()
 
 
 def hot_add(name: str) -> None:
