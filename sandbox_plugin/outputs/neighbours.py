@@ -23,8 +23,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 _VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0")
 _KIND = re.compile(r"[A-Za-z]([A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?")
-_LIMIT = 1 << 20
-"""Bytes of one spec that are looked at."""
+_LIMIT = 1 << 18
+"""Bytes: a larger spec is not judged, since that would take minutes."""
+_SETTLE = 1.0
+"""Seconds after a change: whoever writes takes several steps, and nobody waits for our word about it."""
 
 _EDITS: dict[str, frozenset[str]] = {
     "deviceNodes": frozenset(
@@ -40,17 +42,30 @@ class _Wrong(Exception):
     """What is wrong with one spec, in words."""
 
 
-def judge_specs(files: Mapping[Path, bytes]) -> dict[Path, str]:
-    """File -> what is wrong with it for Kata, for those specs that would fail every Kata pod."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """What one spec says: the qualified names of its devices, or what is wrong with it for Kata."""
+
+    devices: tuple[str, ...] = ()
+    wrong: str | None = None
+
+
+def read_spec(content: bytes) -> Reading:
+    """Reads one spec as strictly as Kata's library does."""
+    try:
+        return Reading(devices=tuple(_devices(content)))
+    except _Wrong as error:
+        return Reading(wrong=str(error))
+
+
+def judge_specs(readings: Mapping[Path, Reading]) -> dict[Path, str]:
+    """File -> what is wrong with it, for those specs that would fail every Kata pod of the node."""
     wrong: dict[Path, str] = {}
     owners: dict[tuple[Path, str], Path] = {}
-    for file, content in sorted(files.items()):
-        try:
-            devices = _devices(content)
-        except _Wrong as error:
-            wrong[file] = str(error)
-            continue
-        for device in devices:
+    for file, reading in sorted(readings.items()):
+        if reading.wrong is not None:
+            wrong[file] = reading.wrong
+        for device in reading.devices:
             other = owners.setdefault((file.parent, device), file)
             if other != file:
                 wrong[file] = f"device {device} stands in {other.name} too"
@@ -72,19 +87,20 @@ class NeighbourWatch:
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        seen: dict[Path, tuple[int, int]] = {}
+        seen: Mapping[Path, _Seen] = {}
         while True:
             self._bell.clear()
             with suppress(OSError):  # a folder that cannot be listed now, for want of descriptors too: next time
-                if (stamps := await asyncio.to_thread(_stamps, self.folders)) != seen:
-                    contents = await asyncio.to_thread(_contents, list(stamps))
-                    seen = stamps
-                    self._report(judge_specs(contents))
+                now = await asyncio.to_thread(_look, self.folders, seen)
+                if now != seen:
+                    self._report(judge_specs({file: known.reading for file, known in now.items()}))
+                seen = now
             try:
                 async with asyncio.timeout(self.recheck):
                     await self._bell.wait()
             except TimeoutError:
                 continue
+            await asyncio.sleep(_SETTLE)
 
     def _report(self, wrong: dict[Path, str]) -> None:
         for file, why in wrong.items():
@@ -96,29 +112,36 @@ class NeighbourWatch:
         self._said = wrong
 
 
-def _stamps(folders: tuple[Path, ...]) -> dict[Path, tuple[int, int]]:
-    """Every spec with its inode number and time of change (ns): cheap to look at, and different when it is changed."""
-    stamps = {}
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A spec as it was when it was read."""
+
+    stamp: tuple[int, int, int]
+    """Inode number, time of change (ns) and size in bytes: a file that has the same is not read again."""
+    reading: Reading
+
+
+def _look(folders: tuple[Path, ...], seen: Mapping[Path, _Seen]) -> dict[Path, _Seen]:
+    """All specs as they are now. For a worker thread: reading YAML takes long. Raises OSError."""
+    now = {}
     for folder in folders:
         for pattern in ("*.yaml", "*.json"):
             for file in folder.glob(pattern):
-                try:
-                    status = file.stat()
-                except OSError:
-                    continue
-                stamps[file] = (status.st_ino, status.st_mtime_ns)
-    return stamps
+                with suppress(OSError):
+                    now[file] = _look_at(file, seen.get(file))
+    return now
 
 
-def _contents(files: list[Path]) -> dict[Path, bytes]:
-    contents = {}
-    for file in files:
-        try:
-            with file.open("rb") as opened:
-                contents[file] = opened.read(_LIMIT)
-        except OSError:
-            continue
-    return contents
+def _look_at(file: Path, before: _Seen | None) -> _Seen:
+    """One spec. Raises OSError."""
+    status = file.stat()
+    stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
+    if before is not None and before.stamp == stamp:
+        return before
+    if status.st_size > _LIMIT:
+        return _Seen(stamp, Reading())
+    with file.open("rb") as opened:
+        return _Seen(stamp, read_spec(opened.read(_LIMIT)))
 
 
 def _devices(content: bytes) -> list[str]:
