@@ -354,6 +354,16 @@ def test_the_link_of_a_device_is_not_read_while_that_would_wake_something(places
     assert healths(json.loads(done.stdout)) == {GH200: "Healthy"}
 
 
+def test_a_function_whose_read_hangs_is_named_and_the_command_ends(places: Places) -> None:
+    node = places.node("workstation")
+    (node.folder(T4) / "numa_node").unlink()
+    os.mkfifo(node.folder(T4) / "numa_node")
+    done = run_command("list", f"--fake-sysfs={node.root}", "--output=json")
+    document = json.loads(done.stdout)
+    assert healths(document) == {GEFORCE: "Healthy"}
+    assert "has not answered" in not_offered(document)[T4]
+
+
 # Bad input
 
 

@@ -28,10 +28,8 @@ _BUS = "the PCI bus"
 
 
 def scan_now(paths: HostPaths) -> HostFacts:
-    """Reads the whole host on the calling thread, however long that takes: for commands that have no loop."""
-    sweep = _Sweep(paths=paths)
-    sweep.run()
-    return sweep.facts()
+    """One look at the whole host: for commands that have no loop. Raises `read.OutOfResources`."""
+    return asyncio.run(HostScanner(paths, on_late=lambda: None).scan())
 
 
 class HostScanner:
