@@ -250,7 +250,7 @@ def _wait_for(predicate: Callable[[], bool]) -> bool:
     return result
 
 
-@pytest.mark.timeout(max(120, EXAMPLES * (20 + STEPS)))
+@pytest.mark.timeout(max(120, EXAMPLES * (10 + STEPS // 5)))
 def test_whatever_happens_the_kubelet_sees_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
     NodeMachine.steps = 0
     run_state_machine_as_test(
