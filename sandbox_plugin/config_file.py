@@ -25,6 +25,8 @@ from sandbox_plugin.settings import ResourceRule, UsageError
 
 _T = TypeVar("_T")
 
+_ADDRESS = r"[0-9a-fA-F?]{4,8}:[0-9a-fA-F?]{2}:[01?][0-9a-fA-F?]\.[0-7?]"
+_ADDRESS_PATTERN = r"[0-9a-fA-F:.*?]+"
 _CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
 
 
@@ -38,12 +40,12 @@ class ConfigFile:
     model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
 
-def parse_config(text: str, where: str, keys: frozenset[str]) -> ConfigFile:
-    """Reads a config file. `keys` are the settings that there are; `where` names the file in messages."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: {error}") from None
+def parse_config(text: str, where: str, keys: frozenset[str], switches: frozenset[str] = frozenset()) -> ConfigFile:
+    """Reads a config file. `where` names the file in messages.
+
+    `keys` are the settings that there are, `switches` those among them that are true or false. Raises `UsageError`.
+    """
+    document = _read(text, where)
     settings = {}
     for key, value in document.items():
         if key in ("resources", "names"):
@@ -51,9 +53,7 @@ def parse_config(text: str, where: str, keys: frozenset[str]) -> ConfigFile:
         if key not in keys:
             allowed = ", ".join(sorted([*keys, "resources", "names"]))
             raise UsageError(f"{where}: unknown key {key!r}; allowed are {allowed}")
-        if not isinstance(value, str | int | float):
-            raise UsageError(f"{where}: {key} must be a string, a number, true or false")
-        settings[key] = str(value)
+        settings[key] = _setting(value, f"{where}: {key}", is_switch=key in switches)
     return ConfigFile(
         settings=settings,
         resources=_rules(document.get("resources", []), where),
@@ -61,18 +61,45 @@ def parse_config(text: str, where: str, keys: frozenset[str]) -> ConfigFile:
     )
 
 
+def _read(text: str, where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{where}: brackets within brackets, too deep to be read") from None
+    except ValueError:  # int() of the standard library takes only so many digits
+        raise UsageError(f"{where}: a number with more digits than any setting has") from None
+
+
+def _setting(value: Any, where: str, *, is_switch: bool) -> str:
+    """As a person would write it for the flag."""
+    if isinstance(value, bool):
+        if not is_switch:  # the flag's parser would take it for the word
+            raise UsageError(f"{where} must be a string or a number, not {str(value).lower()}")
+        return str(value).lower()
+    if not isinstance(value, str | int | float):
+        allowed = "true or false" if is_switch else "a string or a number"
+        raise UsageError(f"{where} must be {allowed}")
+    try:
+        return str(value)
+    except ValueError:  # str() of the standard library writes only so many digits
+        raise UsageError(f"{where}: a number with more digits than any setting has") from None
+
+
 def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
     if not isinstance(table, dict):
         raise UsageError(f"{where} must be a table of lines such as '10de:2330' = 'H100'")
-    names = {}
+    names: dict[tuple[int, int], str] = {}
     for model, name in table.items():
         try:
             if not isinstance(name, str):
                 raise ValueError("a name must be a string")
             check_alias(name)
-            names[_pair(model)] = name
+            if names.setdefault(_pair(model), name) != name:
+                raise ValueError(f"this model is named {names[_pair(model)]!r} already")
         except ValueError as error:
-            raise UsageError(f"{where}: {model}: {error}") from None
+            raise UsageError(f"{where}: {model!r}: {error}") from None
     return names
 
 
@@ -154,6 +181,9 @@ def _pair(word: str) -> tuple[int, int]:
 
 
 def _address(word: str) -> str:
-    if not re.fullmatch(r"[0-9a-fA-F:.*?]+", word):
-        raise ValueError(f"{word!r} is not a PCI address such as '0000:41:00.0', in which * and ? may stand for any")
+    """A pattern in which a `*` stands matches something; any other must have an address's shape, or it never would."""
+    if not re.fullmatch(_ADDRESS_PATTERN if "*" in word else _ADDRESS, word):
+        raise ValueError(
+            f"{word!r} is not a whole PCI address such as '0000:41:00.0', in which * and ? may stand for any"
+        )
     return word.lower()

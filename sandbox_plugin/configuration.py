@@ -6,6 +6,7 @@ Everything is validated here, once; every `UsageError` says which flag, variable
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from sandbox_plugin.inventory.naming import check_alias
 from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
 CONFIG_VARIABLE = "SANDBOX_PLUGIN_CONFIG"
+_SOCKET_FOLDER_BYTES = 107 - len("/") - 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,8 @@ def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], ConfigFile]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{where}: cannot be read: {reason}") from None
     by_key = {option.flag.removeprefix("--"): option.name for option in OPTIONS}
-    config = parse_config(text, where, frozenset(by_key))
+    switches = frozenset(option.flag.removeprefix("--") for option in OPTIONS if option.switch)
+    config = parse_config(text, where, frozenset(by_key), switches)
     return {by_key[key]: (value, f"{where}: {key}") for key, value in config.settings.items()}, config
 
 
@@ -88,6 +91,15 @@ def _path(text: str) -> Path:
     if not text or "\0" in text:
         raise ValueError(f"{text!r} is not a path")
     return Path(text)
+
+
+def _socket_folder(text: str) -> Path:
+    """A socket's path has 107 bytes at most (unix(7)), and the shortest name of one of ours has 18."""
+    length = len(os.fsencode(text))
+    if length > _SOCKET_FOLDER_BYTES:
+        allowed = f"allowed are {_SOCKET_FOLDER_BYTES}, or sockets in it have no room for their names"
+        raise ValueError(f"a path of {length} bytes: {allowed}")
+    return _path(text)
 
 
 def _seconds(text: str) -> float:
@@ -116,7 +128,7 @@ OPTIONS: tuple[Option, ...] = (
         environment="SANDBOX_PLUGIN_KUBELET_DIR",
         metavar="DIR",
         help="the kubelet's device plugin folder",
-        parse=_path,
+        parse=_socket_folder,
     ),
     Option(
         name="pod_resources_socket",

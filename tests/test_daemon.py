@@ -873,6 +873,7 @@ def test_after_sigkill_it_starts_over_what_was_left_behind(
         (["--health-interval=soon"], {}, ["--health-interval", "'soon'"]),
         (["--allocation-policy=best"], {}, ["--allocation-policy", "packed, spread"]),
         (["--config={top}/none.toml"], {}, ["none.toml", "No such file"]),
+        (["--kubelet-dir=/" + "k" * 88], {}, ["--kubelet-dir", "89 bytes", "allowed are 88"]),
         (["--no-such-flag"], {}, ["--no-such-flag"]),
     ],
 )

@@ -6,13 +6,16 @@ bring news, and the process must not grow.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import gc
 import os
 import platform
 import socket
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -24,12 +27,13 @@ import h2.exceptions
 import pytest
 from conftest import StartDaemon
 from daemon import Daemon, Places
-from kubelet import GrpcKubelet, Watch
+from kubelet import TIMEOUT, GrpcKubelet, Watch
 from trials import PGPU, QUICK, as_root, figures, memory, socket_of, wait_until, wait_until_it_sees
 from truth import Truth
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.kubelet import sockets
+from sandbox_plugin.kubelet.server import PluginServer
 
 FIRST_GPU = "0000:1b:00.0"
 LIMIT = 64 << 20
@@ -41,7 +45,29 @@ NOBODY = 65534
 MakeNode = Callable[[str], FakeNode]
 
 
-# The socket's file
+# The socket's file, and its end
+
+
+def test_who_connects_in_the_moment_in_which_the_server_ends_is_hung_up_on(places: Places) -> None:
+    async def connect_and_end() -> bytes:
+        listener, _ = sockets.listen_at(places.top / "plugin.sock")
+        server = PluginServer([])
+        await server.start(sock=listener)
+        with socket.socket(socket.AF_UNIX) as late:
+            late.connect(str(places.top / "plugin.sock"))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # the loop has accepted it in the round before this one; its transport is yet to come
+            await server.end(listener)
+            listener.close()
+            late.setblocking(False)
+            async with asyncio.timeout(TIMEOUT):
+                return await asyncio.get_running_loop().sock_recv(late, 1)
+
+    with warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("always")
+        assert asyncio.run(connect_and_end()) == b""
+        gc.collect()
+    assert [str(complaint.message) for complaint in complaints] == []
 
 
 def test_a_socket_is_for_its_owner_alone_from_the_moment_its_name_appears(

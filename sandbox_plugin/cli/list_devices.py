@@ -17,9 +17,9 @@ from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import Inventory, Signals, advance
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import claim
+from sandbox_plugin.inventory.rules import Claim, claim
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
-from sandbox_plugin.model import Device, HostFacts
+from sandbox_plugin.model import Device, HostFacts, PciFunction
 from sandbox_plugin.settings import Settings
 
 
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "--topology", action="store_true", help="also how close the devices are to each other, as `nvidia-smi topo -m`"
     )
     parser.add_argument(
-        "--all", action="store_true", help="every PCI function, with the rule that took it or why none did"
+        "--all", action="store_true", help="every PCI function, with the rule that took it or why it is not offered"
     )
     parser.set_defaults(run=run)
 
@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
         if args.topology:
             document["topology"] = _topology_as_json(inventory)
         if args.all:
-            document["functions"] = [
-                dict(zip(_ALL_KEYS, row, strict=True)) for row in _all_rows(facts, settings, names)
-            ]
+            document["functions"] = _all_functions(inventory, facts, settings, names)
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         if args.topology:
             console.print("", *matrix_lines(_devices(inventory)), "", *legend_lines(), sep="\n", markup=False)
         if args.all:
-            _print_all(console, _all_rows(facts, settings, names))
+            _print_all(console, _all_functions(inventory, facts, settings, names))
     return 1 if facts.unreachable else 0
 
 
@@ -114,34 +112,37 @@ def _devices(inventory: Inventory) -> list[Device]:
     return [device for devices in inventory.resources.values() for device in devices]
 
 
-_ALL_KEYS = ("pci_address", "class", "id", "driver", "iommu_group", "resource", "rule")
+def _all_functions(
+    inventory: Inventory, facts: HostFacts, settings: Settings, names: ModelNames
+) -> list[dict[str, Any]]:
+    """Each PCI function: what it is, the rule that took it, and why it is not offered where it is not."""
+    functions = [
+        _function_as_json(function, claim(function, settings, names), inventory.unoffered.get(function.address))
+        for function in facts.functions.values()
+    ]
+    unknown = dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule"))
+    functions += [{"pci_address": a, **unknown, "reason": f"unreadable: {why}"} for a, why in facts.unreadable.items()]
+    return sorted(functions, key=lambda function: str(function["pci_address"]))
 
 
-def _all_rows(facts: HostFacts, settings: Settings, names: ModelNames) -> list[tuple[str, ...]]:
-    """One row for each PCI function: what it is, and the rule that wants it or why none does."""
-    rows = []
-    for function in facts.functions.values():
-        answer = claim(function, settings, names)
-        resource = answer.resource if answer is not None and answer.resource is not None else "-"
-        rows.append(
-            (
-                function.address,
-                f"{function.class_code:06x}",
-                f"{function.vendor:04x}:{function.device:04x}",
-                function.driver or "-",
-                "-" if function.iommu_group is None else str(function.iommu_group),
-                resource,
-                "no rule matches" if answer is None else answer.rule,
-            )
-        )
-    rows += [(address, "-", "-", "-", "-", "-", f"unreadable: {why}") for address, why in facts.unreadable.items()]
-    return sorted(rows)
+def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str | None) -> dict[str, Any]:
+    """`reason` is null for what is offered."""
+    return {
+        "pci_address": function.address,
+        "class": f"{function.class_code:06x}",
+        "id": f"{function.vendor:04x}:{function.device:04x}",
+        "driver": function.driver,
+        "iommu_group": function.iommu_group,
+        "resource": answer.resource if answer is not None else None,
+        "rule": answer.rule if answer is not None else None,
+        "reason": "no rule matches" if answer is None else why_not,
+    }
 
 
-def _print_all(console: Console, rows: list[tuple[str, ...]]) -> None:
-    table = _table("PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE")
-    for row in rows:
-        table.add_row(*row)
+def _print_all(console: Console, functions: list[dict[str, Any]]) -> None:
+    table = _table("PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE", "NOT OFFERED BECAUSE")
+    for function in functions:
+        table.add_row(*("-" if cell is None else str(cell) for cell in function.values()))
     console.print()
     console.print(table)
 

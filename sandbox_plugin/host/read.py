@@ -106,14 +106,21 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
 
 
 def _identify(folder: str, address: str) -> PciFunction:
-    """What a function is: it never changes. Raises OSError and ValueError."""
+    """What a function is, as rules ask for it: it never changes. Raises OSError and ValueError.
+
+    What it can do without is read once more, with a word about what fails, when a vfio driver holds it.
+    """
     names = (("vendor", 4), ("device", 4), ("class", 6))
     vendor, device, class_code = (_hex(_text(f"{folder}/{name}"), name, digits) for name, digits in names)
+    optional = _Optional(folder)
     return PciFunction(
         address=address,
         vendor=vendor,
         device=device,
         class_code=class_code,
+        subsystem_vendor=optional.hex("subsystem_vendor", 4),
+        subsystem_device=optional.hex("subsystem_device", 4),
+        physical_function=optional.link_name("physfn"),
         bridges=_bridges(folder, address),
     )
 
@@ -130,13 +137,14 @@ def _unchanging(function: PciFunction) -> PciFunction:
         revision=function.revision,
         bars=function.bars,
         bridges=function.bridges,
+        physical_function=function.physical_function,
     )
 
 
 def _with_details(paths: HostPaths, folder: str, function: PciFunction) -> PciFunction:
     """The function with everything else that its folder says."""
     optional = _Optional(folder)
-    if function.subsystem_vendor is None:
+    if function.revision is None or function.subsystem_vendor is None:
         function = replace(
             function,
             subsystem_vendor=optional.hex("subsystem_vendor", 4),

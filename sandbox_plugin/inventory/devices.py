@@ -43,6 +43,9 @@ def find_devices(facts: HostFacts, settings: Settings, names: ModelNames, *, cde
             unoffered[function.address] = why_not
         else:
             wanted.append((function, answer))
+    if not cdevs:
+        wanted, lost_out = _one_resource_a_group(wanted)
+        unoffered |= lost_out
     build = _by_cdev if cdevs else _by_group
     judge = partial(assess, facts=facts, require_iommufd=settings.require_iommufd)
     devices = [replace(d, health=judge(d)) for d in build(wanted, facts, names)]
@@ -55,7 +58,7 @@ def _why_not(function: PciFunction, answer: Claim, facts: HostFacts, *, cdevs: b
     if not is_vfio_bound(function, facts):
         return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
     if function.virtual_functions:
-        return f"carries {function.virtual_functions} SR-IOV virtual functions: those can be offered, not the whole"
+        return f"{_carries(function)}: those can be offered, not the whole"
     if function.iommu_group is None:
         return "in no IOMMU group: is the IOMMU switched on?"
     if facts.groups[function.iommu_group].noiommu:
@@ -63,6 +66,10 @@ def _why_not(function: PciFunction, answer: Claim, facts: HostFacts, *, cdevs: b
     if cdevs and (function.vfio is None or function.vfio.cdev is None):
         return "being bound: its cdev is not there yet"
     return None
+
+
+def _carries(function: PciFunction) -> str:
+    return f"carries {function.virtual_functions} SR-IOV virtual functions"
 
 
 def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
@@ -88,22 +95,40 @@ def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: M
     return devices
 
 
+def _one_resource_a_group(
+    wanted: list[tuple[PciFunction, Claim]],
+) -> tuple[list[tuple[PciFunction, Claim]], dict[str, str]]:
+    """Where rules of two resources meet in one group, the first rule has it. Also says why the others went empty."""
+    winners: dict[int | None, Claim] = {}
+    for function, answer in sorted(wanted, key=lambda each: (each[1].rank, each[0].address)):
+        winners.setdefault(function.iommu_group, answer)
+    kept, lost_out = [], {}
+    for function, answer in wanted:
+        winner = winners[function.iommu_group]
+        if answer.resource == winner.resource:
+            kept.append((function, answer))
+        else:
+            whose = f"{winner.rule} has for {winner.resource}"
+            lost_out[function.address] = f"a part of IOMMU group {function.iommu_group}, which {whose}"
+    return kept, lost_out
+
+
 def _by_group(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
-    """One device for each group. Where rules of two resources meet in one group, the first rule has it."""
+    """One device for each group."""
     by_group: dict[int, list[tuple[PciFunction, Claim]]] = defaultdict(list)
     for function, answer in wanted:
         assert function.iommu_group is not None
         by_group[function.iommu_group].append((function, answer))
     devices = []
     for number, members in by_group.items():
-        _, winner = min(members, key=lambda member: (member[1].rank, member[0].address))
-        functions = [f for f, answer in members if answer.resource == winner.resource]
-        assert winner.resource is not None
+        functions = [function for function, _ in members]
+        resource = members[0][1].resource
+        assert resource is not None
         models = dict.fromkeys(_model(f, names) for f in functions)
         devices.append(
             Device(
                 id=str(number),
-                resource=winner.resource,
+                resource=resource,
                 node=f"/dev/vfio/{number}",
                 model=" + ".join(models),
                 placements=tuple(_placement(f) for f in functions),
@@ -153,11 +178,14 @@ def lost(device: Device, facts: HostFacts) -> Health:
             )
     function = facts.functions.get(device.address)
     if function is None:
-        return Health(reason=Reason.GONE, detail=f"{device.address} is not on the PCI bus any more")
+        where = "there" if device.mdev else "on the PCI bus"
+        return Health(reason=Reason.GONE, detail=f"{device.address} is not {where} any more")
     if not is_vfio_bound(function, facts):
         holder = f"bound to {function.driver}" if function.driver else "bound to no driver"
         return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is {holder}, not to a vfio driver")
-    if function.vfio is not None and device.node != f"/dev/vfio/devices/vfio{function.vfio.number}":
+    is_cdev = device.node.startswith("/dev/vfio/devices/")
+    if is_cdev and function.vfio is not None and device.node != f"/dev/vfio/devices/vfio{function.vfio.number}":
         detail = f"{device.address} was bound anew and is vfio{function.vfio.number} now"
         return Health(reason=Reason.NOT_BOUND, detail=detail)
-    return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is no longer offered")
+    why = f": it {_carries(function)}" if function.virtual_functions else ""
+    return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is no longer offered{why}")

@@ -151,9 +151,7 @@ class Endpoint:
             try:
                 yield own
             finally:
-                server.close()
-                listener.hang_up()
-                await server.wait_closed()
+                await server.end(listener)
         finally:
             listener.close()
             sockets.remove(self.path, own)
