@@ -56,7 +56,7 @@ def test_who_connects_in_the_moment_in_which_the_server_ends_is_hung_up_on(place
         with socket.socket(socket.AF_UNIX) as late:
             late.connect(str(places.top / "plugin.sock"))
             await asyncio.sleep(0)
-            await asyncio.sleep(0)  # the loop has accepted it in the round before this one; its transport is yet to come
+            await asyncio.sleep(0)  # accepted in the round before this one; its transport is yet to come
             await server.end(listener)
             listener.close()
             late.setblocking(False)
