@@ -58,6 +58,10 @@ generate-api: setup
 pci-names *file: setup
     python scripts/generate-pci-names.py "$@"
 
+# take what docs/consumers.md shows from runs
+consumers: setup
+    python scripts/show-consumers.py
+
 # print what a cluster gets from an overlay
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}

