@@ -76,7 +76,7 @@ truth examples="100" steps="100": setup
 
 # the faults that take long too: 100 kubelet restarts, a kubelet that hangs
 test-slow: setup
-    SANDBOX_SLOW=1 KUBELET_RESTARTS=100 pytest tests/test_faults.py
+    SANDBOX_SLOW=1 KUBELET_RESTARTS=100 pytest tests/test_faults.py tests/test_pods.py
 
 # restarts, flapping devices and Allocates at random; at the end nothing may have grown
 soak seconds="600": setup

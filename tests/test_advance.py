@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -325,6 +326,25 @@ def test_a_dead_device_that_falls_asleep_is_still_dead() -> None:
 def test_a_recovery_that_failed_at_the_bridge_above_failed() -> None:
     node = Node().look(host(gpu(A))).look(aer=((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")))
     assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
+
+
+def test_a_mate_that_was_used_after_the_last_answer_is_enough_too() -> None:
+    node = Node().look(mates()).pods(after=1).look(mates(enable=1), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+
+
+def test_what_is_in_use_when_it_is_first_seen_was_so_when_pod_resources_was_asked() -> None:
+    node = Node().pods(asked=90).look(host(gpu(A, enable=1)))
+    assert node.reason("0") is Reason.IN_USE_ELSEWHERE
+    assert Node().pods("0", asked=90).look(host(gpu(A, enable=1))).reason("0") is None
+
+
+def test_an_answer_that_may_lack_anything_says_who_holds_what_and_no_more() -> None:
+    node = Node().pods("1", asked=-math.inf).look(mates(enable=1))
+    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
+    assert Node().pods(asked=-math.inf).look(host(gpu(A, enable=1))).reason("0") is None
+    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(asked=-math.inf)
+    assert gone.look(after=10 * RETIRE).pods(asked=-math.inf).listed == ["0"]
 
 
 def test_a_node_that_was_only_guessed_promises_nothing() -> None:

@@ -50,7 +50,8 @@ class Holdings:
     """One answer of PodResources: which devices pods hold, by resource and ID, and who they are."""
 
     asked_at: float
-    """Monotonic seconds before the question was sent: what happened later may be missing from the answer."""
+    """Monotonic seconds before the question was sent: what happened later may be missing from the answer. -inf: so may
+    anything."""
     pods: Mapping[DeviceKey, str] = field(default_factory=dict)
     """Device -> `namespace/name` of the pod that holds it."""
 
@@ -186,24 +187,28 @@ def _follow(
         device, track = present.get(key), kept.get(key)
         if track is None:
             assert device is not None
-            followed[key] = _arrived(device, facts, now)
+            followed[key] = _arrived(device, facts, signals, now)
         elif device is None:
             followed[key] = _lost(track, facts, signals, now)
         elif track.device.placements and track.device.node != device.node:
             followed[key] = _gone(track, _id_held(track.device, device), signals, now)
         elif track.gone_since is not None or _addresses(track.device) != _addresses(device):
-            followed[key] = _arrived(device, facts, now)
+            followed[key] = _arrived(device, facts, signals, now)
         else:
             followed[key] = _stayed(track, device, facts, signals, now)
     return followed
 
 
-def _arrived(device: Device, facts: HostFacts, now: float) -> Track:
-    """New or bound anew: nothing of the past counts."""
+def _arrived(device: Device, facts: HostFacts, signals: Signals, now: float) -> Track:
+    """New or bound anew: nothing of the past counts.
+
+    What is in use when it is first seen was so before, for all we know: what PodResources has said holds for it.
+    """
+    asked_at = signals.holdings.asked_at if signals.holdings is not None else now
     return Track(
         device=device,
         arrived_at=now,
-        in_use_since=now if _enabled_functions(device, facts) else None,
+        in_use_since=(asked_at if math.isfinite(asked_at) else now) if _enabled_functions(device, facts) else None,
         fatal_errors=_fatal_counts(device, facts),
     )
 
@@ -367,7 +372,7 @@ def _taken(
 ) -> Health:
     """Whether somebody else has this device's group, of which it is free itself.
 
-    Without PodResources a device that is in use itself may be so by the pod that it was given to.
+    While PodResources has not said who uses a mate, a device that is in use itself may be so by the same pod.
     """
     group = track.device.iommu_group
     mates = [t for t in tracks.values() if t.gone_since is None and t.device.iommu_group == group and t is not track]
@@ -380,17 +385,22 @@ def _taken(
         if (holder := _holder(mate.key, promises, signals)) is not None:
             detail = f"its IOMMU group {group} belongs to {holder}, by {mate.device.id} ({mate.device.address})"
             return Health(reason=Reason.GROUP_TAKEN, detail=detail)
-    if signals.holdings is None and track.in_use_since is None:
+    if track.in_use_since is None:
         for mate in mates:
-            if mate.in_use_since is not None:
+            if mate.in_use_since is not None and not _was_asked(signals, mate.in_use_since):
                 detail = f"its IOMMU group {group} is in use, by {mate.device.id} ({mate.device.address})"
                 return Health(reason=Reason.GROUP_TAKEN, detail=detail)
     for user in [track, *mates]:
         since = user.in_use_since
-        if since is not None and signals.holdings is not None and signals.holdings.asked_at >= since:
+        if since is not None and _was_asked(signals, since):
             detail = f"{user.device.address} is in use (enable is 1) although no pod holds it"
             return Health(reason=Reason.IN_USE_ELSEWHERE, detail=detail)
     return HEALTHY
+
+
+def _was_asked(signals: Signals, since: float) -> bool:
+    """Whether PodResources was asked after that moment, so that what it does not name is held by no pod."""
+    return signals.holdings is not None and signals.holdings.asked_at >= since
 
 
 def _holder(key: DeviceKey, promises: Mapping[DeviceKey, Promise], signals: Signals) -> str | None:

@@ -3,14 +3,18 @@
 There is no Deallocate in the device plugin API: that a pod is gone shows only here. The kubelet answers at most 100
 calls a second, and Kata's own calls share that limit, so it is asked every `INTERVAL` seconds at most, and only while
 something waits for the answer. Without the socket everything works, with less knowledge.
+
+A kubelet that has just started serves this API before it has heard of its pods (startKubelet in
+cmd/kubelet/app/server.go begins both at once): what it names is held, and what it does not name may be held as well.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -19,12 +23,15 @@ from grpclib.client import Channel
 
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.advance import Holdings
+from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.server import CONNECTION_LOST
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, MessageCodec, check
 from sandbox_plugin.registry import Registry
 
 INTERVAL = 5.0
 """Seconds between questions."""
+YOUNG = 30.0
+"""Seconds after its start in which a kubelet may not know all of its pods."""
 _TIMEOUT = 4.0
 """Seconds for one answer."""
 
@@ -39,7 +46,12 @@ class HoldingsPoller:
     registry: Registry
     clock: Callable[[], float] = time.monotonic
     _answered: bool = False
+    """Once at least, by a kubelet that knew its pods."""
     _trouble: str | None = None
+    _kubelet: sockets.Identity | None = None
+    _kubelet_since: float = 0.0
+    """When the kubelet that made this socket began, by `clock`."""
+    _last: Holdings | None = None
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -54,6 +66,7 @@ class HoldingsPoller:
     async def ask(self, patience: float = _TIMEOUT) -> None:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""
         asked_at = self.clock()
+        is_young = self._is_young()
         try:
             async with asyncio.timeout(patience):
                 learnt = holdings(await list_pods(self.socket), asked_at)
@@ -69,8 +82,17 @@ class HoldingsPoller:
             self._complain(f"the answer is malformed: {error}")
         else:
             self._trouble = None
-            self._answered = True
-            self.registry.learn(holdings=learnt)
+            self._answered = self._answered or not is_young
+            self._last = without_absences(learnt, self._last) if is_young else learnt
+            self.registry.learn(holdings=self._last)
+
+    def _is_young(self) -> bool:
+        """Whether the kubelet has just started. A socket that we see for the first time tells its age by its mtime."""
+        now = self.clock()
+        if (found := sockets.identity(self.socket)) != self._kubelet:
+            age = 0.0 if found is None else time.time() - found[2] / 1e9
+            self._kubelet, self._kubelet_since = found, now - min(max(age, 0.0), YOUNG)
+        return now - self._kubelet_since < YOUNG
 
     def _complain(self, why: str) -> None:
         if why != self._trouble:
@@ -100,3 +122,10 @@ def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:
             for device_id in devices.device_ids
         },
     )
+
+
+def without_absences(answer: Holdings, before: Holdings | None) -> Holdings:
+    """What an answer tells that may lack some pods: who holds what, and of nobody that he does not any more."""
+    if before is None:
+        return replace(answer, asked_at=-math.inf)
+    return Holdings(asked_at=before.asked_at, pods={**before.pods, **answer.pods})

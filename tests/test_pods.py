@@ -1,0 +1,141 @@
+"""What the daemon makes of PodResources: who holds what, what is in use by nobody's pod, and when a device may leave.
+
+The rules are tried out in test_advance.py, with times of its own choosing; here they meet the real process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+from conftest import StartDaemon
+from daemon import Places
+from kubelet import GrpcKubelet
+from pods import PodResources
+from trials import NVSWITCH, PGPU, QUICK, socket_of, wait_until
+
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.inventory.advance import RETIRE
+
+GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
+HOUR = 3600.0
+
+MakeNode = Callable[[str], FakeNode]
+
+
+@pytest.fixture
+def pods(places: Places) -> Iterator[PodResources]:
+    """A PodResources that has not been started."""
+    with PodResources(places.top / "pod-resources/kubelet.sock") as made:
+        yield made
+
+
+def group_of(node: FakeNode, address: str) -> str:
+    """The ID of a device on a node without cdevs."""
+    return str(node.function(address).iommu_group)
+
+
+def test_what_pods_hold_and_the_node_does_not_show_is_listed_unhealthy_from_the_start(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+) -> None:
+    pods.start(age=HOUR)
+    pods.hold("old", PGPU, "99")
+    pods.hold("somebody-elses", "example.com/nic", "1")
+    pods.hold("unknown-alias", "nvidia.com/other", "2")
+    node = fake_node("workstation")
+    plugin = daemon(node)
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"99"})
+    assert kubelet.healthy(PGPU) == {group_of(node, GEFORCE), group_of(node, T4)}
+    assert kubelet.resources() == {PGPU}
+    (found,) = plugin.events("device found", resource=PGPU, device="99")
+    assert found["health"] == "gone: pod default/old holds it, but this node shows no such device"
+
+
+def test_what_is_in_use_although_no_pod_holds_it_is_unhealthy_until_a_pod_does(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+) -> None:
+    node = fake_node("workstation")
+    held, taken = group_of(node, GEFORCE), group_of(node, T4)
+    for address in (GEFORCE, T4):
+        node.set_enable(address, 1)
+    pods.start(age=HOUR)
+    pods.hold("vm", PGPU, held)
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held} and kubelet.unhealthy(PGPU) == {taken})
+    (found,) = plugin.events("device found", resource=PGPU, device=taken)
+    assert found["health"] == f"in-use-elsewhere: {T4} is in use (enable is 1) although no pod holds it"
+    pods.hold("another", PGPU, taken)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held, taken})
+
+
+def test_it_is_well_again_when_whoever_used_it_lets_go(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+) -> None:
+    node = fake_node("workstation")
+    taken = group_of(node, T4)
+    node.set_enable(T4, 1)
+    pods.start(age=HOUR)
+    daemon(node, QUICK)
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {taken})
+    node.set_enable(T4, 0)
+    kubelet.wait_for(lambda: taken in kubelet.healthy(PGPU))
+
+
+def test_a_kubelet_that_has_just_started_and_names_no_pod_is_not_taken_at_its_word(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources, places: Places
+) -> None:
+    """It serves PodResources before it has heard of its pods; whoever uses a device then is most likely one of them."""
+    node = fake_node("workstation")
+    both = {group_of(node, GEFORCE), group_of(node, T4)}
+    for address in (GEFORCE, T4):
+        node.set_enable(address, 1)
+    pods.start(age=HOUR)
+    pods.hold("vm", PGPU, *both)
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == both)
+    pods.stop()
+    with PodResources(places.top / "pod-resources/kubelet.sock") as young:
+        young.start(age=0)
+        kubelet.restart()
+        young.wait_until_asked()
+        young.wait_until_asked()  # the first answer has been taken in
+        kubelet.wait_for(lambda: kubelet.healthy(PGPU) == both)
+    assert not plugin.events("device changed")
+
+
+def test_nor_by_a_daemon_that_has_just_started_too(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+) -> None:
+    node = fake_node("workstation")
+    node.set_enable(T4, 1)
+    pods.start(age=0)
+    pods.hold("vm", PGPU, "99")
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"99"})  # it has been asked, and what it does name counts
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {group_of(node, GEFORCE), group_of(node, T4)})
+    assert not plugin.events("device changed")
+
+
+@pytest.mark.skipif("SANDBOX_SLOW" not in os.environ, reason="takes long: SANDBOX_SLOW=1 runs it")
+@pytest.mark.timeout(3 * RETIRE)
+def test_the_last_device_of_a_resource_takes_its_stream_socket_and_spec_along_a_minute_after_its_pod(
+    places: Places, fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+) -> None:
+    node = fake_node("hgx-h100")
+    switches = [f.address for f in node.functions() if f.class_code == 0x068000]
+    pods.start(age=HOUR)
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: len(kubelet.healthy(NVSWITCH)) == len(switches) and len(kubelet.healthy(PGPU)) == 8)
+    one = min(kubelet.healthy(NVSWITCH))
+    pods.hold("vm", NVSWITCH, one)
+    for address in switches:
+        node.unbind(address)
+    kubelet.wait_for(lambda: len(kubelet.unhealthy(NVSWITCH)) == len(switches))
+    kubelet.wait_for(lambda: kubelet.unhealthy(NVSWITCH) == {one}, timeout=RETIRE + 20)
+    pods.release("vm")
+    plugin.wait_for("no longer advertised", resource=NVSWITCH, timeout=RETIRE + 20)
+    kubelet.wait_for(lambda: NVSWITCH not in kubelet.resources())
+    wait_until(lambda: not socket_of(places, NVSWITCH).exists(), "its socket is gone")
+    wait_until(lambda: [f.name for f in places.cdi.glob("*.yaml")] == ["nvidia.com-pgpu.yaml"], "its spec is gone")
+    assert len(kubelet.healthy(PGPU)) == 8
