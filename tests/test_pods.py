@@ -5,7 +5,6 @@ The rules are tried out in test_advance.py, with times of its own choosing; here
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,7 +12,7 @@ from conftest import StartDaemon
 from daemon import Places
 from kubelet import GrpcKubelet
 from pods import PodResources
-from trials import NVSWITCH, PGPU, QUICK, socket_of, wait_until
+from trials import NVSWITCH, PGPU, QUICK, slow, socket_of, wait_until
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.advance import RETIRE
@@ -82,6 +81,7 @@ def test_it_is_well_again_when_whoever_used_it_lets_go(
     kubelet.wait_for(lambda: taken in kubelet.healthy(PGPU))
 
 
+@slow
 def test_a_kubelet_that_has_just_started_and_names_no_pod_is_not_taken_at_its_word(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources, places: Places
 ) -> None:
@@ -117,7 +117,7 @@ def test_nor_by_a_daemon_that_has_just_started_too(
     assert not plugin.events("device changed")
 
 
-@pytest.mark.skipif("SANDBOX_SLOW" not in os.environ, reason="takes long: SANDBOX_SLOW=1 runs it")
+@slow
 @pytest.mark.timeout(3 * RETIRE)
 def test_the_last_device_of_a_resource_takes_its_stream_socket_and_spec_along_a_minute_after_its_pod(
     places: Places, fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
