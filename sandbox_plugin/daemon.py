@@ -96,8 +96,9 @@ async def run(settings: Settings) -> None:
 
 
 def cdi_folders(settings: Settings) -> tuple[Path, ...]:
-    """All folders that Kata reads specs from: ours and the host's other one, if this is the host."""
-    return (settings.cdi_dir, Path("/etc/cdi")) if settings.host_root == Path("/") else (settings.cdi_dir,)
+    """All folders that Kata reads specs from: ours, and the host's two; each once, whatever it is called."""
+    folders = (settings.cdi_dir, settings.host_root / "var/run/cdi", settings.host_root / "etc/cdi")
+    return tuple({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
 
 
 async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]]) -> None:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,16 +111,27 @@ class Daemon:
         self._ended = False
         self._killed = False
         self._process = subprocess.Popen(
-            [*PYTHON, "-m", "sandbox_plugin", "run", *places.flags(node), *flags],
+            [*self._command(), *self._arguments(node, flags)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=clean_environment({"TMPDIR": str(places.top), **environment}),
+            env=clean_environment({"TMPDIR": str(places.top), **self._environment(node), **environment}),
         )
         self._reader = threading.Thread(target=self._read, name="daemon's log", daemon=True)
         self._reader.start()
+
+    # How it is started, for tests that start it in another way
+
+    def _command(self) -> list[str]:
+        return [*PYTHON, "-m", "sandbox_plugin"]
+
+    def _arguments(self, node: FakeNode | str, flags: Sequence[str]) -> list[str]:
+        return ["run", *self._places.flags(node), *flags]
+
+    def _environment(self, node: FakeNode | str) -> dict[str, str]:
+        return {}
 
     def __enter__(self) -> Daemon:
         return self

