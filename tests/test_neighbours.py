@@ -31,7 +31,7 @@ from trials import PGPU, QUICK, wait_until
 from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.outputs.cdi import MARK
-from sandbox_plugin.outputs.neighbours import Reading, judge_specs, read_spec
+from sandbox_plugin.outputs.cdi_rules import Reading, judge_specs, read_spec
 from sandbox_plugin.settings import Settings
 
 MakeNode = Callable[[str], FakeNode]
