@@ -70,6 +70,11 @@ manifests overlay="kata": setup
 test-vm *arguments:
     scripts/test-vm.sh "$@"
 
+# the same on a kernel with VFIO cdevs, which is built from Debian's sources first; not in CI
+test-vm-cdev:
+    scripts/build-cdev-kernel.sh
+    scripts/test-vm.sh --cdevs
+
 # random events on a fake node against an independent reading of it, for longer than the tests do
 truth examples="100" steps="100": setup
     TRUTH_EXAMPLES={{ examples }} TRUTH_STEPS={{ steps }} pytest tests/test_truth.py

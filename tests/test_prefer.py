@@ -390,6 +390,6 @@ def test_of_a_thousand_devices_the_choice_is_never_worse_than_greedy(shape: str,
         return 1 if same[2] else 3 if same[1] else 4 if same[0] else 5
 
     judged = judge(devices, list(devices), distance, policy)
-    for size in (4, 64, 200):
+    for size in (4, 200):
         chosen = take(devices, size, policy=policy)
         assert judged(chosen)[:2] <= judged(greedy(list(devices), distance, size, policy))[:2]

@@ -38,11 +38,14 @@ _KERNEL_LINE = (
 )
 
 
-def run_machine(kernel: Path, initrd: Path, seconds: float) -> int:
-    """Boots, obeys and prints until the guest ends. Returns its exit status, or 1 when it ended otherwise."""
+def run_machine(kernel: Path, initrd: Path, seconds: float, *, parameters: str = "") -> int:
+    """Boots, obeys and prints until the guest ends. Returns its exit status, or 1 when it ended otherwise.
+
+    Of the kernel's `parameters` those that it does not know become the environment of the guest's init.
+    """
     with tempfile.TemporaryDirectory(prefix="sandbox-vm-") as folder:
         serial, control = f"{folder}/serial", f"{folder}/qmp"
-        command = _command(kernel, initrd, serial, control)
+        command = _command(kernel, initrd, f"{_KERNEL_LINE} {parameters}", serial, control)
         qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         watchdog = threading.Timer(seconds, qemu.kill)
         watchdog.start()
@@ -55,7 +58,7 @@ def run_machine(kernel: Path, initrd: Path, seconds: float) -> int:
             qemu.wait()
 
 
-def _command(kernel: Path, initrd: Path, serial: str, control: str) -> list[str]:
+def _command(kernel: Path, initrd: Path, kernel_line: str, serial: str, control: str) -> list[str]:
     accelerator = os.environ.get("SANDBOX_VM_ACCEL", "tcg")
     options = [
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
@@ -65,7 +68,7 @@ def _command(kernel: Path, initrd: Path, serial: str, control: str) -> list[str]
         *("-device", "intel-iommu,intremap=on"),
         *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"),  # hot-plug the PCIe way
         *("-serial", f"unix:{serial},server=on,wait=off", "-qmp", f"unix:{control},server=on,wait=off"),
-        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", _KERNEL_LINE),
+        *("-kernel", str(kernel), "-initrd", str(initrd), "-append", kernel_line),
     ]
     devices = [word for device in _DEVICES for word in ("-device", device)]
     return ["qemu-system-x86_64", *options, *devices]

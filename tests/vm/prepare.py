@@ -1,6 +1,7 @@
 """What the machine is made of: a Debian kernel with its modules, a Debian userland, and the installed package.
 
-Everything comes from Debian's packages and from the checkout's .venv; nothing of it is installed on the host.
+Everything comes from Debian's packages and from the checkout's .venv; nothing of it is installed on the host. A kernel
+that was built here (scripts/build-cdev-kernel.sh) can take the place of Debian's.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ _DISTRIBUTIONS = ("sandbox-plugin", "grpcio", "protobuf", "pytest")
 _NOT_NEEDED = ("usr/share", "usr/lib/x86_64-linux-gnu/gconv", "usr/lib/python3.11/lib2to3")
 
 
-def prepare(work: Path) -> tuple[Path, Path]:
-    """Returns the kernel and the initramfs. `work` keeps the downloads, so that the next time is quicker."""
+def prepare(work: Path, own_kernel: Path | None = None) -> tuple[Path, Path]:
+    """Returns the kernel and the initramfs. `work` keeps the downloads, so that the next time is quicker.
+
+    `own_kernel`: a folder laid out as Debian's package, with boot/vmlinuz-* and lib/modules.
+    """
     if sys.version_info[:2] != (3, 11):
         sys.exit("test-vm: the guest has Debian's Python 3.11, so .venv must be of that version too")
-    kernel = unpack(work, "kernel", [_kernel_package()])
+    kernel = own_kernel or unpack(work, "kernel", [_kernel_package()])
     userland = unpack(work, "userland", list(_USERLAND))
     for name in _NOT_NEEDED:
         shutil.rmtree(userland / name, ignore_errors=True)

@@ -3,6 +3,9 @@
 Run by the guest's init. Prints a line for each case, with the milliseconds from the cause to the kubelet's seeing it,
 and `N passed, N failed` at the end. The kubelet is the tests' own, played by grpcio; daemon, causes and kubelet share
 one clock.
+
+The same cases run on kernels with and without VFIO cdevs. What differs is the ID of a device and the node it stands
+for, and both come from `kernel`; an ID is taken before an unbind, because a cdev's is gone with it.
 """
 
 from __future__ import annotations
@@ -21,20 +24,23 @@ from functools import partial
 from pathlib import Path
 
 from kernel import (
+    CDEVS,
     announce,
     bind,
     bind_by_new_id,
     bind_directly,
+    bound_id,
     cut_power,
+    device_id,
     driver,
     events,
     expect,
-    group,
     hot_add,
     hot_remove,
     inject_aer,
     insert_modules,
     new_id,
+    node,
     remove_vfio,
     unbind,
     wait_until,
@@ -62,7 +68,7 @@ _UNCORRECTABLE_FATAL = 0x40000
 class Bench:
     """The daemon, its kubelet, and the results."""
 
-    def __init__(self, *, name: str, prefix: tuple[str, ...] = (), user: int = 0) -> None:
+    def __init__(self, *, name: str, prefix: tuple[str, ...] = (), user: int = 0, flags: tuple[str, ...] = ()) -> None:
         self.results: list[tuple[str, float | None, str]] = []
         top = Path("/tmp", name)
         top.mkdir()
@@ -75,7 +81,7 @@ class Bench:
         self.kubelet.start()
         os.chown(self.kubelet.socket, user, user)
         command = [*prefix, sys.executable, "-m", "sandbox_plugin", "run", "--config", "/guest/rules.toml"]
-        flags = ["--kubelet-dir", str(self.kubelet.folder), "--cdi-dir", str(self.cdi), "--log-format", "json"]
+        command += ["--kubelet-dir", str(self.kubelet.folder), "--cdi-dir", str(self.cdi), "--log-format", "json"]
         with self.log_path.open("wb") as log:
             self.daemon = subprocess.Popen(
                 [*command, *flags, "--health-interval", str(HEALTH_INTERVAL)], stderr=log, stdin=subprocess.DEVNULL
@@ -90,6 +96,11 @@ class Bench:
 
     def is_healthy(self, resource: str, number: str) -> bool:
         return number in self.kubelet.healthy(resource)
+
+    def offers(self, resource: str, address: str) -> bool:
+        """Whether the function is healthy by the ID that it has now."""
+        number = device_id(address)
+        return number is not None and self.is_healthy(resource, number)
 
     def latency(self, cause: Callable[[], object], seen: Callable[[], bool], resource: str = GPUS) -> float:
         """Milliseconds from the cause to the message after which `seen` holds. Raises AssertionError."""
@@ -125,6 +136,8 @@ def main() -> int:
     bench = Bench(name="root")
     try:
         _bind_and_unbind(bench)
+        if CDEVS:
+            _renumbering(bench)
         _medians(bench)
         _hot_plug(bench)
         _shared_group(bench)
@@ -139,45 +152,79 @@ def main() -> int:
         _unprivileged_cases(nobody)
     finally:
         nobody.case("unprivileged: a graceful end", lambda: nobody.close())
-    return _summary(bench.results + nobody.results)
+    return _summary(bench.results + nobody.results + (_strict() if CDEVS else []))
 
 
 def _bind_and_unbind(bench: Bench) -> None:
-    number = group(GPU)
     bench.case(
         "bind by driver_override and drivers_probe; the first device of its resource",
-        lambda: bench.latency(lambda: bind(GPU), lambda: bench.is_healthy(GPUS, number)),
+        lambda: bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU)),
     )
+    number = bound_id(GPU)
     bench.case("the CDI spec names the node", lambda: _expect_spec(bench, GPUS, number))
     bench.case("Allocate answers with the node", lambda: _allocate(bench, number))
     bench.case("unbind", lambda: bench.latency(lambda: unbind(GPU), lambda: number in bench.kubelet.unhealthy(GPUS)))
     bench.case(
         "bind by the driver's own bind file",
-        lambda: bench.latency(lambda: bind_directly(GPU), lambda: bench.is_healthy(GPUS, number)),
+        lambda: bench.latency(lambda: bind_directly(GPU), lambda: bench.offers(GPUS, GPU)),
     )
+    number = bound_id(GPU)
     unbind(GPU)
     bench.kubelet.wait_for(lambda: not bench.is_healthy(GPUS, number), PATIENCE)
-    bench.case(
-        "bind by new_id", lambda: bench.latency(lambda: bind_by_new_id(GPU), lambda: bench.is_healthy(GPUS, number))
-    )
-    far = group(FAR)
+    bench.case("bind by new_id", lambda: bench.latency(lambda: bind_by_new_id(GPU), lambda: bench.offers(GPUS, GPU)))
     bench.case(
         "a device on the other NUMA node",
-        lambda: bench.latency(lambda: bind(FAR), lambda: bench.is_healthy(GPUS, far)),
+        lambda: bench.latency(lambda: bind(FAR), lambda: bench.offers(GPUS, FAR)),
     )
-    bench.case("its NUMA node is listed", lambda: _expect_numa(bench, far, 1))
+    bench.case("its NUMA node is listed", lambda: _expect_numa(bench, bound_id(FAR), 1))
+
+
+def _renumbering(bench: Bench) -> None:
+    """Two devices are unbound, and bound in the other order: each gets the other's cdev number, and so its ID."""
+    numbers = {address: bound_id(address) for address in (GPU, FAR)}
+    for address in (GPU, FAR):
+        unbind(address)
+    bench.kubelet.wait_for(lambda: bench.kubelet.unhealthy(GPUS) >= set(numbers.values()), PATIENCE)
+
+    def first() -> float:
+        """One of the two IDs has a new meaning; the other means nothing, and must not be offered."""
+        milliseconds = bench.latency(lambda: bind(FAR), lambda: bench.offers(GPUS, FAR))
+        expect(bound_id(FAR) == numbers[GPU], f"the kernel gave {bound_id(FAR)}, not the {numbers[GPU]} that was free")
+        expect(numbers[FAR] in bench.kubelet.unhealthy(GPUS), "its old ID is still offered")
+        _expect_meaning(bench, FAR)
+        return milliseconds
+
+    def second() -> float:
+        milliseconds = bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU))
+        expect(bound_id(GPU) == numbers[FAR], f"the kernel gave {bound_id(GPU)}, not {numbers[FAR]}")
+        for address in (GPU, FAR):
+            _expect_meaning(bench, address)
+        return milliseconds
+
+    bench.case("cdevs bound in the other order: the old ID is Unhealthy, the new one listed", first)
+    bench.case("and the other device has the ID that became free", second)
+
+
+def _expect_meaning(bench: Bench, address: str) -> None:
+    """The ID that a function has now stands for its NUMA node and its node, wherever one asks."""
+    number = bound_id(address)
+    shown = int(Path("/sys/bus/pci/devices", address, "numa_node").read_text())
+    listed = bench.kubelet.devices(GPUS)[number].numa
+    expect(listed == ((shown,) if shown >= 0 else None), f"{address} is on NUMA node {shown}, and {listed} is listed")
+    _expect_spec(bench, GPUS, number)
+    _allocate(bench, number)
 
 
 def _medians(bench: Bench) -> None:
     """Many binds and unbinds of one device; the medians are the figures that count."""
-    number = group(GPU)
     binds: list[tuple[float, float]] = []
     unbinds: list[tuple[float, float]] = []
     with events() as moments:
         for _ in range(ROUNDS):
+            number = bound_id(GPU)
             for cause, times, seen in (
-                (unbind, unbinds, lambda: not bench.is_healthy(GPUS, number)),
-                (bind, binds, lambda: bench.is_healthy(GPUS, number)),
+                (unbind, unbinds, partial(_is_not_healthy, bench, number)),
+                (bind, binds, partial(bench.offers, GPUS, GPU)),
             ):
                 whole = bench.latency(partial(cause, GPU), seen)
                 seen_at = bench.kubelet.history(GPUS)[-1].at
@@ -190,16 +237,20 @@ def _medians(bench: Bench) -> None:
         bench.case("    of these from the kernel's first event on", partial(statistics.median, shares))
 
 
+def _is_not_healthy(bench: Bench, number: str) -> bool:
+    return not bench.is_healthy(GPUS, number)
+
+
 def _hot_plug(bench: Bench) -> None:
     def added() -> float:
         """From the moment in which the kernel has bound it, by an ID that vfio-pci was told before."""
         began = _moment_of(lambda: hot_add("hot0"), lambda: driver(HOT) == "vfio-pci", "the hot-add")
-        bench.kubelet.wait_for(lambda: bench.is_healthy(EDUS, group(HOT)), PATIENCE)
+        bench.kubelet.wait_for(lambda: bench.offers(EDUS, HOT), PATIENCE)
         return (bench.kubelet.history(EDUS)[-1].at - began) * 1000
 
     with new_id(EDU_ID):
         bench.case("hot-add of a device that vfio-pci knows, the first of its resource", added)
-    number = group(HOT)
+    number = bound_id(HOT)
 
     def removed() -> float:
         """From the moment in which the kernel takes it away: the slot's button has a delay of 5 s."""
@@ -227,7 +278,7 @@ def _moment_of(cause: Callable[[], object], happened: Callable[[], bool], what: 
 
 
 def _off_the_bus(bench: Bench) -> None:
-    number = group(GPU)
+    number = bound_id(GPU)
     give_back: list[Callable[[], None]] = []
     bench.case(
         f"power cut behind the driver's back (no event; every {HEALTH_INTERVAL:g} s)",
@@ -242,12 +293,12 @@ def _off_the_bus(bench: Bench) -> None:
 
 
 def _shared_group(bench: Bench) -> None:
-    number = group(TWIN)
     unbind(SIBLING)
     bench.case(
         "a device whose group mate has no driver",
-        lambda: bench.latency(lambda: bind(TWIN), lambda: bench.is_healthy(GPUS, number)),
+        lambda: bench.latency(lambda: bind(TWIN), lambda: bench.offers(GPUS, TWIN)),
     )
+    number = bound_id(TWIN)
     bench.case(
         "its group mate is bound to a host driver",
         lambda: bench.latency(lambda: bind(SIBLING, "virtio-pci"), lambda: not bench.is_healthy(GPUS, number)),
@@ -285,11 +336,11 @@ def _in_use(bench: Bench) -> None:
 
 def _still_there(bench: Bench) -> None:
     with _pretend_vm(GPU):
-        expect(bench.is_healthy(GPUS, group(GPU)), "without PodResources nobody can say that no pod holds it")
+        expect(bench.offers(GPUS, GPU), "without PodResources nobody can say that no pod holds it")
 
 
 def _aer(bench: Bench) -> None:
-    number = group(GPU)
+    number = bound_id(GPU)
 
     def injected() -> float:
         if not Path("/dev/aer_inject").exists():
@@ -304,11 +355,11 @@ def _aer(bench: Bench) -> None:
             raise Skip(f"the kernel refuses: {error.strerror}") from None
 
     bench.case("a fatal AER error is injected", injected)
-    bench.case("and it recovers", lambda: _wait_healthy(bench, number))
+    bench.case("and it recovers", lambda: _wait_offered(bench, GPU))
 
 
-def _wait_healthy(bench: Bench, number: str) -> None:
-    bench.kubelet.wait_for(lambda: bench.is_healthy(GPUS, number), PATIENCE)
+def _wait_offered(bench: Bench, address: str) -> None:
+    bench.kubelet.wait_for(lambda: bench.offers(GPUS, address), PATIENCE)
 
 
 def _modules(bench: Bench) -> None:
@@ -323,7 +374,7 @@ def _modules(bench: Bench) -> None:
     def back() -> float:
         """From the moment in which the kernel has bound it: driver_override still asks for vfio-pci."""
         began = _moment_of(insert_modules, lambda: driver(GPU) == "vfio-pci", "the bind")
-        bench.kubelet.wait_for(lambda: bench.is_healthy(GPUS, group(GPU)), PATIENCE)
+        _wait_offered(bench, GPU)
         return (bench.kubelet.history(GPUS)[-1].at - began) * 1000
 
     bench.case("vfio is removed (rmmod) with its devices", removed)
@@ -331,12 +382,22 @@ def _modules(bench: Bench) -> None:
 
 
 def _unprivileged_cases(bench: Bench) -> None:
-    number = group(GPU)
-    bench.case("uid 65534, no capability, own network namespace: registers", lambda: _wait_healthy(bench, number))
+    bench.case("uid 65534, no capability, own network namespace: registers", lambda: _wait_offered(bench, GPU))
+    number = bound_id(GPU)
     bench.case(
         "the same: unbind", lambda: bench.latency(lambda: unbind(GPU), lambda: not bench.is_healthy(GPUS, number))
     )
-    bench.case("the same: bind", lambda: bench.latency(lambda: bind(GPU), lambda: bench.is_healthy(GPUS, number)))
+    bench.case("the same: bind", lambda: bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU)))
+
+
+def _strict() -> list[tuple[str, float | None, str]]:
+    """A daemon that takes nothing without a cdev, as confidential guests need it, offers what it finds here."""
+    bench = Bench(name="strict", flags=("--require-iommufd",))
+    try:
+        bench.case("--require-iommufd is satisfied", lambda: _wait_offered(bench, GPU))
+    finally:
+        bench.case("--require-iommufd: a graceful end", lambda: bench.close())
+    return bench.results
 
 
 def _unprivileged() -> tuple[str, ...]:
@@ -346,7 +407,7 @@ def _unprivileged() -> tuple[str, ...]:
 @contextmanager
 def _pretend_vm(address: str) -> Iterator[None]:
     process = subprocess.Popen(
-        [sys.executable, "/guest/guest_vm.py", group(address), address],
+        [sys.executable, "/guest/guest_vm.py", node(bound_id(address)), address],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -366,17 +427,17 @@ def _pretend_vm(address: str) -> Iterator[None]:
 
 def _expect_spec(bench: Bench, resource: str, number: str) -> None:
     text = (bench.cdi / f"{resource.replace('/', '-')}.yaml").read_text()
-    expect(f'"/dev/vfio/{number}"' in text, text)
+    expect(f'"{node(number)}"' in text, text)
 
 
 def _allocate(bench: Bench, number: str) -> None:
     (answer,) = bench.kubelet.plugin(GPUS).allocate([number]).container_responses
     found = [(device.host_path, device.permissions) for device in answer.devices]
-    expect(found == [(f"/dev/vfio/{number}", "mrw")], str(found))
+    expect(found == [(node(number), "mrw")], str(found))
 
 
-def _expect_numa(bench: Bench, number: str, node: int) -> None:
-    expect(bench.kubelet.devices(GPUS)[number].numa == (node,), str(bench.kubelet.devices(GPUS)[number]))
+def _expect_numa(bench: Bench, number: str, numa_node: int) -> None:
+    expect(bench.kubelet.devices(GPUS)[number].numa == (numa_node,), str(bench.kubelet.devices(GPUS)[number]))
 
 
 def _summary(results: list[tuple[str, float | None, str]]) -> int:

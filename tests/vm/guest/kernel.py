@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PCI = Path("/sys/bus/pci")
+CDEVS = "SANDBOX_CDEVS" in os.environ
+"""Whether this kernel must have VFIO cdevs: the kernel line says so, and a kernel that lost them fails the cases."""
 _KOBJECT_UEVENT = 15
 """NETLINK_KOBJECT_UEVENT of include/uapi/linux/netlink.h."""
 _SLOT_CONTROL, _POWER_OFF = 0x18, 0x400
@@ -53,6 +55,30 @@ def driver(address: str) -> str | None:
 
 def group(address: str) -> str:
     return os.path.basename(os.readlink(PCI / "devices" / address / "iommu_group"))
+
+
+def device_id(address: str) -> str | None:
+    """The ID that means a function: N of its cdev vfioN, and None while it has none; without cdevs its group's number.
+
+    A group keeps its number while nothing is bound. A cdev gets the lowest that is free, anew with every bind.
+    """
+    if not CDEVS:
+        return group(address)
+    cdevs = (PCI / "devices" / address / "vfio-dev").glob("vfio*/dev")
+    return next((cdev.parent.name.removeprefix("vfio") for cdev in cdevs), None)
+
+
+def bound_id(address: str) -> str:
+    """The same of a function that is bound, to compare with when it is not any more. Raises AssertionError."""
+    number = device_id(address)
+    if number is None:
+        raise AssertionError(f"{address} has no cdev")
+    return number
+
+
+def node(number: str) -> str:
+    """The VFIO node that an ID stands for."""
+    return f"/dev/vfio/devices/vfio{number}" if CDEVS else f"/dev/vfio/{number}"
 
 
 def unbind(address: str) -> None:
