@@ -110,3 +110,7 @@ image *arguments:
 # remove what the other recipes leave behind, .venv included
 clean:
     rm -rf .cache .venv .venv.lock dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+# how long a bind and an unbind take to reach a kubelet, on a fake node
+bench-latency *arguments: setup
+    python scripts/bench-latency.py "$@"
