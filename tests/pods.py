@@ -28,7 +28,7 @@ class PodResources:
     """
 
     def __init__(self, socket: Path) -> None:
-        self._socket = socket
+        self.socket = socket
         self._pods: dict[str, tuple[str, tuple[str, ...]]] = {}
         self._asked = 0
         self._changed = threading.Condition()
@@ -45,15 +45,15 @@ class PodResources:
     def start(self, *, age: float) -> None:
         """Listens, as a kubelet that began `age` seconds ago; a real one has made its socket then."""
         wire = load_wire()
-        self._socket.parent.mkdir(exist_ok=True)
+        self.socket.parent.mkdir(exist_ok=True)
         self._server = grpc.server(ThreadPoolExecutor(4, thread_name_prefix="PodResources"))
         servicer = wire.podresources_grpc.PodResourcesListerServicer()  # the other calls are unimplemented in it
         servicer.List = self._list
         wire.podresources_grpc.add_PodResourcesListerServicer_to_server(servicer, self._server)
-        assert self._server.add_insecure_port(f"unix:{self._socket}")
+        assert self._server.add_insecure_port(f"unix:{self.socket}")
         self._server.start()
         made = time.time() - age
-        os.utime(self._socket, (made, made))
+        os.utime(self.socket, (made, made))
 
     def stop(self) -> None:
         server, self._server = self._server, None

@@ -10,6 +10,8 @@ from typing import Any
 _MODULES = {
     "deviceplugin": "deviceplugin.v1beta1.api_pb2",
     "deviceplugin_grpc": "deviceplugin.v1beta1.api_pb2_grpc",
+    "podresources": "podresources.v1.api_pb2",
+    "podresources_grpc": "podresources.v1.api_pb2_grpc",
 }
 
 

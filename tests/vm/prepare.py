@@ -166,10 +166,11 @@ def _copy(found: Distribution, target: Path) -> None:
 
 
 def take_tests(target: Path) -> None:
-    """The kubelet of the tests, and the gRPC code that it speaks with, generated here."""
+    """The kubelet and the PodResources of the tests, and the gRPC code that they speak with, generated here."""
     sys.path.append(str(ROOT / "tests"))
     from wire import generate
 
-    shutil.copy(ROOT / "tests/kubelet.py", target)
+    for name in ("kubelet.py", "pods.py"):
+        shutil.copy(ROOT / "tests" / name, target)
     shutil.copy(Path(__file__).with_name("guest_wire.py"), target / "wire.py")
     generate(target)

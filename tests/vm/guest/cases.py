@@ -46,6 +46,7 @@ from kernel import (
     wait_until,
 )
 from kubelet import GrpcKubelet
+from pods import PodResources
 
 GPU, TWIN, SIBLING, FAR, HOT = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:81:00.0", "0000:03:00.0"
 GPU_PORT = "0000:00:04.0"
@@ -74,6 +75,7 @@ class Bench:
         top.mkdir()
         self.cdi = top / "cdi"
         self.kubelet = GrpcKubelet(top / "kubelet")
+        self.pods = PodResources(top / "pod-resources/kubelet.sock")
         self.log_path = top / "log"
         for folder in (self.cdi, self.kubelet.folder):
             folder.mkdir()
@@ -82,11 +84,12 @@ class Bench:
         os.chown(self.kubelet.socket, user, user)
         command = [*prefix, sys.executable, "-m", "sandbox_plugin", "run", "--config", "/guest/rules.toml"]
         command += ["--kubelet-dir", str(self.kubelet.folder), "--cdi-dir", str(self.cdi), "--log-format", "json"]
+        command += ["--pod-resources-socket", str(self.pods.socket)]
         with self.log_path.open("wb") as log:
             self.daemon = subprocess.Popen(
                 [*command, *flags, "--health-interval", str(HEALTH_INTERVAL)], stderr=log, stdin=subprocess.DEVNULL
             )
-        wait_until(lambda: "device" in self.log_path.read_text(), "the daemon's first look", PATIENCE)
+        self.wait_for_log("device")
 
     def close(self) -> None:
         self.daemon.terminate()
@@ -101,6 +104,10 @@ class Bench:
         """Whether the function is healthy by the ID that it has now."""
         number = device_id(address)
         return number is not None and self.is_healthy(resource, number)
+
+    def wait_for_log(self, text: str) -> None:
+        """The kubelet is told before the log is written."""
+        wait_until(lambda: text in self.log_path.read_text(), f"a line with {text} in the daemon's log", PATIENCE)
 
     def latency(self, cause: Callable[[], object], seen: Callable[[], bool], resource: str = GPUS) -> float:
         """Milliseconds from the cause to the message after which `seen` holds. Raises AssertionError."""
@@ -145,7 +152,9 @@ def main() -> int:
         _aer(bench)
         _modules(bench)
         _off_the_bus(bench)
+        _pods(bench)
     finally:
+        bench.pods.stop()
         bench.case("SIGTERM: a graceful end", lambda: bench.close())
     nobody = Bench(name="nobody", user=65534, prefix=_unprivileged())
     try:
@@ -337,6 +346,50 @@ def _in_use(bench: Bench) -> None:
 def _still_there(bench: Bench) -> None:
     with _pretend_vm(GPU):
         expect(bench.offers(GPUS, GPU), "without PodResources nobody can say that no pod holds it")
+
+
+def _pods(bench: Bench) -> None:
+    """From here on PodResources is there: who uses a device may be no pod, and the daemon asks every 5 s."""
+    bench.pods.start(age=3600)
+    number = bound_id(GPU)
+
+    def taken() -> None:
+        with _pretend_vm(GPU):
+            bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
+            bench.wait_for_log("in-use-elsewhere")
+        _wait_offered(bench, GPU)
+
+    def outlived() -> None:
+        bench.pods.hold("vm", GPUS, number)
+        with _pretend_vm(GPU):
+            bench.pods.wait_until_asked(2, PATIENCE)
+            expect(bench.offers(GPUS, GPU), "a pod holds it, so whoever uses it is that pod")
+            bench.pods.release("vm")
+            bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
+        _wait_offered(bench, GPU)
+
+    def kept() -> float:
+        """The kernel takes the driver's link away, and waits for the VM with everything else; no event tells of it."""
+        with _pretend_vm(GPU):
+            began = time.monotonic()
+            waiting = threading.Thread(target=unbind, args=(GPU,))
+            waiting.start()
+            bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
+            milliseconds = (bench.kubelet.history(GPUS)[-1].at - began) * 1000
+            still_waits = waiting.is_alive()
+            expect(bench.offers(GPUS, FAR), "another device suffers too")
+        waiting.join(PATIENCE)
+        expect(still_waits, "the unbind did not wait for the VM")
+        expect(not waiting.is_alive(), "the unbind goes on waiting")
+        return milliseconds
+
+    bench.case("a VM that is no pod's: in use elsewhere, and well again after it", taken)
+    bench.case("a pod's VM is no news, and outliving its pod it is", outlived)
+    bench.case(f"an unbind that waits for a VM (Linux 6.1 tells nobody; every {HEALTH_INTERVAL:g} s)", kept)
+    bench.case(
+        "the VM is gone, the device is bound again",
+        lambda: bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU)),
+    )
 
 
 def _aer(bench: Bench) -> None:
