@@ -126,6 +126,7 @@ class CdiWriter:
             if resource in self._seen:
                 in_cdi[resource] = self._seen[resource].ids
         self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)  # before anything else: pods may be waiting for it
+        await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by that
         for resource in written:
             log.info("cdi spec written", resource=resource, path=str(self.folder / cdi_file_name(resource)))
         stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
