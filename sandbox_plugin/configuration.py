@@ -17,6 +17,8 @@ from sandbox_plugin.inventory.naming import check_alias
 from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
 CONFIG_VARIABLE = "SANDBOX_PLUGIN_CONFIG"
+FAKE_SYSFS_VARIABLE = "SANDBOX_PLUGIN_FAKE_SYSFS"
+_PREFIX = "SANDBOX_PLUGIN_"
 _SOCKET_FOLDER_BYTES = 107 - len("/") - 18
 
 
@@ -65,6 +67,12 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> S
     return settings
 
 
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: a misspelt one would be missed without a word."""
+    known = {CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, *(option.environment for option in OPTIONS)}
+    return sorted(name for name in environment if name.startswith(_PREFIX) and name not in known)
+
+
 def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], ConfigFile]:
     """Settings by field name, each with where it was found, and the file as a whole. No path, nothing."""
     if not path:
@@ -94,12 +102,18 @@ def _path(text: str) -> Path:
 
 
 def _socket_folder(text: str) -> Path:
-    """A socket's path has 107 bytes at most (unix(7)), and the shortest name of one of ours has 18."""
+    """A socket's path has 107 bytes at most (unix(7)), and the shortest name of one of ours has 18.
+
+    A folder that is not there yet is waited for; what is something else will not become one.
+    """
     length = len(os.fsencode(text))
     if length > _SOCKET_FOLDER_BYTES:
         allowed = f"allowed are {_SOCKET_FOLDER_BYTES}, or sockets in it have no room for their names"
         raise ValueError(f"a path of {length} bytes: {allowed}")
-    return _path(text)
+    folder = _path(text)
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{text} is not a folder")
+    return folder
 
 
 def _seconds(text: str) -> float:

@@ -26,7 +26,7 @@ from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
 from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import may_be_ours
+from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, may_be_ours
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.kubelet.turn import Turn
@@ -223,7 +223,7 @@ async def report(registry: Registry) -> None:
     unoffered: dict[str, str] = {}
     inventory = await registry.newer_than(0)
     if not inventory.resources:
-        log.info("no device to offer yet", reason="no GPU or NVSwitch is bound to a vfio driver")
+        log.info("no device to offer yet", reason=NOTHING_TO_OFFER)
     while True:
         known = _report_devices(known, inventory)
         for address, why in sorted(inventory.unoffered.items()):

@@ -859,6 +859,11 @@ def test_after_sigkill_it_starts_over_what_was_left_behind(
 # What a person gives
 
 
+def test_a_variable_that_is_no_setting_is_named_and_ignored(daemon: Callable[..., Daemon]) -> None:
+    told = daemon("empty", SANDBOX_PLUGIN_HEALTH_INTERVALL="9").wait_for("unknown variable")
+    assert told["name"] == "SANDBOX_PLUGIN_HEALTH_INTERVALL"
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "words"),
     [
@@ -874,7 +879,8 @@ def test_after_sigkill_it_starts_over_what_was_left_behind(
         (["--allocation-policy=best"], {}, ["--allocation-policy", "packed, spread"]),
         (["--config={top}/none.toml"], {}, ["none.toml", "No such file"]),
         (["--kubelet-dir=/" + "k" * 88], {}, ["--kubelet-dir", "89 bytes", "allowed are 88"]),
-        (["--no-such-flag"], {}, ["--no-such-flag"]),
+        (["--kubelet-dir=/dev/null"], {}, ["--kubelet-dir", "/dev/null is not a folder"]),
+        (["--no-such-flag"], {}, ["--no-such-flag", "sandbox-plugin run --help"]),
     ],
 )
 def test_what_is_given_wrong_is_named_in_one_line_and_nothing_is_done(

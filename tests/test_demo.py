@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +36,32 @@ def demo(folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]
     )
 
 
+@contextmanager
+def on_terminal(folder: Path, lines: int, columns: int) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[str]]]:
+    """A demo on a terminal of its own, and one screen after the other, without colours, until it ends."""
+    ours, its = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as shown:
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+        program = [sys.executable, "-m", "sandbox_plugin", "demo"]
+        environment = clean_environment({"TMPDIR": str(folder), "TERM": "xterm-256color"})
+        process = subprocess.Popen(program, stdin=its, stdout=its, stderr=its, cwd=ROOT, env=environment)
+        os.close(its)
+
+        def screens() -> Iterator[str]:
+            seen = b""
+            with suppress(OSError):  # EIO: nobody has the terminal any more
+                while piece := shown.read(65536):
+                    *whole, seen = (seen + piece).split(b"\x1b[H")
+                    yield from (re.sub(r"\x1b\[[0-9;?]*[a-z]", "", screen.decode()) for screen in whole)
+            yield seen.decode()
+
+        try:
+            yield process, screens()
+        finally:
+            process.kill()
+            process.wait()
+
+
 def processes_in(folder: Path) -> list[int]:
     """Processes with this folder on their command line."""
     found = []
@@ -50,6 +83,23 @@ def test_without_a_terminal_the_story_is_told_once_with_measured_times(preset: s
     assert (process.returncode, errors) == (0, "")
     assert [int(number) for number in re.findall(r"^ *(\d+)\. ", told, re.MULTILINE)] == list(range(1, STEPS + 1))
     assert len(re.findall(r"^ +\d+(?:\.\d+)? m?s  ", told, re.MULTILINE)) == TIMED
+    assert list(places.top.iterdir()) == []
+    assert processes_in(places.top) == []
+
+
+@pytest.mark.parametrize(("lines", "columns"), [(24, 80), (50, 140)])
+def test_on_a_terminal_it_shows_the_devices_the_story_and_the_log_until_ctrl_c(
+    places: Places, lines: int, columns: int
+) -> None:
+    with on_terminal(places.top, lines, columns) as (process, screens):
+        shown = next(screen for screen in screens if "[4] [5] [6] [7]" in screen)
+        assert "nvidia.com/pgpu" in shown
+        assert "A pod asks for 4" in shown
+        assert "allocated: nvidia.com/pgpu 7" in shown
+        assert shown.rstrip().endswith("╯"), "the screen is longer than the terminal"
+        process.send_signal(signal.SIGINT)
+        assert list(screens)
+        assert process.wait(timeout=15) == 0
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []
 

@@ -101,12 +101,24 @@ def test_the_table_has_a_line_for_each_device(whole: dict[str, Path], capsys: py
     assert rows[-1] == ["nvidia.com/pgpu", "11", "0000:df:00.0", model, "1", node, "Healthy"]
 
 
+def test_lines_are_as_long_as_what_they_say_and_no_longer(
+    whole: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    assert main(["list", f"--fake-sysfs={whole['workstation']}", "--all", "--topology"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+    assert max(map(len, lines)) > 100, "what a name says is not cut off or folded for a narrow terminal"
+
+
 def test_a_node_without_devices_has_nothing_to_advertise_and_that_is_no_fault(
     whole: dict[str, Path], listed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert listed(whole["empty"]) == {"resources": [], "not_offered": [], "unreachable": None}
     assert main(["list", f"--fake-sysfs={whole['empty']}"]) == 0
-    assert capsys.readouterr().out.startswith("Nothing would be advertised: no GPU or NVSwitch is bound")
+    assert capsys.readouterr().out.startswith("Nothing would be advertised: no GPU, NVSwitch or other device")
+    assert main(["list", "--topology", f"--fake-sysfs={whole['empty']}"]) == 0
+    assert capsys.readouterr().out.count("\n") == 1, "there is no matrix of nothing"
 
 
 def test_functions_that_ride_along_with_a_gpu_are_neither_devices_nor_missed(

@@ -170,8 +170,12 @@ def test_the_program_knows_the_arguments_that_it_is_started_with(container: Mani
 
 
 def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster() -> None:
-    sets = [m for name in BUILDS[1:] for m in build(name) if m["kind"] == "DaemonSet"]
-    assert len({found["metadata"]["name"] for found in sets}) == len(sets) == 2
+    builds = [build(name) for name in BUILDS[1:]]
+    names = [{(m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]) for m in built} for built in builds]
+    for mine, others in permutations(names, 2):
+        assert not mine & others, "to delete one takes something of the other away"
+    sets = [m for built in builds for m in built if m["kind"] == "DaemonSet"]
+    assert len(sets) == 2
     for one, other in permutations(sets, 2):
         labels = other["spec"]["template"]["metadata"]["labels"]
         assert not one["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it would select the other's pods"

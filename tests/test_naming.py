@@ -233,6 +233,11 @@ def test_any_other_alias_is_refused_in_one_line_that_says_what_is_allowed(alias:
     assert "\n" not in str(refused.value)
 
 
+def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_domain() -> None:
+    with pytest.raises(ValueError, match=r"give what follows `nvidia\.com/` alone"):
+        check_alias("nvidia.com/pgpu")
+
+
 @unhurried
 @given(alias=any_name | aliases)
 def test_an_alias_is_accepted_exactly_if_it_is_a_cdi_class_and_a_qualified_name(alias: str) -> None:

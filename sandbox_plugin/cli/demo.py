@@ -22,7 +22,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sandbox_plugin.fake.kubelet import FakeKubelet
+from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.story import Story, StoryError, Told
@@ -33,6 +33,13 @@ _HEALTH_INTERVAL = 1.0
 _PAUSE = 3.0
 """Seconds between steps on a terminal, for a person to look."""
 _LOG_LINES = 6
+_CHAPTERS = 3
+_CHAPTER_LINES = 4
+"""Of these two the panel with the story is made; a chapter has five lines where the terminal is narrow, rarely."""
+_OTHER_LINES = 18
+"""What stands around the story: a line, the devices of two resources, the daemon's words, and the frames."""
+_FREE, _IN_A_POD, _UNHEALTHY = "green", "yellow", "bold red"
+"""How a device is shown: each also differs in its letters, for those who see no colours."""
 
 
 def add_parser(commands: Any) -> None:
@@ -180,14 +187,18 @@ async def _show_live(console: Console, preset: str, kubelet: FakeKubelet, story:
         return Group(
             Text(f"sandbox-plugin demo: the fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."),
             _devices_table(kubelet),
-            _story_panel(told),
-            Panel(Text("\n".join(daemon.said), no_wrap=True, overflow="ellipsis"), title="the daemon says", height=8),
+            _story_panel(told, chapters=max(1, min(_CHAPTERS, (console.height - _OTHER_LINES) // _CHAPTER_LINES))),
+            Panel(
+                Text("\n".join(daemon.said), no_wrap=True, overflow="ellipsis"),
+                title="the daemon says",
+                height=_LOG_LINES + 2,
+            ),
         )
 
     with Live(get_renderable=screen, console=console, screen=True, refresh_per_second=8):
         while True:
             async for chapter in story.chapters():
-                told[:] = [*told[-2:], chapter]
+                told[:] = [*told[1 - _CHAPTERS :], chapter]
                 await asyncio.sleep(_PAUSE)
 
 
@@ -196,7 +207,8 @@ def _devices_table(kubelet: FakeKubelet) -> Table:
     table = Table(title="what the kubelet sees", expand=True, show_lines=False)
     table.add_column("resource", no_wrap=True)
     table.add_column("healthy", justify="right")
-    table.add_column(Text.from_markup("devices: [green]free[/] [yellow]in a pod[/] [bold red]unhealthy[/]"), ratio=1)
+    legend = (("free", _FREE), "  ", ("[in a pod]", _IN_A_POD), "  ", ("!unhealthy", _UNHEALTHY))
+    table.add_column(Text.assemble("devices: ", *legend), ratio=1)
     for resource in kubelet.resources():
         devices = kubelet.devices(resource)
         cells = Text()
@@ -204,19 +216,27 @@ def _devices_table(kubelet: FakeKubelet) -> Table:
         for node in nodes:
             cells.append(f"{'node ' + ','.join(map(str, node)) if node else 'no node'}: ", style="dim")
             for device in sorted((d for d in devices.values() if d.numa_nodes == node), key=lambda d: int(d.id)):
-                held = kubelet.holder(resource, device.id) is not None
-                style = "bold red" if not device.healthy else "yellow" if held else "green"
-                cells.append(f"{device.id} ", style=style)
+                cells.append_text(_device_cell(device, is_held=kubelet.holder(resource, device.id) is not None))
+                cells.append(" ")
             cells.append("  ")
         table.add_row(resource, f"{len(kubelet.healthy(resource))}/{len(devices)}", cells)
     return table
 
 
-def _story_panel(told: list[Told]) -> Panel:
-    lines = Text(no_wrap=True, overflow="ellipsis")
-    for chapter in told:
-        lines.append(f"{_duration(chapter):>8}  ", style="bold cyan")
-        lines.append(f"{chapter.title}\n", style="bold")
-        lines.append(f"          {chapter.why}\n", style="dim")
-        lines.append(f"          {chapter.result}\n")
-    return Panel(lines, title="what happened, and how long until the kubelet saw it", height=11)
+def _device_cell(device: Listed, *, is_held: bool) -> Text:
+    if not device.healthy:
+        return Text(f"!{device.id}", _UNHEALTHY)
+    return Text(f"[{device.id}]", _IN_A_POD) if is_held else Text(device.id, _FREE)
+
+
+def _story_panel(told: list[Told], *, chapters: int) -> Panel:
+    lines = Table.grid(padding=(0, 2, 0, 0))
+    lines.add_column(justify="right", width=8)
+    lines.add_column()
+    for chapter in told[-chapters:]:
+        lines.add_row(Text(_duration(chapter), "bold cyan"), Text(chapter.title, "bold"))
+        lines.add_row("", Text(chapter.why, "dim"))
+        lines.add_row("", Text(chapter.result))
+    return Panel(
+        lines, title="what happened, and how long until the kubelet saw it", height=chapters * _CHAPTER_LINES + 2
+    )

@@ -17,7 +17,7 @@ from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import Inventory, Signals, advance
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import Claim, claim
+from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Claim, claim
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
 from sandbox_plugin.model import Device, HostFacts, PciFunction
 from sandbox_plugin.settings import Settings
@@ -56,12 +56,16 @@ def run(args: argparse.Namespace) -> int:
         json.dump(document, sys.stdout, indent=2)
         print()
     else:
-        console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=1000)
-        _print_tables(console, inventory, facts, names)
-        if args.topology:
-            console.print("", *matrix_lines(_devices(inventory)), "", *legend_lines(), sep="\n", markup=False)
-        if args.all:
-            _print_all(console, _all_functions(inventory, facts, settings, names))
+        # Never folded: a line that is too long is the terminal's to wrap, as with kubectl.
+        console = Console(highlight=False, width=1000)
+        with console.capture() as printed:
+            _print_tables(console, inventory, facts, names)
+            if args.topology and inventory.resources:
+                console.print("", *matrix_lines(_devices(inventory)), "", *legend_lines(), sep="\n", markup=False)
+            if args.all:
+                _print_all(console, _all_functions(inventory, facts, settings, names))
+        for line in printed.get().splitlines():
+            print(line.rstrip())
     return 1 if facts.unreachable else 0
 
 
@@ -151,7 +155,7 @@ def _print_tables(console: Console, inventory: Inventory, facts: HostFacts, name
     if facts.unreachable:
         console.print(f"The PCI bus cannot be read: {facts.unreachable}")
     elif not inventory.resources:
-        console.print("Nothing would be advertised: no GPU or NVSwitch is bound to a vfio driver.")
+        console.print(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
     else:
         table = _table("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH")
         for resource, devices in inventory.resources.items():
@@ -170,13 +174,13 @@ def _row(device: Device) -> tuple[str | Text, ...]:
     health = Text("Healthy", "green") if device.health.healthy else Text(f"Unhealthy: {device.health}", "red")
     addresses = "\n".join(p.address for p in device.placements)
     numa = ",".join(map(str, device.numa_nodes)) or "-"
-    return (device.id, addresses, device.model, numa, device.node, health)
+    return (device.id, addresses, device.model.replace(" + ", "\n"), numa, device.node, health)
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in ("ID", "PCI ADDRESS", "NODE", "RESOURCE"))
+        table.add_column(column, no_wrap=True)
     return table
 
 

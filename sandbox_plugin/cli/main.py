@@ -14,7 +14,7 @@ _DESCRIPTION = """\
 Gives whole passthrough GPUs to virtual machines that run pods (Kata Containers, confidential Kata, KubeVirt):
 a Kubernetes device plugin that follows what is bound to vfio-pci on this node.
 
-Without a command it is the daemon, and takes its settings from the environment.
+Without a command it is `run`, the daemon.
 """
 
 
@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help", "--version")):
         arguments = ["run", *arguments]
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        words = " ".join(unknown)
+        parser.exit(2, f"sandbox-plugin: unrecognized arguments: {words} (see {parser.prog} {arguments[0]} --help)\n")
     try:
         status: int = args.run(args)
     except UsageError as error:

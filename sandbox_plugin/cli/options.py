@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sandbox_plugin.configuration import CONFIG_VARIABLE, OPTIONS, load_settings
+from sandbox_plugin.configuration import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, OPTIONS, load_settings
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.settings import Settings, UsageError
@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
         metavar="DIR|PRESET",
         default=None,
         help="read a made-up host: DIR/sys and DIR/dev, or a preset made in a temporary folder "
-        f"({', '.join(PRESETS)}) [SANDBOX_PLUGIN_FAKE_SYSFS]",
+        f"({', '.join(PRESETS)}) [{FAKE_SYSFS_VARIABLE}]",
     )
     parser.add_argument(
         "--config",
@@ -48,7 +48,7 @@ def settings_from(args: argparse.Namespace) -> Iterator[Settings]:
     """The settings of one run. A preset's tree exists for as long as the context."""
     flags = {name: getattr(args, name, None) for name in ("config", *(option.name for option in OPTIONS))}
     settings = load_settings({name: text for name, text in flags.items() if text is not None}, os.environ)
-    fake = args.fake_sysfs if args.fake_sysfs is not None else os.environ.get("SANDBOX_PLUGIN_FAKE_SYSFS", "")
+    fake = args.fake_sysfs if args.fake_sysfs is not None else os.environ.get(FAKE_SYSFS_VARIABLE, "")
     if not fake:
         yield settings
     elif fake in PRESETS and not Path(fake).exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ import structlog
 from sandbox_plugin import __version__, daemon
 from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
-from sandbox_plugin.configuration import DAEMON_OPTIONS
+from sandbox_plugin.configuration import DAEMON_OPTIONS, unknown_variables
 from sandbox_plugin.settings import Settings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
 async def _until_signal(settings: Settings) -> int:
     """Runs the daemon; a signal is its graceful end, anything else that ends it is a failure."""
     log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
+    for name in unknown_variables(os.environ):
+        log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
     work = asyncio.ensure_future(daemon.run(settings))
     loop = asyncio.get_running_loop()
     received: list[signal.Signals] = []

@@ -133,7 +133,7 @@ class Story:
         )
         yield Told(
             title=f"Somebody binds GPU {device_id} ({address}) to the nvidia driver.",
-            why="It stays listed, Unhealthy, for as long as a pod may hold it.",
+            why="It stays listed, Unhealthy, until no pod has held it for a minute.",
             result=self._counts(),
             seconds=seconds,
         )

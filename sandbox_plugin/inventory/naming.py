@@ -95,6 +95,7 @@ def check_alias(alias: str) -> None:
         raise ValueError(
             f"{alias!r} is not a valid resource name: allowed are at most {NAME_LENGTH} letters, digits, `-` and `_`, "
             "a letter first and a letter or digit last"
+            + ("; give what follows `nvidia.com/` alone" if alias.startswith("nvidia.com/") else "")
         )
 
 

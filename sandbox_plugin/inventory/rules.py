@@ -18,6 +18,9 @@ _NVSWITCH_CLASS = 0x068000
 """Other bridge: what an NVSwitch function says it is."""
 
 
+NOTHING_TO_OFFER = "no GPU, NVSwitch or other device that a resource rule takes is bound to a vfio driver"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
     """A rule's answer for one function. Of two claims on one device the one with the lower rank wins."""
