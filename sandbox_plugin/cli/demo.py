@@ -32,6 +32,8 @@ _HEALTH_INTERVAL = 1.0
 """Seconds; the daemon's own default is 5."""
 _PAUSE = 3.0
 """Seconds between steps on a terminal, for a person to look."""
+_REFRESH = 1 / 8
+"""Seconds between two screens."""
 _LOG_LINES = 6
 _CHAPTERS = 3
 _CHAPTER_LINES = 4
@@ -195,11 +197,19 @@ async def _show_live(console: Console, preset: str, kubelet: FakeKubelet, story:
             ),
         )
 
-    with Live(get_renderable=screen, console=console, screen=True, refresh_per_second=8):
+    async def play() -> None:
         while True:
             async for chapter in story.chapters():
                 told[:] = [*told[1 - _CHAPTERS :], chapter]
                 await asyncio.sleep(_PAUSE)
+
+    # Drawn by the loop, not by the library's own thread: what a screen shows is then of one moment.
+    with Live(get_renderable=screen, console=console, screen=True, auto_refresh=False) as live:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(play())
+            while True:
+                live.refresh()
+                await asyncio.sleep(_REFRESH)
 
 
 def _devices_table(kubelet: FakeKubelet) -> Table:
