@@ -11,7 +11,7 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,9 +24,9 @@ from sandbox_plugin.host.read import OutOfResources
 from sandbox_plugin.host.scan import HostScanner, why_not_bound
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
-from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, may_be_ours
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.kubelet.turn import Turn
@@ -40,6 +40,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _DEBOUNCE = 0.002
 """Seconds between the first sign of a change and the scan: a bind is several events within a millisecond or two."""
+_RETRY = 1.0
+"""Seconds between attempts while there are no descriptors or no threads to scan with."""
 _QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
 _RECHECK_PATIENCE = 0.1
@@ -84,6 +86,7 @@ async def run(settings: Settings) -> None:
         watcher = FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet, step=step)
         group.create_task(watcher.run())
         group.create_task(rescans.run())
+        group.create_task(rescans.follow_time())
         group.create_task(poller.run())
         group.create_task(report(registry))
         if needs_cdi:
@@ -119,7 +122,7 @@ class Rescans:
         self._interval = interval
         self._wanted = asyncio.Event()
         self._aer: list[tuple[str, str]] = []
-        self._unreachable: str | None = None
+        self._trouble: str | None = None
         self._scanner = HostScanner(paths, on_late=self.wake)
 
     def wake(self) -> None:
@@ -131,33 +134,42 @@ class Rescans:
         self._aer.append((address, event))
 
     async def run(self) -> None:
+        """Runs until cancelled."""
         while True:
             self._wanted.clear()
-            await self._scan()
+            has_looked = await self._scan()
             try:
-                async with asyncio.timeout(self._patience()):
+                async with asyncio.timeout(min(self._interval, math.inf if has_looked else _RETRY)):
                     await self._wanted.wait()
             except TimeoutError:
                 continue
-            await asyncio.sleep(_DEBOUNCE)
+            await asyncio.sleep(_DEBOUNCE if has_looked else _RETRY)
 
-    async def _scan(self) -> None:
-        """One scan into the registry. What this process had no means to look at stays as it was known."""
+    async def follow_time(self) -> None:
+        """Wakes a scan when time alone may have changed something. Runs until cancelled."""
+        while True:
+            await self._registry.look_is_due()
+            self.wake()
+            await self._registry.stepped()
+
+    async def _scan(self) -> bool:
+        """One scan into the registry. False: this process had no means to look, and what was known stays as it was."""
         aer, self._aer = self._aer, []
         try:
             facts = await self._scanner.scan()
         except OutOfResources as error:
             self._aer = aer + self._aer
-            log.error("no scan", reason=f"{error}; what was known stays, and it is tried again")
-        else:
-            if facts.unreachable != self._unreachable and facts.unreachable is not None:
-                log.error("the PCI bus cannot be read", reason=facts.unreachable)
-            self._unreachable = facts.unreachable
-            self._registry.observe(facts, aer=aer)
+            self._complain("scan failed", f"{error}; the last known state stays, and it is tried again")
+            return False
+        self._complain("the PCI bus cannot be read", facts.unreachable)
+        self._registry.observe(facts, aer=aer)
+        return True
 
-    def _patience(self) -> float:
-        wake_at = self._registry.wake_at
-        return self._interval if wake_at is None else max(0.0, min(self._interval, wake_at - time.monotonic()))
+    def _complain(self, event: str, reason: str | None) -> None:
+        """Logs a trouble once, until it changes."""
+        if reason is not None and reason != self._trouble:
+            log.error(event, reason=reason)
+        self._trouble = reason
 
 
 @dataclass(kw_only=True)
@@ -217,7 +229,7 @@ class Endpoints:
 async def report(registry: Registry) -> None:
     """Logs what changes between inventories: one line for each device that comes, goes, or changes its health.
 
-    Devices that wait for their CDI spec are not news: the CDI writer says what it writes, or why it cannot.
+    A device that has just come waits for its CDI spec first: it is found when that is written.
     """
     known: dict[tuple[str, str], Device] = {}
     unoffered: dict[str, str] = {}
@@ -236,11 +248,7 @@ async def report(registry: Registry) -> None:
 
 def _report_devices(known: dict[tuple[str, str], Device], inventory: Inventory) -> dict[tuple[str, str], Device]:
     now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
-    now = {
-        key: known[key] if waiting else device
-        for key, device in now.items()
-        if not (waiting := device.health.reason is Reason.NOT_IN_CDI) or key in known
-    }
+    now = {k: d for k, d in now.items() if k in known or d.health.reason is not Reason.NOT_IN_CDI}
     for key in sorted(known.keys() | now.keys()):
         before, after = known.get(key), now.get(key)
         about = {"resource": key[0], "device": key[1]}

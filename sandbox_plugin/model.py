@@ -1,12 +1,13 @@
 """The nouns that every room uses: what a host shows, and what we make of it.
 
-All of them are frozen values without behaviour that does I/O, so that a snapshot may be handed to any reader
-and kept for as long as the reader likes. Host facts (`PciFunction`, `IommuGroup`, `HostFacts`) say what sysfs
-says and nothing more; inventory (`Device`, `Health`, `Inventory`) is what follows from them.
+All of them are frozen values that do no I/O, so a snapshot may be handed to any reader and kept for as long as the
+reader likes. Host facts (`PciFunction`, `IommuGroup`, `HostFacts`) say what sysfs says and nothing more; `Device` and
+`Health` are what follows from them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -39,6 +40,9 @@ class VfioDev:
     """N of vfioN."""
     cdev: str | None
     """`major:minor` of /dev/vfio/devices/vfioN; None where the folder has no `dev` file: there is no such node."""
+    binding: int | None = field(default=None, compare=False)
+    """Inode number of the folder. sysfs makes a new folder, with a new number, each time the function is bound
+    (kernfs_new_node in fs/kernfs/dir.c never uses one twice), so another number means: bound again since."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,10 @@ class PciFunction:
     """`current_link_speed` as the kernel words it; read only where that wakes nothing."""
     link_width: int | None = None
     enable: int | None = None
-    """1 while someone, a VM for a vfio-bound function, has the function enabled."""
+    """1 while someone, a VM for a vfio-bound function, has the function enabled.
+
+    Also read, for as long as it is 1, of a function that was unbound from vfio while a VM had it.
+    """
     power_state: str | None = None
     """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""
     runtime_status: str | None = None
@@ -76,7 +83,7 @@ class PciFunction:
     bridges: tuple[str, ...] = ()
     """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""
     virtual_functions: int = 0
-    """Number of SR-IOV virtual functions that this physical function has enabled (`sriov_numvfs`)."""
+    """Number of SR-IOV virtual functions that this physical function has enabled (its `virtfn` links)."""
     physical_function: str | None = None
     """Address of the physical function, for an SR-IOV virtual function (`physfn`)."""
     mdev_type: str | None = None
@@ -117,12 +124,14 @@ class HostFacts:
     groups: Mapping[int, IommuGroup] = field(default_factory=lambda: MappingProxyType({}))
     group_nodes: frozenset[int] = frozenset()
     """Groups that have an entry in `/sys/class/vfio`, so a node /dev/vfio/N."""
-    kernel_has_cdevs: bool | None = None
-    """Whether the kernel registered VFIO's cdevs (`vfio-dev` in /proc/devices); None: it cannot be told."""
+    kernel_has_cdevs: bool = False
+    """Whether /proc/devices shows that the kernel makes VFIO cdevs. It shows nothing before vfio is loaded."""
     dev_nodes: frozenset[str] | None = None
     """Nodes under the host's live /dev/vfio (`/dev/vfio/12`); None where only a copy, or nothing, is visible."""
     unreachable: str | None = None
     """Why there is nothing at all: the PCI bus folder itself could not be read."""
+    began_at: float = field(default=-math.inf, compare=False)
+    """When the scan began, in monotonic seconds: all of this was read after that."""
 
 
 class Reason(StrEnum):
@@ -169,6 +178,8 @@ class Placement:
     numa_node: int | None
     bridges: tuple[str, ...]
     """As in `PciFunction.bridges`."""
+    binding: int | None = field(default=None, compare=False)
+    """As in `VfioDev.binding`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
-from sandbox_plugin.inventory.advance import DeviceKey, Holdings, Inventory, Signals, advance
+from sandbox_plugin.inventory.advance import advance
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.state import DeviceKey, Holdings, Inventory, Signals
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.settings import Settings
 
@@ -47,21 +49,29 @@ class Registry:
         self._inventory = Inventory()
         self._wake_at: float | None = None
         self._changed = asyncio.Event()
+        self._stepped = asyncio.Event()
 
     @property
     def current(self) -> Inventory:
         return self._inventory
-
-    @property
-    def wake_at(self) -> float | None:
-        """When, in this registry's clock, the same facts would lead further; None: never."""
-        return self._wake_at
 
     async def newer_than(self, version: int) -> Inventory:
         """Waits, without polling, until the current inventory's version is above `version`, and returns it."""
         while self._inventory.version <= version:
             await self._changed.wait()
         return self._inventory
+
+    async def look_is_due(self) -> None:
+        """Waits until another look would lead further although nothing happens: a device has settled, for one."""
+        while self._wake_at is None or self._clock() < self._wake_at:
+            patience = None if self._wake_at is None else self._wake_at - self._clock()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self.stepped()
+
+    async def stepped(self) -> None:
+        """Waits for the next `observe` or `learn`, whether or not it brings news."""
+        await self._stepped.wait()
 
     def observe(self, facts: HostFacts, *, aer: Iterable[tuple[str, str]] = ()) -> Inventory:
         """Takes in a scan, with the AER events that had arrived before it began."""
@@ -94,6 +104,8 @@ class Registry:
         self._inventory, self._wake_at = advance(
             before, self._facts, signals, self._clock(), self._settings, self._names
         )
+        self._stepped.set()
+        self._stepped = asyncio.Event()
         if self._inventory.version != before.version:
             self._changed.set()
             self._changed = asyncio.Event()

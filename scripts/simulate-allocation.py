@@ -33,9 +33,10 @@ from xml.sax.saxutils import escape
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
-from sandbox_plugin.inventory.advance import Inventory, Signals, advance
+from sandbox_plugin.inventory.advance import advance
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import matrix
 from sandbox_plugin.model import Device
 from sandbox_plugin.settings import Policy, Settings

@@ -153,13 +153,13 @@ class Daemon:
         with self._changed:
             return len(self._events)
 
-    def events(self, event: str, *, since: int = 0, reason: str = "", **fields: str) -> list[Event]:
-        """Events of that name with these fields, and with `reason` within their reason."""
+    def events(self, event: str | None = None, *, since: int = 0, reason: str = "", **fields: str) -> list[Event]:
+        """Events of that name, or of any, with these fields, and with `reason` within their reason."""
         with self._changed:
             return [
                 seen
                 for seen in self._events[since:]
-                if seen["event"] == event
+                if event in (None, seen["event"])
                 and reason in (seen.get("reason") or "")
                 and all(seen.get(name) == value for name, value in fields.items())
             ]

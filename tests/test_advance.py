@@ -11,21 +11,12 @@ from facts import gpu, host
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox_plugin.inventory.advance import (
-    ADMISSION,
-    ARRIVAL,
-    FATAL_QUIET,
-    PROMISE_UNUSED,
-    RETIRE,
-    SETTLE,
-    DeviceKey,
-    Holdings,
-    Inventory,
-    Signals,
-    advance,
-)
+from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason
+from sandbox_plugin.inventory.sharing import ADMISSION, PROMISE_UNUSED
+from sandbox_plugin.inventory.state import DeviceKey, Holdings, Inventory, Signals
+from sandbox_plugin.inventory.tracking import FATAL_QUIET, RETIRE
+from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
 
 PGPU = "nvidia.com/pgpu"
@@ -45,9 +36,13 @@ class Node:
     facts: HostFacts = field(default_factory=HostFacts)
 
     def look(self, facts: HostFacts | None = None, *, after: float = 0.0, **news: Any) -> Node:
-        """One step `after` seconds later; `news` are signals of this step alone."""
+        """One step `after` seconds later; `news` are signals of this step alone.
+
+        With facts it is a scan; without, something was learnt, and what was scanned last still counts.
+        """
         self.now += after
-        self.facts = self.facts if facts is None else facts
+        if facts is not None:
+            self.facts = replace(facts, began_at=self.now)
         signals = replace(self.signals, **news)
         names = ModelNames()
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, self.settings, names)
@@ -61,6 +56,10 @@ class Node:
             self.signals, holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods)
         )
         return self.look()
+
+    def look_again(self, *, after: float = 0.1) -> Node:
+        """A scan that finds everything as it was."""
+        return self.look(self.facts, after=after)
 
     def device(self, number: str, resource: str = PGPU) -> Device:
         found = self.inventory.device(resource, number)
@@ -125,6 +124,16 @@ def test_a_pod_that_holds_it_again_starts_the_minute_anew() -> None:
     assert node.pods(after=RETIRE - 1).listed == ["0"]
 
 
+def test_a_pod_that_the_newest_answer_names_keeps_it_however_old_the_one_before_is() -> None:
+    node = Node().look(host(gpu(A))).look(host(), after=1).pods(after=1)
+    assert node.pods("0", after=10 * RETIRE).listed == ["0"]
+    assert node.device("0").placements
+
+
+def test_the_times_are_those_that_were_promised() -> None:
+    assert (SETTLE, RETIRE, PROMISE_UNUSED) == (2.0, 60.0, 600.0)
+
+
 def test_an_answer_that_was_asked_for_before_the_loss_says_nothing() -> None:
     node = Node().look(host(gpu(A))).look(host(), after=10)
     node.pods(asked=node.now - 5).pods(after=RETIRE - 1)
@@ -152,7 +161,16 @@ def test_enabled_although_no_pod_holds_it_is_in_use_elsewhere() -> None:
     node = Node().look(host(gpu(A))).pods(after=1).look(host(gpu(A, enable=1)), after=1)
     assert node.reason("0") is None
     assert node.inventory.waits_for_holdings
-    assert node.pods(after=5).reason("0") is Reason.IN_USE_ELSEWHERE
+    assert node.pods(after=5).reason("0") is None
+    assert node.wake_at == node.now
+    assert node.look_again().reason("0") is Reason.IN_USE_ELSEWHERE
+
+
+def test_a_pod_that_ended_with_its_vm_between_two_looks_leaves_nothing_in_use() -> None:
+    node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
+    node.pods("0", after=4)
+    assert node.pods(after=5).reason("0") is None
+    assert node.look(host(gpu(A)), after=0.1).reason("0") is None
 
 
 def test_enabled_by_the_pod_that_holds_it_is_fine() -> None:
@@ -162,7 +180,7 @@ def test_enabled_by_the_pod_that_holds_it_is_fine() -> None:
 
 def test_a_vm_that_outlives_its_pod_is_in_use_elsewhere() -> None:
     node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
-    assert node.pods("0", after=5).pods(after=5).reason("0") is Reason.IN_USE_ELSEWHERE
+    assert node.pods("0", after=5).pods(after=5).look_again().reason("0") is Reason.IN_USE_ELSEWHERE
 
 
 def mates(**changes: Any) -> HostFacts:
@@ -179,6 +197,14 @@ def test_the_group_is_free_when_the_holder_is_gone() -> None:
     assert node.reason("2") is Reason.GROUP_TAKEN
     assert node.pods(after=5).reason("2") is Reason.SETTLING
     assert node.look(after=SETTLE).reason("2") is None
+
+
+def test_a_promise_is_not_kept_by_the_use_of_the_vm_before() -> None:
+    node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
+    node.look_again(after=1).look(mates(), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    node.look(mates(enable=1), after=20).look(mates(), after=100)
+    assert node.reason("2") is Reason.SETTLING
 
 
 def test_an_allocation_that_never_shows_ends_after_the_admission() -> None:
@@ -202,7 +228,8 @@ def test_without_pod_resources_an_unused_promise_ends() -> None:
 def test_a_group_mate_that_somebody_uses_is_enough() -> None:
     node = Node().look(mates()).look(mates(enable=1), after=1)
     assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.pods(after=5).reason("2") is Reason.IN_USE_ELSEWHERE
+    assert node.pods(after=5).reason("2") is Reason.GROUP_TAKEN
+    assert node.look_again().reason("2") is Reason.IN_USE_ELSEWHERE
 
 
 def test_an_id_never_changes_its_node_while_it_may_be_held() -> None:
@@ -235,6 +262,65 @@ def test_a_failed_recovery_lasts_until_the_device_is_bound_anew() -> None:
     assert node.look(host(gpu(A, vfio=None))).look(host(gpu(A))).reason("0") is None
 
 
+@pytest.mark.parametrize("later", ["a rise", "BEGIN_RECOVERY"])
+def test_a_recovery_that_failed_is_not_forgotten_for_a_later_error(later: str) -> None:
+    node = Node().look(host(gpu(A, fatal_errors=1))).look(aer=((A, "FAILED_RECOVERY"),), after=1)
+    if later == "a rise":
+        node.look(host(gpu(A, fatal_errors=2)), after=3600)
+    else:
+        node.look(aer=((A, later),), after=3600)
+    assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
+    assert node.look(aer=((A, "SUCCESSFUL_RECOVERY"),)).reason("0") is Reason.SETTLING
+
+
+def bound(vfio: VfioDev | None, **changes: Any) -> HostFacts:
+    return host(replace(gpu(A), vfio=vfio, driver="vfio-pci" if vfio else None, **changes))
+
+
+def test_a_device_that_was_unbound_and_bound_between_two_looks_is_known_to_be_bound_again() -> None:
+    before, after = (VfioDev(number=0, cdev="511:0", binding=inode) for inode in (77, 78))
+    node = Node().look(bound(before)).look(aer=((A, "FAILED_RECOVERY"),), after=1)
+    assert node.look(bound(before), after=1).reason("0") is Reason.FATAL_ERROR
+    assert node.look(bound(after), after=1).reason("0") is None
+
+
+def group_of_two(*, a: dict[str, Any] | None = None, b: dict[str, Any] | None = None, **changes: Any) -> HostFacts:
+    """Two GPUs of one IOMMU group on a kernel without cdevs: one device, 9."""
+    first = gpu(A, group=9, cdev=False, **(a or {}))
+    second = gpu(B, group=9, cdev=False, **({"vfio": 1} | (b or {})))
+    return host(first, second, **changes)
+
+
+def test_what_is_remembered_of_a_function_outlives_changes_of_its_group_mates() -> None:
+    node = Node().look(group_of_two()).look(aer=((A, "FAILED_RECOVERY"),), after=1)
+    assert node.look(group_of_two(b={"vfio": None}), after=1).reason("9") is Reason.FATAL_ERROR
+    assert node.look(group_of_two(), after=1).reason("9") is Reason.FATAL_ERROR
+    node = Node().look(group_of_two()).look(group_of_two(a=OFF), after=1)
+    assert node.look(group_of_two(a={"link_speed": None}, b={"vfio": None}), after=1).reason("9") is Reason.OFF_THE_BUS
+
+
+def test_a_group_mate_that_did_not_answer_once_does_not_undo_the_damping() -> None:
+    silent = replace(group_of_two(), functions={B: gpu(B, vfio=1, group=9, cdev=False)}, unreadable={A: "no answer"})
+    node = Node().look(group_of_two()).look(aer=((A, "FAILED_RECOVERY"),), after=10)
+    assert node.look(silent, after=10).reason("9") is Reason.NOT_VIABLE
+    assert node.look(group_of_two(), after=0.2).reason("9") is Reason.FATAL_ERROR
+    node = Node().look(group_of_two()).look(silent, after=10)
+    assert node.look(group_of_two(), after=0.2).reason("9") is Reason.SETTLING
+
+
+def test_a_device_of_several_functions_is_bound_again_when_all_of_them_are() -> None:
+    def facts(*bindings: int) -> HostFacts:
+        functions = [gpu(address, group=9, cdev=False) for address in (A, B)]
+        devs = [VfioDev(number=n, cdev=None, binding=binding) for n, binding in enumerate(bindings)]
+        return host(*(replace(f, vfio=dev) for f, dev in zip(functions, devs, strict=True)))
+
+    node = Node().look(facts(1, 2)).look(group_of_two(a=OFF), after=1)
+    node = Node().look(facts(1, 2)).look(aer=((A, "FAILED_RECOVERY"),), after=1)
+    assert node.look(facts(1, 3), after=1).reason("9") is Reason.FATAL_ERROR
+    assert node.look(facts(4, 3), after=1).reason("9") is Reason.SETTLING
+    assert node.look(facts(5, 6), after=1).reason("9") is None
+
+
 def test_only_a_rise_of_the_counter_is_news() -> None:
     node = Node().look(host(gpu(A, fatal_errors=4))).look(after=1)
     assert node.reason("0") is None
@@ -254,6 +340,15 @@ def test_silence_of_sysfs_is_no_proof_of_absence() -> None:
     assert node.reason("0") is Reason.UNREADABLE
     assert node.device("0").node_exists
     assert node.look(host(gpu(A)), after=1).reason("0") is Reason.SETTLING
+
+
+def test_the_node_of_a_device_that_does_not_answer_counts_only_while_nothing_says_that_it_is_gone() -> None:
+    as_group = host(gpu(A, group=5, cdev=False))
+    silent = replace(as_group, functions={}, unreadable={A: "no answer"})
+    assert Node().look(as_group).look(silent, after=1).device("5").node_exists
+    assert Node().look(as_group).look(HostFacts(unreachable="no answer"), after=1).device("5").node_exists
+    for gone in (replace(silent, group_nodes=frozenset()), replace(silent, dev_nodes=frozenset())):
+        assert not Node().look(as_group).look(gone, after=1).device("5").node_exists
 
 
 def test_confidential_nodes_refuse_group_nodes() -> None:
@@ -323,6 +418,15 @@ def test_a_dead_device_that_falls_asleep_is_still_dead() -> None:
     assert node.look(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
 
 
+def test_a_dead_device_that_sleeps_is_dead_whatever_else_befalls_it_meanwhile() -> None:
+    asleep: dict[str, Any] = {"link_speed": None, "link_width": None}
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look(host(gpu(A, **asleep)), after=10)
+    node.look(host(unreadable={A: "no answer"}), after=10)
+    assert node.reason("0") is Reason.UNREADABLE
+    assert node.look(host(gpu(A, **asleep)), after=10).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
+    assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
+
+
 def test_a_recovery_that_failed_at_the_bridge_above_failed() -> None:
     node = Node().look(host(gpu(A))).look(aer=((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")))
     assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
@@ -363,3 +467,34 @@ def test_a_mate_is_taken_while_the_holder_is_unbound_under_its_vm() -> None:
     node = Node().look(mates()).pods("1", after=1)
     node.look(host(gpu(A, vfio=None, group=9), gpu(B, vfio=2, group=9)), after=1)
     assert node.reason("2") is Reason.GROUP_TAKEN
+
+
+def unbound_under_its_vm(enable: int = 1, driver: str | None = None) -> HostFacts:
+    return host(gpu(A, vfio=None, group=9, enable=enable, driver=driver), gpu(B, vfio=2, group=9))
+
+
+def test_a_group_stays_a_vms_although_its_device_was_unbound_and_its_pod_is_gone() -> None:
+    node = Node().look(mates()).pods("1", after=1).look(mates(enable=1), after=1)
+    node.look(unbound_under_its_vm(), after=1)
+    assert node.pods(after=1).reason("2") is Reason.GROUP_TAKEN
+    assert node.look_again().reason("2") is Reason.IN_USE_ELSEWHERE
+    assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
+
+
+def test_without_pod_resources_a_group_is_a_vms_while_its_device_is_unbound_under_it() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),), after=1).look(mates(enable=1), after=1)
+    assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.GROUP_TAKEN
+    assert node.look_again(after=10 * PROMISE_UNUSED).reason("2") is Reason.GROUP_TAKEN
+    assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
+
+
+def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
+    node = Node().look(mates()).pods(after=1).look(mates(enable=1), after=1)
+    node.look(unbound_under_its_vm(driver="nvidia"), after=1)
+    assert node.reason("2") is Reason.NOT_VIABLE
+    assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.SETTLING
+
+
+def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
+    node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
+    assert node.look_again(after=PROMISE_UNUSED + 1).wake_at is None

@@ -32,8 +32,8 @@ from test_daemon import GPU_NODES, SWITCH_NODES
 from trials import NVSWITCH, PGPU, wait_until
 
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.naming import ModelNames, cdi_file_name, check_resource_name
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device, HostFacts, Placement, Reason
 from sandbox_plugin.outputs.cdi import MARK, CdiWriter, render_specs
 from sandbox_plugin.registry import Registry

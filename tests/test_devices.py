@@ -10,7 +10,7 @@ from facts import H100, gpu, host
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandbox_plugin.inventory.devices import Found, find_devices, lost
+from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Placement, Reason, id_order
 from sandbox_plugin.settings import ResourceRule, Settings
@@ -166,17 +166,14 @@ def test_a_mediated_device_is_of_the_resource_of_its_type() -> None:
 @pytest.mark.parametrize(
     ("kernel_has_cdevs", "others_have", "known", "cdevs"),
     [
-        (None, False, False, False),
         (False, False, False, False),
         (True, False, False, True),
-        (None, True, False, True),
         (False, True, False, True),
-        (None, False, True, True),
         (False, False, True, True),
     ],
 )
 def test_a_function_without_a_dev_file_is_a_group_only_where_the_kernel_has_no_cdevs(
-    kernel_has_cdevs: bool | None, others_have: bool, known: bool, cdevs: bool
+    kernel_has_cdevs: bool, others_have: bool, known: bool, cdevs: bool
 ) -> None:
     other = gpu(C, vfio=7, group=70, vendor=0x8086, cdev=others_have)
     facts = host(by_group(A, group=59, vfio=3), other, kernel_has_cdevs=kernel_has_cdevs)
@@ -184,7 +181,7 @@ def test_a_function_without_a_dev_file_is_a_group_only_where_the_kernel_has_no_c
     assert found.cdevs is cdevs
     if cdevs:
         assert found.devices == ()
-        assert found.unoffered == {A: "being bound: its cdev is not there yet"}
+        assert found.unoffered == {A: "still being bound: it has no VFIO cdev yet"}
     else:
         assert offered(found) == {(PGPU, "59"): "/dev/vfio/59"}
 
@@ -205,7 +202,7 @@ def test_with_cdevs_one_that_is_bound_already_is_offered_beside_one_that_is_bein
         (gpu(A, vfio=None), "bound to no driver"),
         (gpu(A, vfio=None, driver="nvidia"), "bound to nvidia, not to vfio-pci"),
         (replace(gpu(A), driver=None), "bound to no driver"),
-        (gpu(A, virtual_functions=4), "carries 4 SR-IOV virtual functions"),
+        (gpu(A, virtual_functions=4), "has 4 SR-IOV virtual functions"),
         (replace(gpu(A), iommu_group=None), "in no IOMMU group"),
     ],
 )
@@ -311,21 +308,21 @@ def known(function: PciFunction, **settings: Any) -> Device:
         (host(), Reason.GONE, "not on the PCI bus"),
         (host(gpu(A, vfio=None)), Reason.NOT_BOUND, f"{A} is bound to no driver"),
         (host(gpu(A, vfio=None, driver="nvidia")), Reason.NOT_BOUND, f"{A} is bound to nvidia"),
-        (host(gpu(A, vfio=4)), Reason.NOT_BOUND, "bound anew and is vfio4 now"),
+        (host(gpu(A, vfio=4)), Reason.NOT_BOUND, "was bound again and is now vfio4"),
         (host(gpu(A, vfio=3, virtual_functions=2)), Reason.NOT_BOUND, "no longer offered"),
         (host(unreadable={A: "sysfs has not answered"}), Reason.UNREADABLE, f"{A}: sysfs has not answered"),
         (HostFacts(unreachable="no such folder"), Reason.UNREADABLE, "no such folder"),
     ],
 )
 def test_a_device_that_is_not_there_any_more_says_why(facts: HostFacts, reason: Reason, words: str) -> None:
-    found = lost(known(gpu(A, vfio=3)), facts)
+    found = why_lost(known(gpu(A, vfio=3)), facts)
     assert found.reason is reason
     assert words in found.detail
 
 
 def test_any_function_of_a_device_may_be_the_unreadable_one() -> None:
     (device,) = find(host(by_group(A, group=9), by_group(B, group=9))).devices
-    found = lost(device, host(by_group(A, group=9), unreadable={B: "sysfs has not answered"}))
+    found = why_lost(device, host(by_group(A, group=9), unreadable={B: "sysfs has not answered"}))
     assert found.reason is Reason.UNREADABLE
     assert B in found.detail
 
@@ -352,7 +349,7 @@ def hosts(draw: st.DrawFn) -> HostFacts:
         if vfio is None:
             changes["driver"] = draw(st.sampled_from([None, "nvidia", "pci-stub"]))
         functions.append(gpu(address, vfio=vfio, group=draw(st.integers(40, 43)), cdev=cdev, **changes))
-    facts = host(*functions, kernel_has_cdevs=draw(st.sampled_from([None, kernel == "cdevs"])))
+    facts = host(*functions, kernel_has_cdevs=draw(st.sampled_from([False, kernel == "cdevs"])))
     return replace(facts, dev_nodes=draw(st.sampled_from([None, frozenset(), frozenset({"/dev/vfio/41"})])))
 
 

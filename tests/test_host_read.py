@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,12 @@ class Tree:
 
     def put_fifo(self, name: str, address: str = T4) -> None:
         """Whoever opens it to read waits for ever."""
-        self.file(name, address).unlink()
+        self.file(name, address).unlink(missing_ok=True)
         os.mkfifo(self.file(name, address))
 
     def put_folder(self, name: str, address: str = T4) -> None:
         """A file that root cannot read either."""
-        self.file(name, address).unlink()
+        self.file(name, address).unlink(missing_ok=True)
         self.file(name, address).mkdir()
 
     def functions(self) -> dict[str, PciFunction]:
@@ -128,12 +129,35 @@ def test_a_function_without_a_driver_and_one_without_a_group_are_read(tree: Tree
     assert (found.driver, found.iommu_group, found.vfio) == (None, None, None)
 
 
+def test_a_function_that_was_unbound_under_a_vm_is_watched_until_the_vm_lets_go(tree: Tree) -> None:
+    tree.node.set_enable(T4, 1)
+    held = tree.read()
+    tree.node.unbind(T4)
+    unbound = read.read_function(tree.paths, T4, held)
+    assert (unbound.driver, unbound.enable) == (None, 1)
+    tree.node.set_enable(T4, 0)
+    free = read.read_function(tree.paths, T4, unbound)
+    assert (free.driver, free.enable) == (None, 0)
+    assert read.read_function(tree.paths, T4, free).enable is None
+
+
+def test_binding_a_function_again_gives_it_another_binding(tree: Tree) -> None:
+    before = tree.read().vfio
+    (tree.file("vfio-dev")).rename(tree.file("vfio-dev").with_name("kept"))  # so that its inode number stays taken
+    shutil.copytree(tree.file("kept"), tree.file("vfio-dev"), symlinks=True)
+    after = tree.read().vfio
+    assert before is not None
+    assert after is not None
+    assert before == after
+    assert before.binding != after.binding
+
+
 # What must not be touched
 
 
 @pytest.mark.parametrize("address", [T4, GEFORCE])
 def test_what_can_block_is_never_opened(tree: Tree, address: str) -> None:
-    for name in ("config", "uevent", "driver_override"):
+    for name in ("config", "uevent", "driver_override", "sriov_numvfs"):
         tree.put_fifo(name, address)
     assert tree.read(address).driver == "vfio-pci"
 
@@ -329,7 +353,8 @@ def test_the_count_of_fatal_errors_is_their_total(tree: Tree, content: str, coun
 
 
 def test_virtual_functions_and_what_carries_them_are_told(tree: Tree) -> None:
-    (tree.file("sriov_numvfs", GEFORCE)).write_text("4\n")
+    for number in range(4):
+        (tree.file(f"virtfn{number}", GEFORCE)).symlink_to(f"../0000:01:02.{number}")
     (tree.file("physfn")).symlink_to(f"../../0000:00:01.0/{GEFORCE}")
     assert tree.read(GEFORCE).virtual_functions == 4
     assert tree.read().physical_function == GEFORCE
@@ -512,12 +537,12 @@ def test_without_vfio_there_are_no_group_nodes(tmp_path: Path) -> None:
     [
         ("  1 mem\n245 vfio\n", False),
         ("  1 mem\n245 vfio\n511 vfio-dev\n", True),
-        ("  1 mem\n 10 misc\n", None),
-        ("", None),
-        (None, None),
+        ("  1 mem\n 10 misc\n", False),
+        ("", False),
+        (None, False),
     ],
 )
-def test_proc_devices_tells_whether_there_are_cdevs(tmp_path: Path, majors: str | None, has_cdevs: bool | None) -> None:
+def test_proc_devices_tells_whether_there_are_cdevs(tmp_path: Path, majors: str | None, has_cdevs: bool) -> None:
     paths = HostPaths(tmp_path)
     if majors is not None:
         paths.devices_list.parent.mkdir()
@@ -653,6 +678,7 @@ def test_a_want_of_descriptors_or_memory_is_no_word_about_the_host(
             read.read_kernel_has_cdevs(tree.paths)
     with monkeypatch.context() as patched:
         patched.setattr(os, "listdir", fail)
+        patched.setattr(os, "scandir", fail)
         with pytest.raises(read.OutOfResources):
             read.list_addresses(tree.paths)
         with pytest.raises(read.OutOfResources):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -134,7 +137,7 @@ def ignore() -> None:
     """For tests in which nothing answers late."""
 
 
-SILENCE = f"sysfs has not answered for {PATIENCE:g} s"
+SILENCE = "sysfs does not answer"
 
 
 def test_a_scan_sees_functions_groups_and_what_the_kernel_can_do(paths: HostPaths) -> None:
@@ -235,6 +238,69 @@ def test_each_function_that_hangs_has_one_thread_and_no_more(
     assert (addresses.count(GEFORCE), addresses.count(T4)) == (1, 1)
     assert len({thread for address, thread in reads if address in (GEFORCE, T4)}) == 2
     assert scan_threads() <= 3  # the last scan's may not have ended yet
+
+
+def test_many_functions_that_hang_at_once_do_not_add_up(paths: HostPaths, trap: Callable[..., Trap]) -> None:
+    hanging = sorted(os.listdir(paths.pci_devices))[:6]
+    for address in hanging:
+        trap(address, "vendor")
+    began = time.monotonic()
+    facts = run(HostScanner(paths, on_late=ignore, patience=1.0).scan())
+    took = time.monotonic() - began
+    assert sorted(facts.unreadable) == hanging
+    assert took < 4  # one after the other it would be 6
+
+
+STOPS_ITSELF = """
+import asyncio, os, signal, sys
+from pathlib import Path
+from sandbox_plugin.host import read
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.scan import HostScanner
+
+real = read.read_function
+
+def stop_at(paths, address, before=None):
+    if address == sys.argv[2]:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(paths, address, before)
+
+read.read_function = stop_at
+scanner = HostScanner(HostPaths(Path(sys.argv[1])), on_late=lambda: None, patience=float(sys.argv[3]))
+facts = asyncio.run(scanner.scan())
+print(dict(facts.unreadable), facts.unreachable)
+"""
+
+
+def test_a_process_that_was_stopped_blames_nobody(node: FakeNode) -> None:
+    """When it goes on, its loop and its scan thread both find that the time is over."""
+    command = [sys.executable, "-c", STOPS_ITSELF, str(node.root), T4, str(PATIENCE)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        time.sleep(3 * PATIENCE)  # how long it is stopped
+        process.send_signal(signal.SIGCONT)
+        said, _ = process.communicate(timeout=LIMIT)
+    assert said.strip() == "{} None"
+
+
+def test_where_no_thread_can_be_had_nothing_is_said_about_the_host(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    scanner = HostScanner(paths, on_late=ignore, patience=PATIENCE)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(read.OutOfResources, match="thread"):
+            run(scanner.scan())
+    assert T4 in run(scanner.scan()).functions
+
+
+def test_a_scan_says_when_it_began(paths: HostPaths) -> None:
+    before = time.monotonic()
+    assert before <= run(HostScanner(paths, on_late=ignore).scan()).began_at <= time.monotonic()
 
 
 def test_what_hangs_is_waited_for_once_and_not_in_every_scan(paths: HostPaths, trap: Callable[..., Trap]) -> None:
@@ -590,7 +656,7 @@ def test_devices_that_do_not_answer_in_time_are_not_given_away(
         assert PATIENCE <= time.monotonic() - begun < LIMIT / 2
     finally:
         opened.set()
-    assert found == {"13": SILENCE}
+    assert found == {"13": f"sysfs has not answered for {PATIENCE:g} s"}
 
 
 def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def by_the_rule(name: str) -> str:
             written += "" if space else "_"
         elif character in "/.":
             written += "_"
-        elif character in LETTERS | DIGITS | {"_"}:
+        elif character in LETTERS | DIGITS | {"_", "-"}:
             written += character
         space = character.isspace()
     return written

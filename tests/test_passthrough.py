@@ -33,7 +33,7 @@ from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, NumaNode, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import GROUPS_ONLY, PRESETS, WITH_CDEVS
-from sandbox_plugin.inventory.devices import Found, find_devices, lost
+from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import claim
 from sandbox_plugin.model import NVIDIA, HostFacts, PciFunction, Reason
@@ -246,7 +246,6 @@ def carry(node: FakeNode, carrier: str, *addresses: str) -> None:
         node.add(FunctionSpec(address=address, model=replace(models.T4, sriov=None), parent=parent))
         create_link(f"{node.folder(address)}/physfn", str(node.folder(carrier)))
         create_link(f"{node.folder(carrier)}/virtfn{number}", str(node.folder(address)))
-    node.set_attribute(carrier, "sriov_numvfs", str(len(addresses)))
 
 
 def carry_nothing(node: FakeNode, carrier: str) -> None:
@@ -254,7 +253,6 @@ def carry_nothing(node: FakeNode, carrier: str) -> None:
         address = link.resolve().name
         link.unlink()
         node.remove(address)
-    node.set_attribute(carrier, "sriov_numvfs", "0")
 
 
 @KERNELS
@@ -274,7 +272,7 @@ def test_virtual_functions_are_devices_and_what_carries_them_is_not_until_they_a
     kubelet.wait_for(lambda: kubelet.healthy(resource) == set(nodes_of(node, *parts[:2])))
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == set(nodes_of(node, T4)))
     assert kubelet.healthy(PGPU) == set(nodes_of(node, GEFORCE))
-    why = f"not-bound: {T4} is no longer offered: it carries 3 SR-IOV virtual functions"
+    why = f"not-bound: {T4} is no longer offered: it has 3 SR-IOV virtual functions enabled"
     running.wait_for("device changed", resource=PGPU, pci_address=T4, health=why)
     parts_now = nodes_of(node, *parts[:2])
     assert_allocates(kubelet.plugin(resource), [[device_id] for device_id in parts_now], parts_now)
@@ -297,7 +295,7 @@ def test_virtual_functions_of_any_vendor_are_devices_by_a_rule_and_what_carries_
     config = '[[resources]]\nname = "intel.com/nic"\nvendor = "8086"\nclass = "02"\n'
     found = find(host(whole, *parts), config)
     assert offered(found) == {"intel.com/nic": [part.address for part in parts]}
-    assert found.unoffered == {A: "carries 2 SR-IOV virtual functions: those can be offered, not the whole"}
+    assert found.unoffered == {A: "has 2 SR-IOV virtual functions enabled; only those can be offered"}
     assert offered(find(host(replace(whole, virtual_functions=0)), config)) == {"intel.com/nic": [A]}
 
 
@@ -305,9 +303,9 @@ def test_virtual_functions_of_any_vendor_are_devices_by_a_rule_and_what_carries_
 def test_a_device_that_carries_virtual_functions_now_says_so(cdev: bool) -> None:
     one = gpu(A, vfio=3, cdev=cdev)
     (device,) = find(host(one)).devices
-    now = lost(device, host(replace(one, virtual_functions=4)))
+    now = why_lost(device, host(replace(one, virtual_functions=4)))
     assert now.reason is Reason.NOT_BOUND
-    assert now.detail == f"{A} is no longer offered: it carries 4 SR-IOV virtual functions"
+    assert now.detail == f"{A} is no longer offered: it has 4 SR-IOV virtual functions enabled"
 
 
 # Resource rules
@@ -403,13 +401,47 @@ def test_the_first_rule_that_matches_decides(
     assert found.unoffered == {address: f"excluded by resources[{rule}]" for address, rule in excluded.items()}
 
 
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_without_cdevs_nothing_is_offered_that_takes_an_excluded_function_along(has_driver: bool) -> None:
+    config = f'[[resources]]\nexclude = true\naddress = "{B}"\n'
+    excluded = gpu(B, group=9, cdev=False) if has_driver else gpu(B, group=9, vfio=None)
+    found = find(host(gpu(A, group=9, cdev=False), excluded, gpu(C, group=10, cdev=False)), config)
+    assert offered(found) == {PGPU: [C]}
+    shares = f"shares IOMMU group 9 with {B}, which resources[0] excludes"
+    assert found.unoffered == {A: shares, B: "excluded by resources[0]"}
+    assert offered(find(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)), config)) == {PGPU: [A]}
+
+
+def test_an_excluded_bridge_keeps_nobody_from_its_group() -> None:
+    port = gpu("0000:00:01.0", group=9, vfio=None, driver="pcieport", class_code=0x060400)
+    config = '[[resources]]\nexclude = true\naddress = "0000:00:*"\n'
+    assert offered(find(host(gpu(A, group=9, cdev=False), port), config)) == {PGPU: [A]}
+
+
+def test_without_cdevs_a_virtual_function_is_not_offered_with_what_carries_it_in_its_group() -> None:
+    whole = gpu(A, vfio=1, group=9, cdev=False, virtual_functions=1)
+    part = gpu("0000:01:00.4", vfio=2, group=9, cdev=False, physical_function=A)
+    found = find(host(whole, part))
+    assert found.devices == ()
+    assert (
+        found.unoffered[part.address] == f"shares IOMMU group 9 with {A}, which has 1 SR-IOV virtual functions enabled"
+    )
+
+
+def test_a_rule_for_whole_functions_takes_no_mediated_device() -> None:
+    vgpu = gpu(str(uuid.UUID(int=1)), vfio=1, group=60, driver="nvidia-vgpu-vfio", mdev_type="GRID T4-1Q")
+    config = '[[resources]]\nname = "nvidia.com/big"\nvendor = "10de"\nclass = "03"\n'
+    found = offered(find(host(gpu(A), vgpu), config))
+    assert found == {"nvidia.com/big": [A], "nvidia.com/GRID_T4-1Q": [vgpu.address]}
+
+
 def test_rules_of_two_resources_never_share_a_group_and_the_loser_says_to_whom_it_went() -> None:
     config = SPECIAL.replace("0000:c1:00.0", B) + AMD
     both = [gpu(a, vendor=0x1002, group=9, vfio=n, cdev=False) for n, a in enumerate((A, B, C), 1)]
     found = find(host(*both), config)
     (device,) = found.devices
     assert (device.resource, device.id, device.address) == ("b.example/special", "9", B)
-    whose = "a part of IOMMU group 9, which resources[0] has for b.example/special"
+    whose = "shares IOMMU group 9 with a function that resources[0] offers as b.example/special"
     assert found.unoffered == {A: whose, C: whose}
 
 
@@ -598,7 +630,7 @@ def test_list_all_tells_of_every_function_which_rule_took_it_or_why_none_did(pla
         CARD["port0"]: (
             "intel.com/spare-nic",
             "resources[4]",
-            f"a part of IOMMU group {group}, which resources[3] has for intel.com/nic",
+            f"shares IOMMU group {group} with a function that resources[3] offers as intel.com/nic",
         ),
         CARD["port1"]: ("intel.com/nic", "resources[3]", None),
     }
@@ -642,7 +674,7 @@ def test_list_all_knows_rules_of_functions_that_no_vfio_driver_has_yet(places: P
     assert found[GEFORCE] == ("a.example/desk", "resources[0]", "bound to nvidia, not to vfio-pci")
     part = ("nvidia.com/TU104GL_TESLA_T4_VF", "NVIDIA GPU, virtual function", "bound to nvidia, not to vfio-pci")
     assert found["0000:02:00.4"] == part
-    whole = "carries 1 SR-IOV virtual functions: those can be offered, not the whole"
+    whole = "has 1 SR-IOV virtual functions enabled; only those can be offered"
     assert found[T4] == (PGPU, "NVIDIA GPU", whole)
 
 
@@ -673,7 +705,7 @@ def test_list_all_tells_of_vgpus_and_of_what_cannot_be_read(places: Places, list
         (0x3182, "GB110_B300_SXM6_AC"),
         (0x31C2, "GB110_GB300"),
         (0x2BB1, "GB202GL_RTX_PRO_6000_BLACKWELL_WORKSTATION_EDITION"),
-        (0x2BB4, "GB202GL_RTX_PRO_6000_BLACKWELL_MAXQ_WORKSTATION_EDITION"),
+        (0x2BB4, "GB202GL_RTX_PRO_6000_BLACKWELL_MAX-Q_WORKSTATION_EDITION"),
         (0x2BB5, "GB202GL_RTX_PRO_6000_BLACKWELL_SERVER_EDITION"),
     ],
 )

@@ -6,16 +6,18 @@ The rules are tried out in test_advance.py, with times of its own choosing; here
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 
 import pytest
 from conftest import StartDaemon
 from daemon import Places
 from kubelet import GrpcKubelet
 from pods import PodResources
-from trials import NVSWITCH, PGPU, QUICK, slow, socket_of, wait_until
+from trials import NVSWITCH, PGPU, QUICK, pairs, slow, socket_of, wait_until
 
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.inventory.advance import RETIRE
+from sandbox_plugin.inventory.tracking import RETIRE
+from sandbox_plugin.kubelet.podresources import INTERVAL
 
 GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
 HOUR = 3600.0
@@ -79,6 +81,29 @@ def test_it_is_well_again_when_whoever_used_it_lets_go(
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {taken})
     node.set_enable(T4, 0)
     kubelet.wait_for(lambda: taken in kubelet.healthy(PGPU))
+
+
+@slow
+def test_a_pod_that_ends_with_its_vm_leaves_nothing_in_use_and_its_group_is_free_two_seconds_later(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+) -> None:
+    """With an interval of an hour: only what PodResources answers, and what follows from it, makes the daemon look."""
+    node = pairs(fake_node, 2)
+    pods.start(age=HOUR)
+    pods.hold("vm", PGPU, "0")
+    plugin = daemon(node, "--health-interval=3600")
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"1"})
+    node.set_enable("0000:42:00.0", 1)
+    node.unbind("0000:42:02.0")  # an event: it looks, and sees the use
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"1", "2"})
+    node.set_enable("0000:42:00.0", 0)
+    pods.release("vm")
+    plugin.wait_for("device changed", device="1", health="healthy", timeout=3 * INTERVAL)
+    assert not plugin.events("device changed", device="0")
+    *before, settling, healthy = plugin.events("device changed", device="1")
+    assert [event["health"].partition(":")[0] for event in (*before, settling)] == ["group-taken", "settling"]
+    settled_for = datetime.fromisoformat(healthy["timestamp"]) - datetime.fromisoformat(settling["timestamp"])
+    assert settled_for < timedelta(seconds=INTERVAL)
 
 
 @slow

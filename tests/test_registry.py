@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 from facts import gpu, host
 
-from sandbox_plugin.inventory.advance import PROMISE_UNUSED, SETTLE, Holdings, Inventory
+from sandbox_plugin.inventory.advance import SETTLE
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.sharing import PROMISE_UNUSED
+from sandbox_plugin.inventory.state import Holdings, Inventory
 from sandbox_plugin.model import HostFacts, Reason
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Settings
@@ -49,7 +51,7 @@ def reason(inventory: Inventory, device_id: str) -> Reason | None:
 
 def test_before_the_first_scan_there_is_nothing_and_nothing_can_be_learnt() -> None:
     empty = registry()
-    assert (empty.current.version, empty.current.resources, empty.wake_at) == (0, {}, None)
+    assert (empty.current.version, empty.current.resources) == (0, {})
     learnt = empty.learn(allocated=[(PGPU, "3")], holdings=Holdings(asked_at=1, pods={(PGPU, "3"): "a/b"}))
     assert learnt is empty.current
     assert learnt.version == 0
@@ -210,21 +212,52 @@ def test_only_a_consumer_that_needs_specs_waits_for_them() -> None:
     assert waiting.without_spec == {PGPU}
 
 
-def test_it_says_when_to_look_again_in_its_own_clock() -> None:
+def test_a_look_is_due_when_a_device_has_settled_by_the_registrys_own_clock() -> None:
     clock = Clock()
     seen = registry(clock=clock)
-    seen.observe(host(gpu(A)))
-    assert wake_at(seen) is None
-    clock.now += 10
-    seen.observe(host(gpu(A, link_speed="Unknown", link_width=63)))
-    clock.now += 10
-    seen.observe(host(gpu(A)))
-    assert wake_at(seen) == clock.now + SETTLE
-    clock.now += SETTLE
-    seen.observe(host(gpu(A)))
-    assert wake_at(seen) is None
+
+    async def settle() -> None:
+        seen.observe(host(gpu(A)))
+        seen.observe(host(gpu(A, link_speed="Unknown", link_width=63)))
+        seen.observe(host(gpu(A)))
+        due = asyncio.create_task(seen.look_is_due())
+        clock.now += SETTLE - 0.01
+        await asyncio.sleep(0)
+        assert not due.done()
+        clock.now += 0.01
+        await due
+        seen.observe(host(gpu(A)))
+        assert reason(seen.current, "0") is None
+
+    run(settle())
 
 
-def wake_at(seen: Registry) -> float | None:
-    """A function, since mypy takes the property for a value that stays as it was found."""
-    return seen.wake_at
+def test_what_is_learnt_between_two_looks_can_make_the_next_one_due_earlier() -> None:
+    seen = registry(clock=(clock := Clock()))
+
+    async def free() -> None:
+        seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+        seen.learn(holdings=Holdings(asked_at=clock.now, pods={(PGPU, "1"): "a/b"}))
+        due = asyncio.create_task(seen.look_is_due())
+        await asyncio.sleep(0)
+        clock.now += 5
+        seen.learn(holdings=Holdings(asked_at=clock.now))
+        assert reason(seen.current, "2") is Reason.SETTLING
+        clock.now += SETTLE
+        await due
+
+    run(free())
+
+
+def test_whoever_waits_for_a_step_is_told_of_one_without_news_too() -> None:
+    seen = registry()
+
+    async def step() -> None:
+        seen.observe(host(gpu(A)))
+        waiting = asyncio.create_task(seen.stepped())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        seen.observe(host(gpu(A)))
+        await waiting
+
+    run(step())

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,26 +20,14 @@ from conftest import StartDaemon
 from daemon import Places
 from grpc import StatusCode
 from kubelet import GrpcKubelet, Plugin, Refusal, refusal
-from trials import PGPU, figures, socket_of, wait_until
+from trials import PGPU, figures, pairs, socket_of, wait_until
 from wire import load_wire
 
-from sandbox_plugin.fake import presets as models
-from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 
-GPU = FunctionSpec(address="", model=models.H100_SXM5, parent="0000:40:03.1", numa_node=0, driver="vfio-pci")
-"""For the free slot of the preset `empty`."""
 NO_TIMER = "--health-interval=3600"
 
 MakeNode = Callable[[str], FakeNode]
-
-
-def pairs(fake_node: MakeNode, count: int) -> FakeNode:
-    """A node with cdevs and that many IOMMU groups of two GPUs each: 0 and 1, 2 and 3, ..."""
-    node = fake_node("empty")
-    for number in range(2 * count):
-        node.add(replace(GPU, address=f"0000:42:{number:02x}.0", iommu_group=90 + number // 2))
-    return node
 
 
 def outcome(plugin: Plugin, *containers: list[str]) -> list[list[str]] | Refusal:

@@ -9,6 +9,7 @@ and devices that were ill once they have been well for long enough. The real pro
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from truth import HEALTHY, UNHEALTHY, Truth, View
 
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 
+IS_ROOT = os.geteuid() == 0
 EXAMPLES = int(os.environ.get("TRUTH_EXAMPLES", "4"))
 STEPS = int(os.environ.get("TRUTH_STEPS", "30"))
 
@@ -55,8 +57,8 @@ class NodeMachine(RuleBasedStateMachine):
         self._places: Places = self._stack.enter_context(places())
         self._kubelet = self._stack.enter_context(GrpcKubelet(self._places.kubelet))
         self._cdi_broken = False
+        self._cdi_read_only = False
         self._recovering: set[tuple[str, str]] = set()
-        self._before: View = {}
         self._advertised: set[str] = set()
         self._changed = True
 
@@ -64,7 +66,11 @@ class NodeMachine(RuleBasedStateMachine):
     def begin(self, preset: str) -> None:
         self._node: FakeNode = self._places.node(preset)
         self._truth = Truth(self._node.root)
-        (self._places.top / "specs").mkdir()
+        self._specs = self._places.top / "specs"
+        self._specs.mkdir()
+        if IS_ROOT:  # who may write everywhere is stopped by a mount alone
+            subprocess.run(["mount", "-t", "tmpfs", "none", self._specs], check=True)
+            self._stack.callback(lambda: subprocess.run(["umount", self._specs], check=True))
         (self._places.top / "in-the-way").write_text("a file")
         self._lead_cdi_to("specs")
         self._kubelet.start()
@@ -117,7 +123,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     # What happens to the folders and to the kubelet
 
-    @precondition(lambda self: not self._cdi_broken)
+    @precondition(lambda self: not self._cdi_broken and not self._cdi_read_only)
     @rule()
     def break_cdi_folder(self) -> None:
         """A plain file in the folder's place: root, too, cannot write there."""
@@ -129,6 +135,25 @@ class NodeMachine(RuleBasedStateMachine):
     def mend_cdi_folder(self) -> None:
         self._lead_cdi_to("specs")
         self._cdi_broken, self._changed = False, True
+
+    @precondition(lambda self: not self._cdi_broken and not self._cdi_read_only)
+    @rule()
+    def make_cdi_folder_read_only(self) -> None:
+        self._set_cdi_writable(False)
+
+    @precondition(lambda self: self._cdi_read_only)
+    @rule()
+    def make_cdi_folder_writable(self) -> None:
+        self._set_cdi_writable(True)
+
+    def _set_cdi_writable(self, writable: bool) -> None:
+        if IS_ROOT:
+            mode = "rw" if writable else "ro"
+            # The daemon may be writing at this moment: then it is busy, and the next attempt comes after that.
+            assert _wait_for(lambda: not subprocess.run(["mount", "-o", f"remount,{mode}", self._specs]).returncode)
+        else:
+            self._specs.chmod(0o755 if writable else 0o555)
+        self._cdi_read_only, self._changed = not writable, True
 
     def _lead_cdi_to(self, name: str) -> None:
         """In one step: the daemon may look at any moment."""
@@ -152,18 +177,23 @@ class NodeMachine(RuleBasedStateMachine):
         expected = self._expected()
         note(f"expected {expected}")
         self._wait_until_seen(expected, settled=False)
+        self._recovering -= {
+            (r, n) for r in expected for n, d in self._kubelet.devices(r).items() if d.health == HEALTHY
+        }
         self._advertised |= self._kubelet.resources()
-        self._before = expected
+        if not self._cdi_broken and not self._cdi_read_only:
+            self._specs_name_what_is_there()
 
     def teardown(self) -> None:
         try:
             if hasattr(self, "_daemon"):
                 if self._cdi_broken:
                     self.mend_cdi_folder()
-                expected = self._expected()
-                self._wait_until_seen(expected, settled=True)
-                cdi, root = self._places.cdi, self._node.root
-                assert _wait_for(lambda: not _named_but_missing(cdi, root)), _named_but_missing(cdi, root)
+                if self._cdi_read_only:
+                    self.make_cdi_folder_writable()
+                self._wait_until_seen(self._expected(), settled=True)
+                self._specs_name_what_is_there()
+                self._nobody_was_held_back_without_having_been_ill()
         finally:
             self._stack.close()
 
@@ -174,6 +204,9 @@ class NodeMachine(RuleBasedStateMachine):
         present = self._truth.present()
         if self._cdi_broken:
             return {resource: dict.fromkeys(devices, UNHEALTHY) for resource, devices in view.items()}
+        if self._cdi_read_only:
+            for resource, devices in view.items():
+                devices |= dict.fromkeys(devices.keys() - _named(self._places.cdi, resource), UNHEALTHY)
         for resource, devices in view.items():
             for number, health in devices.items():
                 was_ill = self._ill_before.get(resource, {}).get(number) == UNHEALTHY
@@ -193,7 +226,7 @@ class NodeMachine(RuleBasedStateMachine):
     def _is_seen(self, expected: View, *, settled: bool) -> bool:
         for resource, devices in expected.items():
             seen = self._kubelet.devices(resource)
-            if not seen and self._cdi_broken and resource not in self._advertised:
+            if not seen and (self._cdi_broken or self._cdi_read_only) and resource not in self._advertised:
                 continue  # not advertised before its spec could be written once
             if seen.keys() != devices.keys():
                 return False
@@ -203,6 +236,21 @@ class NodeMachine(RuleBasedStateMachine):
                 if settled or health != HEALTHY or (resource, number) not in self._recovering:
                     return False
         return True
+
+    def _specs_name_what_is_there(self) -> None:
+        cdi, root = self._places.cdi, self._node.root
+        assert _wait_for(lambda: not _named_but_missing(cdi, root)), _named_but_missing(cdi, root)
+
+    def _nobody_was_held_back_without_having_been_ill(self) -> None:
+        """A device that is new, or was bound again, is Healthy at once. The daemon's log tells the reasons."""
+        before: dict[tuple[str, str], str] = {}
+        for entry in self._daemon.events():
+            if entry["event"] not in ("device found", "device changed"):
+                continue
+            key, reason = (entry["resource"], entry["device"]), entry["health"].partition(":")[0]
+            was = before.get(key, "not-bound")
+            assert reason != "settling" or was not in ("not-bound", "gone", "healthy"), (was, entry)
+            before[key] = reason
 
     def _try(self, change: Callable[[str], None], addresses: list[str], pick: int) -> None:
         """Does it to one of the addresses; what a kernel would refuse just does not happen."""
@@ -228,11 +276,17 @@ class NodeMachine(RuleBasedStateMachine):
         return nodes + [vfio / f"devices/vfio{number}" for number in cdevs]
 
 
+def _named(cdi: Path, resource: str) -> set[str]:
+    """IDs that the spec of a resource on disk has."""
+    lines = _lines(cdi / f"{resource.replace('/', '-')}.yaml")
+    return {line.partition("name: ")[2].strip('"') for line in lines if "name: " in line}
+
+
 def _named_but_missing(cdi: Path, root: Path) -> list[str]:
     """Nodes that a spec names and sysfs does not show."""
     missing = []
     for file in cdi.glob("*.yaml"):
-        for line in file.read_text().splitlines():
+        for line in _lines(file):
             _, found, path = line.partition("path: ")
             if found:
                 number = path.strip('"').rpartition("/")[2]
@@ -240,6 +294,14 @@ def _named_but_missing(cdi: Path, root: Path) -> list[str]:
                 if not (root / "sys" / kind / number).exists():
                     missing.append(f"{file.name}: {path}")
     return missing
+
+
+def _lines(file: Path) -> list[str]:
+    """None of a file that is not there, or goes at this moment."""
+    try:
+        return file.read_text().splitlines()
+    except FileNotFoundError:
+        return []
 
 
 def _wait_for(predicate: Callable[[], bool]) -> bool:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -20,14 +21,27 @@ from daemon import ROOT, Daemon, Places, clean_environment
 from kubelet import TIMEOUT, GrpcKubelet
 from truth import HEALTHY, Truth, View
 
+from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 
 PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
 QUICK = "--health-interval=0.2"
 """For what no event tells of."""
 
+_GPU = FunctionSpec(address="", model=models.H100_SXM5, parent="0000:40:03.1", numa_node=0, driver="vfio-pci")
+"""For the free slot of the preset `empty`."""
+
 slow = pytest.mark.skipif(not os.environ.get("SANDBOX_SLOW"), reason="takes long: SANDBOX_SLOW=1 runs it")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def pairs(fake_node: Callable[[str], FakeNode], count: int) -> FakeNode:
+    """A node with cdevs and that many IOMMU groups of two GPUs each: 0 and 1, 2 and 3, ..."""
+    node = fake_node("empty")
+    for number in range(2 * count):
+        node.add(replace(_GPU, address=f"0000:42:{number:02x}.0", iommu_group=90 + number // 2))
+    return node
 
 
 def view(kubelet: GrpcKubelet) -> View:

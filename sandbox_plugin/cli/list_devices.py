@@ -15,9 +15,10 @@ from rich.text import Text
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
-from sandbox_plugin.inventory.advance import Inventory, Signals, advance
+from sandbox_plugin.inventory.advance import advance
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Claim, claim
+from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
 from sandbox_plugin.model import Device, HostFacts, PciFunction
 from sandbox_plugin.settings import Settings

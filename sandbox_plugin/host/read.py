@@ -1,9 +1,10 @@
 """Reading one PCI function, and what belongs to all of them: blocking, small, and careful about what it touches.
 
 Never read: `config` (blocks, unkillably, while the kernel resets the device), `uevent` and `driver_override` (block
-likewise on Linux 6.1). Link attributes are read only while that wakes nothing. VFIO nodes are never opened, only
-listed: while one is open, a VM gets EBUSY. Everything here runs on a scan thread (`host.scan`), because any sysfs
-read can hang in the kernel.
+likewise on Linux 6.1), `sriov_numvfs` (takes the device's lock, which a reset and an unbind that waits for a VM hold:
+sriov_numvfs_show in drivers/pci/iov.c). Link attributes are read only while that wakes nothing. VFIO nodes are never
+opened, only listed: while one is open, a VM gets EBUSY. Everything here runs on a scan thread (`host.scan`), because
+any sysfs read can hang in the kernel.
 """
 
 from __future__ import annotations
@@ -98,11 +99,14 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
         raise FunctionUnreadable(_why(error)) from None
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
-    is_for_vms = vfio is not None or (driver is not None and "vfio" in driver)
-    if not is_for_vms and (driver, group, vfio) == (function.driver, function.iommu_group, function.vfio):
+    if vfio is not None or (driver is not None and "vfio" in driver):
+        function = replace(_unchanging(function), driver=driver, iommu_group=group, vfio=vfio)
+        return _with_details(paths, folder, function)
+    # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it.
+    enable = _Optional(folder).number("enable") if driver is None and function.enable == 1 else None
+    if (driver, group, vfio, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
-    function = replace(_unchanging(function), driver=driver, iommu_group=group, vfio=vfio)
-    return _with_details(paths, folder, function) if is_for_vms else function
+    return replace(_unchanging(function), driver=driver, iommu_group=group, enable=enable)
 
 
 def _identify(folder: str, address: str) -> PciFunction:
@@ -164,7 +168,7 @@ def _with_details(paths: HostPaths, folder: str, function: PciFunction) -> PciFu
         enable=optional.number("enable"),
         power_state=power_state,
         runtime_status=optional.text("power/runtime_status"),
-        virtual_functions=optional.number("sriov_numvfs") or 0,
+        virtual_functions=_virtual_functions(folder),
         physical_function=optional.link_name("physfn"),
         fatal_errors=optional.fatal_errors(),
         unread=tuple(optional.unread),
@@ -235,20 +239,14 @@ def read_group_nodes(paths: HostPaths) -> frozenset[int]:
     return frozenset(int(name) for name in _listed(paths.vfio_class) if name.isascii() and name.isdecimal())
 
 
-def read_kernel_has_cdevs(paths: HostPaths) -> bool | None:
-    """Whether this kernel makes VFIO cdevs, as far as /proc/devices tells; None where it does not.
+def read_kernel_has_cdevs(paths: HostPaths) -> bool:
+    """Whether /proc/devices shows that this kernel makes VFIO cdevs.
 
-    vfio_cdev_init in drivers/vfio/device_cdev.c registers the character devices named `vfio-dev`, next to `vfio` for
-    the groups; /proc/devices is not namespaced, so a container sees the host's. Before vfio is loaded neither is
-    there, and nothing is known.
+    vfio_cdev_init in drivers/vfio/device_cdev.c registers the character devices named `vfio-dev`. /proc/devices is not
+    namespaced, so a container sees the host's.
     """
-    text = _text_or_none(str(paths.devices_list), limit=65536)
-    if text is None:
-        return None
-    names = {line.split()[1] for line in text.splitlines() if len(line.split()) == 2}
-    if "vfio-dev" in names:
-        return True
-    return False if "vfio" in names else None
+    text = _text_or_none(str(paths.devices_list), limit=65536) or ""
+    return any(line.split()[1:] == ["vfio-dev"] for line in text.splitlines())
 
 
 def read_dev_nodes(paths: HostPaths) -> frozenset[str] | None:
@@ -372,13 +370,26 @@ def _group_number(folder: str) -> int | None:
 
 
 def _vfio_dev(folder: str) -> VfioDev | None:
-    """The first `vfio-dev/vfioN`. Other names there (noiommu ones) are no node that could be offered."""
-    for name in sorted(_listed(f"{folder}/vfio-dev")):
-        if match := _VFIO_DEV.fullmatch(name):
-            numbers = _text_or_none(f"{folder}/vfio-dev/{name}/dev")
-            cdev = numbers if numbers is not None and _DEV_NUMBERS.fullmatch(numbers) else None
-            return VfioDev(number=int(match[1]), cdev=cdev)
-    return None
+    """The first `vfio-dev/vfioN`. Other names there (noiommu ones) stand for no node that could be offered."""
+    try:
+        with os.scandir(f"{folder}/vfio-dev") as entries:
+            found = sorted((e.name, e.inode()) for e in entries if _VFIO_DEV.fullmatch(e.name))
+    except OSError as error:
+        _refuse_if_out_of_resources(error)
+        return None
+    if not found:
+        return None
+    name, inode = found[0]
+    numbers = _text_or_none(f"{folder}/vfio-dev/{name}/dev")
+    cdev = numbers if numbers is not None and _DEV_NUMBERS.fullmatch(numbers) else None
+    return VfioDev(number=int(name.removeprefix("vfio")), cdev=cdev, binding=inode)
+
+
+def _virtual_functions(folder: str) -> int:
+    """How many SR-IOV virtual functions are enabled; they count from 0 (pci_iov_sysfs_link in drivers/pci/iov.c)."""
+    if not os.path.lexists(f"{folder}/virtfn0"):
+        return 0
+    return sum(name.startswith("virtfn") for name in _listed(folder))
 
 
 def _bridges(folder: str, address: str) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -23,6 +24,11 @@ _Known = tuple[read.Stamp, PciFunction]
 """A function as it was read, and what tells it from another in its place."""
 _TRIES = 3
 """How often a sweep mends what changed under it; the event of the change asks for the next one anyway."""
+_GRACE = 0.05
+"""Seconds that a thread gets once more when its time is over: this whole process may have been stopped, or starved."""
+_IMPATIENCE = 0.1
+"""Seconds for a read where others have used up the patience: what answers must not wait for what hangs."""
+_SILENCE = "sysfs does not answer"
 _BUS = "the PCI bus"
 """What the sweep is reading while it is not at one function."""
 
@@ -48,50 +54,51 @@ class HostScanner:
         self._on_late = on_late
         self._patience = patience
         self._hanging: set[str] = set()
-        self._known: Mapping[str, _Known] = {}
+        self._known: dict[str, _Known] = {}
 
     async def scan(self) -> HostFacts:
-        """One look at everything. Takes at most about `patience` seconds for each function that newly hangs.
+        """One look at everything.
 
+        Takes at most about twice `patience`, and `_IMPATIENCE` for each function beyond the second that newly hangs.
         Raises `read.OutOfResources` when this process could not look at all.
         """
-        loop = asyncio.get_running_loop()
+        began_at = time.monotonic()
         if _BUS in self._hanging:
-            return HostFacts(unreachable=f"sysfs has not answered for {self._patience:g} s")
-        skipped = dict.fromkeys(self._hanging, self._silence())
-        sweep = _Sweep(paths=self._paths, skipped=skipped, known=self._known)
+            return HostFacts(unreachable=_SILENCE, began_at=began_at)
+        sweep = _Sweep(paths=self._paths, skipped=dict.fromkeys(self._hanging, _SILENCE), known=self._known)
+        patience = self._patience
         try:
-            while True:
-                finished = asyncio.Event()
-                sweep.start(partial(_call_soon, loop, finished.set))
-                if await self._finish_or_hang(sweep, finished):
-                    self._known = sweep.learnt
-                    return sweep.facts()
-                hung_at = sweep.reading
+            while (hung_at := await self._hung_at(sweep, patience)) is not None:
                 self._hanging.add(hung_at)
-                sweep.leave(partial(_call_soon, loop, self._answered, hung_at))
+                sweep.leave(partial(_call_soon, asyncio.get_running_loop(), self._answered, hung_at))
                 if hung_at == _BUS:
-                    return HostFacts(unreachable=self._silence())
-                sweep = sweep.rest(without=hung_at, because=self._silence())
+                    return HostFacts(unreachable=_SILENCE, began_at=began_at)
+                sweep = sweep.without(hung_at, because=_SILENCE)
+                patience = max(_IMPATIENCE, began_at + 2 * self._patience - time.monotonic())
         finally:
             sweep.leave(lambda: None)
+        facts = replace(sweep.facts(), began_at=began_at)
+        if facts.unreachable is None:
+            skipped = {address: self._known[address] for address in sweep.skipped if address in self._known}
+            self._known = skipped | sweep.learnt
+        return facts
 
-    async def _finish_or_hang(self, sweep: _Sweep, finished: asyncio.Event) -> bool:
-        """True when the sweep is through, False when one read has taken longer than the patience lasts."""
-        while True:
-            deadline = sweep.reading_since + self._patience
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
+    async def _hung_at(self, sweep: _Sweep, patience: float) -> str | None:
+        """Runs the sweep. Returns what it has been reading for longer than `patience`, or None: it has ended."""
+        finished = asyncio.Event()
+        sweep.start(partial(_call_soon, asyncio.get_running_loop(), finished.set))
+        while not finished.is_set():
+            reading = sweep.reading
+            what, since = reading
+            with suppress(TimeoutError):
+                async with asyncio.timeout(since + patience - time.monotonic()):
                     await finished.wait()
-                return True
-            except TimeoutError:
-                if finished.is_set():
-                    return True
-                if sweep.reading_since + self._patience <= time.monotonic():
-                    return False
-
-    def _silence(self) -> str:
-        return f"sysfs has not answered for {self._patience:g} s"
+            if sweep.reading is reading and not finished.is_set():
+                # A process that was stopped, or got no CPU, comes here before its thread: that gets its turn first.
+                await asyncio.sleep(_GRACE)
+                if sweep.reading is reading and not finished.is_set():
+                    return what
+        return None
 
     def _answered(self, address: str) -> None:
         self._hanging.discard(address)
@@ -139,8 +146,8 @@ class _Sweep:
     learnt: dict[str, _Known] = field(default_factory=dict)
     """What this one read."""
     unreachable: str | None = None
-    reading: str = _BUS
-    reading_since: float = 0.0
+    reading: tuple[str, float] = (_BUS, 0.0)
+    """What is being read, and since when (monotonic seconds): one value, since the loop looks at it from outside."""
     result: HostFacts | None = None
     error: BaseException | None = None
     _ended: bool = False
@@ -148,8 +155,9 @@ class _Sweep:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, when_done: Callable[[], None]) -> None:
-        self.reading_since = time.monotonic()
-        threading.Thread(target=self._work, args=(when_done,), name="host-scan", daemon=True).start()
+        """Raises `read.OutOfResources` where no thread can be had."""
+        self._at(_BUS)
+        _start_thread("host-scan", partial(self._work, when_done))
 
     def leave(self, when_it_answers: Callable[[], None]) -> None:
         """Nobody waits for this sweep any more: it stops after the read it is at, and says so then."""
@@ -161,11 +169,11 @@ class _Sweep:
         if ended:
             when_it_answers()
 
-    def rest(self, *, without: str, because: str) -> _Sweep:
+    def without(self, address: str, *, because: str) -> _Sweep:
         """A new sweep that goes on where this one hangs. What this one found is kept."""
         return _Sweep(
             paths=self.paths,
-            skipped={**self.skipped, without: because},
+            skipped={**self.skipped, address: because},
             functions=dict(self.functions),
             known=self.known,
             learnt=dict(self.learnt),
@@ -176,7 +184,7 @@ class _Sweep:
         if self.error is not None:
             raise self.error
         if self.result is None:
-            return HostFacts(unreachable=self.unreachable or "the scan did not end")
+            return HostFacts(unreachable=self.unreachable or "the scan did not finish")
         return self.result
 
     def _work(self, when_done: Callable[[], None]) -> None:
@@ -203,7 +211,7 @@ class _Sweep:
             self._take(address)
         self._at(_BUS)
         for _ in range(_TRIES):
-            self.result = self._rest(addresses)
+            self.result = self._read_bus(addresses)
             changed = self._changed_meanwhile()
             if not changed:
                 return
@@ -219,7 +227,7 @@ class _Sweep:
         except read.FunctionUnreadable as error:
             self.unreadable[address] = str(error)
 
-    def _rest(self, addresses: Sequence[str]) -> HostFacts:
+    def _read_bus(self, addresses: Sequence[str]) -> HostFacts:
         """What is not read function by function."""
         skipped = {a: self.skipped[a] for a in addresses if a in self.skipped}
         return HostFacts(
@@ -249,8 +257,15 @@ class _Sweep:
         return function
 
     def _at(self, what: str) -> None:
-        self.reading_since = time.monotonic()
-        self.reading = what
+        self.reading = (what, time.monotonic())
+
+
+def _start_thread(name: str, work: Callable[[], None]) -> None:
+    """A thread that nothing joins. Raises `read.OutOfResources`."""
+    try:
+        threading.Thread(target=work, name=name, daemon=True).start()
+    except RuntimeError as error:  # "can't start new thread": the limit of a container's pids, for one
+        raise read.OutOfResources(str(error)) from None
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from sandbox_plugin.inventory.health import assess, is_vfio_bound
+from sandbox_plugin.inventory.health import assess, is_bridge, is_vfio_bound
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Claim, claim
 from sandbox_plugin.model import Device, Health, HostFacts, PciFunction, Placement, Reason, id_order
@@ -32,57 +32,59 @@ class Found:
 
 def find_devices(facts: HostFacts, settings: Settings, names: ModelNames, *, cdevs_known: bool = False) -> Found:
     """Groups functions into devices and judges them. `cdevs_known`: this kernel has shown cdevs before."""
-    cdevs = cdevs_known or bool(facts.kernel_has_cdevs) or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
+    cdevs = cdevs_known or facts.kernel_has_cdevs or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
     unoffered = dict(facts.unreadable)
-    wanted: list[tuple[PciFunction, Claim]] = []
-    for function in facts.functions.values():
-        answer = claim(function, settings, names)
-        if answer is None:
-            continue
-        if why_not := _why_not(function, answer, facts, cdevs=cdevs):
+    claimed = [(f, c) for f in facts.functions.values() if (c := claim(f, settings, names)) is not None]
+    wanted: list[_Claimed] = []
+    for function, its_claim in claimed:
+        if why_not := _why_not(function, its_claim, facts, cdevs=cdevs):
             unoffered[function.address] = why_not
         else:
-            wanted.append((function, answer))
+            wanted.append((function, its_claim))
     if not cdevs:
-        wanted, lost_out = _one_resource_a_group(wanted)
-        unoffered |= lost_out
+        for restrict in (partial(_without_withheld, facts=facts, claimed=claimed), _one_resource_a_group):
+            wanted, left_out = restrict(wanted)
+            unoffered |= left_out
     build = _by_cdev if cdevs else _by_group
     judge = partial(assess, facts=facts, require_iommufd=settings.require_iommufd)
     devices = [replace(d, health=judge(d)) for d in build(wanted, facts, names)]
     return Found(devices=tuple(_with_mates(devices)), unoffered=unoffered, cdevs=cdevs)
 
 
-def _why_not(function: PciFunction, answer: Claim, facts: HostFacts, *, cdevs: bool) -> str | None:
-    if answer.resource is None:
-        return f"excluded by {answer.rule}"
+_Claimed = tuple[PciFunction, Claim]
+
+
+def _why_not(function: PciFunction, claim: Claim, facts: HostFacts, *, cdevs: bool) -> str | None:
+    if claim.resource is None:
+        return f"excluded by {claim.rule}"
     if not is_vfio_bound(function, facts):
         return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
     if function.virtual_functions:
-        return f"{_carries(function)}: those can be offered, not the whole"
+        return f"{_has_vfs(function)}; only those can be offered"
     if function.iommu_group is None:
         return "in no IOMMU group: is the IOMMU switched on?"
     if facts.groups[function.iommu_group].noiommu:
         return "in a group without an IOMMU (vfio's unsafe no-IOMMU mode)"
     if cdevs and (function.vfio is None or function.vfio.cdev is None):
-        return "being bound: its cdev is not there yet"
+        return "still being bound: it has no VFIO cdev yet"
     return None
 
 
-def _carries(function: PciFunction) -> str:
-    return f"carries {function.virtual_functions} SR-IOV virtual functions"
+def _has_vfs(function: PciFunction) -> str:
+    return f"has {function.virtual_functions} SR-IOV virtual functions enabled"
 
 
-def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
+def _by_cdev(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> list[Device]:
     devices = []
-    for function, answer in wanted:
+    for function, its_claim in wanted:
         assert function.vfio is not None
         assert function.iommu_group is not None
-        assert answer.resource is not None
+        assert its_claim.resource is not None
         node = f"/dev/vfio/devices/vfio{function.vfio.number}"
         devices.append(
             Device(
                 id=str(function.vfio.number),
-                resource=answer.resource,
+                resource=its_claim.resource,
                 node=node,
                 model=_model(function, names),
                 placements=(_placement(function),),
@@ -95,30 +97,49 @@ def _by_cdev(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: M
     return devices
 
 
-def _one_resource_a_group(
-    wanted: list[tuple[PciFunction, Claim]],
-) -> tuple[list[tuple[PciFunction, Claim]], dict[str, str]]:
+def _without_withheld(
+    wanted: list[_Claimed], *, facts: HostFacts, claimed: list[_Claimed]
+) -> tuple[list[_Claimed], dict[str, str]]:
+    """Leaves out what shares a group with a function that must not be passed: a group node passes every function.
+
+    Bridges are not passed (`is_bridge`). Returns what is left, and why the others are left out.
+    """
+    carriers = [f for f in facts.functions.values() if f.virtual_functions]
+    withheld = {f.iommu_group: f"{f.address}, which {_has_vfs(f)}" for f in carriers}
+    for function, its_claim in claimed:
+        if its_claim.resource is None and not is_bridge(function):
+            withheld[function.iommu_group] = f"{function.address}, which {its_claim.rule} excludes"
+    kept, left_out = [], {}
+    for function, its_claim in wanted:
+        if why := withheld.get(function.iommu_group):
+            left_out[function.address] = f"shares IOMMU group {function.iommu_group} with {why}"
+        else:
+            kept.append((function, its_claim))
+    return kept, left_out
+
+
+def _one_resource_a_group(wanted: list[_Claimed]) -> tuple[list[_Claimed], dict[str, str]]:
     """Where rules of two resources meet in one group, the first rule has it. Also says why the others went empty."""
     winners: dict[int | None, Claim] = {}
-    for function, answer in sorted(wanted, key=lambda each: (each[1].rank, each[0].address)):
-        winners.setdefault(function.iommu_group, answer)
-    kept, lost_out = [], {}
-    for function, answer in wanted:
+    for function, its_claim in sorted(wanted, key=lambda each: (each[1].rank, each[0].address)):
+        winners.setdefault(function.iommu_group, its_claim)
+    kept, left_out = [], {}
+    for function, its_claim in wanted:
         winner = winners[function.iommu_group]
-        if answer.resource == winner.resource:
-            kept.append((function, answer))
+        if its_claim.resource == winner.resource:
+            kept.append((function, its_claim))
         else:
-            whose = f"{winner.rule} has for {winner.resource}"
-            lost_out[function.address] = f"a part of IOMMU group {function.iommu_group}, which {whose}"
-    return kept, lost_out
+            whose = f"{winner.rule} offers as {winner.resource}"
+            left_out[function.address] = f"shares IOMMU group {function.iommu_group} with a function that {whose}"
+    return kept, left_out
 
 
-def _by_group(wanted: list[tuple[PciFunction, Claim]], facts: HostFacts, names: ModelNames) -> list[Device]:
+def _by_group(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> list[Device]:
     """One device for each group."""
-    by_group: dict[int, list[tuple[PciFunction, Claim]]] = defaultdict(list)
-    for function, answer in wanted:
+    by_group: dict[int, list[_Claimed]] = defaultdict(list)
+    for function, its_claim in wanted:
         assert function.iommu_group is not None
-        by_group[function.iommu_group].append((function, answer))
+        by_group[function.iommu_group].append((function, its_claim))
     devices = []
     for number, members in by_group.items():
         functions = [function for function, _ in members]
@@ -164,10 +185,11 @@ def _group_node(group: int, facts: HostFacts) -> str | None:
 
 
 def _placement(function: PciFunction) -> Placement:
-    return Placement(address=function.address, numa_node=function.numa_node, bridges=function.bridges)
+    binding = function.vfio.binding if function.vfio is not None else None
+    return Placement(address=function.address, numa_node=function.numa_node, bridges=function.bridges, binding=binding)
 
 
-def lost(device: Device, facts: HostFacts) -> Health:
+def why_lost(device: Device, facts: HostFacts) -> Health:
     """Why a device that was there before is not there any more."""
     for placement in device.placements:
         if facts.unreachable is not None:
@@ -185,7 +207,7 @@ def lost(device: Device, facts: HostFacts) -> Health:
         return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is {holder}, not to a vfio driver")
     is_cdev = device.node.startswith("/dev/vfio/devices/")
     if is_cdev and function.vfio is not None and device.node != f"/dev/vfio/devices/vfio{function.vfio.number}":
-        detail = f"{device.address} was bound anew and is vfio{function.vfio.number} now"
+        detail = f"{device.address} was bound again and is now vfio{function.vfio.number}"
         return Health(reason=Reason.NOT_BOUND, detail=detail)
-    why = f": it {_carries(function)}" if function.virtual_functions else ""
+    why = f": it {_has_vfs(function)}" if function.virtual_functions else ""
     return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is no longer offered{why}")

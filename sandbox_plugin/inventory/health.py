@@ -1,7 +1,7 @@
 """Whether a device could be given to a VM now, judged from one set of host facts, with the reason in words.
 
 Each check is a pure function of the facts; `assess` asks them in the order in which a person would want to know.
-What needs memory (damping, promises to pods, AER recoveries) is in `inventory.advance`.
+What needs memory (damping, promises to pods, AER recoveries) is in `tracking` and `advance`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ _OFF_THE_BUS_WIDTH = 63
 
 _BRIDGE_CLASSES = (0x0600, 0x0604)
 """Host bridge and PCI-to-PCI bridge."""
+
+
+def is_bridge(function: PciFunction) -> bool:
+    """Whether it only leads to other functions: no consumer passes it to a VM with its group."""
+    return function.class_code >> 8 in _BRIDGE_CLASSES
 
 
 def is_vfio_bound(function: PciFunction, facts: HostFacts) -> bool:
@@ -35,7 +40,7 @@ def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -
     functions = [facts.functions[p.address] for p in device.placements]
     for verdict in (
         _has_needed_node(device, require_iommufd),
-        _answers(functions),
+        _on_the_bus(functions),
         _viable(device, facts),
         _node_is_there(device, facts),
     ):
@@ -51,9 +56,14 @@ def _has_needed_node(device: Device, require_iommufd: bool) -> Health:
     return Health(reason=Reason.NO_CDEV, detail=detail)
 
 
-def _answers(functions: Sequence[PciFunction]) -> Health:
+def is_off_the_bus(function: PciFunction) -> bool:
+    """Whether the link was read, and nothing answered."""
+    return function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH
+
+
+def _on_the_bus(functions: Sequence[PciFunction]) -> Health:
     for function in functions:
-        if function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH:
+        if is_off_the_bus(function):
             return Health(
                 reason=Reason.OFF_THE_BUS,
                 detail=f"{function.address} does not answer on the PCI bus (link speed Unknown, width 63)",
@@ -81,7 +91,7 @@ def _viable(device: Device, facts: HostFacts) -> Health:
 def _leaves_group_viable(member: PciFunction) -> bool:
     if member.driver is None or member.vfio is not None or "vfio" in member.driver or member.driver == "pci-stub":
         return True
-    return member.driver == "pcieport" and member.class_code >> 8 in _BRIDGE_CLASSES
+    return member.driver == "pcieport" and is_bridge(member)
 
 
 def _node_is_there(device: Device, facts: HostFacts) -> Health:

@@ -1,8 +1,8 @@
 """Names: of models, of resources, and of the files that carry a resource's name.
 
 The rule for a model's resource name is the reference plugin's, so that a pod that asks for one finds it with ours
-too: the name in pci.ids in capitals, `/`, `.` and white space as `_`, everything else dropped that is no letter, digit
-or `_`. Where that gives no valid name it is repaired, and the model's ID is put at its end.
+too: the name in pci.ids in capitals, `/`, `.` and white space as `_`, and everything dropped that is not a letter, a
+digit, `_` or `-`. Where that gives no valid name it is repaired, and the model's ID is put at its end.
 
 The table is NVIDIA's part of pci.ids, made by scripts/generate-pci-names.py. It is read once, by `ModelNames.load`.
 """
@@ -69,12 +69,12 @@ class ModelNames:
 
 def clean_name(name: str, device: int) -> str:
     """A model's name by the reference's rule; where that is not valid, repaired and with the device ID at its end."""
-    cleaned = re.sub(r"[^A-Z0-9_]", "", re.sub(r"\s+|[/.]", "_", name.upper()))
+    cleaned = re.sub(r"[^A-Z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name.upper()))
     if len(cleaned) <= NAME_LENGTH and _CLASS.fullmatch(cleaned):
         return cleaned
     begun = cleaned if cleaned[:1].isalpha() else f"MODEL_{cleaned}"
     suffix = f"_{device:04X}"
-    return begun[: NAME_LENGTH - len(suffix)].rstrip("_") + suffix
+    return begun[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix
 
 
 def type_name(name: str) -> str:

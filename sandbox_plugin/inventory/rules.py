@@ -74,7 +74,13 @@ def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
 
 
 def matches(rule: ResourceRule, function: PciFunction) -> bool:
-    """Whether every condition that the rule states holds."""
+    """Whether every condition that the rule states holds.
+
+    A mediated device is no PCI function: its IDs and class are those of the function that carries it, and by them a
+    rule for whole functions must not take it.
+    """
+    if function.mdev_type is not None and (rule.vendors or rule.devices or rule.classes or rule.subsystems):
+        return False
     return (
         (not rule.vendors or function.vendor in rule.vendors)
         and (not rule.devices or function.device in rule.devices)

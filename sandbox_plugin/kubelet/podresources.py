@@ -22,7 +22,7 @@ from grpclib import GRPCError
 from grpclib.client import Channel
 
 from sandbox_plugin.api import v1
-from sandbox_plugin.inventory.advance import Holdings
+from sandbox_plugin.inventory.state import Holdings
 from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.server import CONNECTION_LOST
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, MessageCodec, check

@@ -16,8 +16,8 @@ import structlog
 from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1beta1
-from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.answers import answer
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.model import Device

@@ -26,8 +26,8 @@ from typing import TypeVar
 import aiofiles.os
 import structlog
 
-from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.naming import cdi_file_name
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 

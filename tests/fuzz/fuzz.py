@@ -25,8 +25,9 @@ with atheris.instrument_imports(include=["sandbox_plugin"]):
     from sandbox_plugin.host import read
     from sandbox_plugin.host.paths import HostPaths
     from sandbox_plugin.host.uevents import parse_uevent
-    from sandbox_plugin.inventory.advance import Inventory, Signals, advance
+    from sandbox_plugin.inventory.advance import advance
     from sandbox_plugin.inventory.naming import ModelNames
+    from sandbox_plugin.inventory.state import Inventory, Signals
     from sandbox_plugin.kubelet.podresources import holdings
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.kubelet.wellformed import MalformedMessage

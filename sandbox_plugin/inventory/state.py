@@ -1,0 +1,130 @@
+"""The values between two steps: what others told (`Signals`), what is remembered (`Memory`), what is offered
+(`Inventory`).
+
+Apart from `advance`, which makes them, because readers of an inventory need nothing of how it came about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from sandbox_plugin.model import Device
+
+DeviceKey = tuple[str, str]
+"""Resource name and device ID: what the kubelet knows a device by."""
+Bound = tuple[str, int | None]
+"""PCI address and `VfioDev.binding`: one function for as long as it stays bound. None before Linux 6.1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """One answer of PodResources: which devices pods hold, by resource and ID, and who they are."""
+
+    asked_at: float
+    """Monotonic seconds before the question was sent: what happened later may be missing from the answer.
+
+    -inf: anything may be missing."""
+    pods: Mapping[DeviceKey, str] = field(default_factory=dict)
+    """Device -> `namespace/name` of the pod that holds it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signals:
+    """What sysfs cannot say. `allocated` and `aer` are news since the last step; the others are standing facts."""
+
+    allocated: tuple[DeviceKey, ...] = ()
+    """Devices that one Allocate has just been answered for."""
+    aer: tuple[tuple[str, str], ...] = ()
+    """(PCI address, ERROR_EVENT) of AER uevents, in order."""
+    holdings: Holdings | None = None
+    """The latest answer of PodResources, if it ever gave one."""
+    in_cdi: Mapping[str, frozenset[str]] | None = None
+    """Resource -> IDs that are in a CDI spec on disk. None: this consumer needs no spec."""
+    cdi_trouble: Mapping[str, str] = field(default_factory=dict)
+    """Resource -> why its spec could not be written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FatalError:
+    """A fatal PCIe error (AER) of one function."""
+
+    words: str
+    since: float | None
+    """When it began, in monotonic seconds. None: its recovery failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Track:
+    """What is remembered about one device."""
+
+    device: Device
+    arrived_at: float = -math.inf
+    been_well: bool = False
+    """It was well at least once since it arrived."""
+    ill: bool = False
+    """Not to be listed as Healthy before it has settled."""
+    well_since: float | None = None
+    gone_since: float | None = None
+    """Since when it has not been there; None: it is there."""
+    free_since: float | None = None
+    """While it is gone: since when PodResources has shown that no pod holds it."""
+    in_use_since: float | None = None
+    """Since when `enable` has been 1 on one of its functions; -inf: since before it was first seen."""
+    in_use_seen_at: float | None = None
+    """When the latest scan that saw it in use began."""
+    silent: frozenset[Bound] = frozenset()
+    """Functions that did not answer on the bus when they were last asked."""
+    fatal_counts: Mapping[Bound, int] = field(default_factory=dict)
+    """The counts of fatal errors that are old news."""
+    fatal_errors: Mapping[Bound, FatalError] = field(default_factory=dict)
+    """The fatal errors that have not been recovered from."""
+
+    @property
+    def key(self) -> DeviceKey:
+        return (self.device.resource, self.device.id)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """A device that an Allocate was answered for, until it is known to be free again."""
+
+    at: float
+    """When, in monotonic seconds."""
+    seen_held: bool = False
+    """PodResources has shown it held."""
+    seen_used: bool = False
+    """A use has begun since."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What the next step needs to know of this one."""
+
+    tracks: Mapping[DeviceKey, Track] = field(default_factory=dict)
+    promises: Mapping[DeviceKey, Promise] = field(default_factory=dict)
+    cdevs: bool = False
+    """This kernel has shown cdevs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """What this node offers: one immutable snapshot."""
+
+    version: int = 0
+    """Rises by one with every change; 0 is the empty inventory before the first scan."""
+    resources: Mapping[str, tuple[Device, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    """Resource name -> its devices, in order of their IDs, with those that left but may still be held."""
+    unoffered: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """PCI address -> why a function that a rule wants is not a device, or could not be read."""
+    without_spec: frozenset[str] = frozenset()
+    """Resources with a device that should be in a CDI spec on disk and is not yet."""
+    waits_for_holdings: bool = False
+    """Whether something here can only be settled by asking PodResources."""
+    memory: Memory = Memory()
+
+    def device(self, resource: str, device_id: str) -> Device | None:
+        """The device that the kubelet means by this ID, or None."""
+        return next((d for d in self.resources.get(resource, ()) if d.id == device_id), None)
