@@ -43,6 +43,7 @@ MODELS = {
     "0x1eb8": "TU104GL_TESLA_T4",
     "0x21c4": "TU116_GEFORCE_GTX_1660_SUPER",
     "0x26b9": "AD102GL_L40S",
+    "0x20b3": "GA100_A100-SXM-64GB",
 }
 """What the reference calls the models of the presets, by device ID."""
 SERVED = ["hgx-h100", "hgx-h100-group", "rtx-pro-6000", "uneven"]
@@ -378,6 +379,23 @@ def test_specs_that_the_reference_left_are_taken_over_and_never_doubled(
     assert read_cdi(places.cdi) == {
         f"{resource}={device_id}": path for resource, nodes in devices.items() for device_id, path in nodes.items()
     }
+
+
+def test_a_model_with_hyphens_in_its_name_keeps_the_references_name_and_spec(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("rtx-pro-6000")
+    for function in node.functions():
+        if function.class_code == 0x030200:
+            node.set_attribute(function.address, "device", "0x20b3")
+    devices = reference_devices(node.root, by_model=True)
+    assert list(devices) == ["nvidia.com/GA100_A100-SXM-64GB"]
+    leave_specs(places, devices)
+    plugin = daemon(node, P_GPU_ALIAS="")
+    kubelet.wait_for(lambda: healthy(kubelet) == ids_of(devices))
+    (resource,) = devices
+    plugin.wait_for("cdi spec of another writer replaced", resource=resource)
+    assert [file.name for file in places.cdi.iterdir()] == ["nvidia.com-GA100_A100-SXM-64GB.yaml"]
 
 
 def test_specs_that_the_reference_left_of_resources_without_a_device_are_removed(
