@@ -78,7 +78,6 @@ class PciFunction:
     """
     power_state: str | None = None
     """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""
-    runtime_status: str | None = None
     bars: tuple[Bar, ...] = ()
     bridges: tuple[str, ...] = ()
     """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""

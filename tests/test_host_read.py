@@ -74,7 +74,7 @@ def test_a_bound_function_is_read_whole(tree: Tree) -> None:
     assert (found.subsystem_vendor, found.subsystem_device, found.revision) == (0x1458, 0x4014, 0xA1)
     assert (found.driver, found.iommu_group, found.vfio) == ("vfio-pci", 11, VfioDev(number=0, cdev=None))
     assert (found.link_speed, found.link_width) == ("8.0 GT/s PCIe", 16)
-    assert (found.enable, found.power_state, found.runtime_status) == (0, "D3hot", "suspended")
+    assert (found.enable, found.power_state) == (0, "D3hot")
     assert found.bridges == ("pci0000:00", GEFORCE_BRIDGE)
     assert (found.virtual_functions, found.physical_function, found.fatal_errors) == (0, None, 0)
     assert found.unread == ()
@@ -281,7 +281,6 @@ OPTIONAL = {
     "current_link_width": "link_width",
     "enable": "enable",
     "power_state": "power_state",
-    "power/runtime_status": "runtime_status",
     "subsystem_vendor": "subsystem_vendor",
     "revision": "revision",
     "aer_dev_fatal": "fatal_errors",
@@ -514,22 +513,30 @@ def test_a_group_that_no_vfio_driver_has_a_part_of_is_not_read(tree: Tree) -> No
     assert read.read_groups(tree.paths, tree.functions()).keys() == {GEFORCE_GROUP}
 
 
-def test_a_group_without_an_iommu_is_known_by_its_name(tree: Tree) -> None:
-    (tree.paths.iommu_groups / str(T4_GROUP) / "name").write_text("vfio-noiommu\n")
-    groups = read.read_groups(tree.paths, tree.functions())
+def test_a_group_without_an_iommu_is_told_from_others(tree: Tree) -> None:
+    groups = read.read_groups(tree.paths, tree.functions(), frozenset({T4_GROUP}))
     assert (groups[T4_GROUP].noiommu, groups[GEFORCE_GROUP].noiommu) == (True, False)
 
 
-def test_group_nodes_are_those_that_the_class_shows_as_numbers(tree: Tree) -> None:
-    for name in ("noiommu-3", "vfio", "\u00b2", "\u0661"):
+def test_group_nodes_are_those_that_the_class_shows_as_numbers_with_an_iommu_or_without(tree: Tree) -> None:
+    for name in ("noiommu-3", "noiommu-x", "vfio", "\u00b2", "\u0661"):
         (tree.paths.vfio_class / name).mkdir()
-    assert read.read_group_nodes(tree.paths) == {GEFORCE_GROUP, T4_GROUP}
+    assert read.read_group_nodes(tree.paths) == (frozenset({GEFORCE_GROUP, T4_GROUP}), frozenset({3}))
     tree.node.unbind(T4)
-    assert read.read_group_nodes(tree.paths) == {GEFORCE_GROUP}
+    assert read.read_group_nodes(tree.paths) == (frozenset({GEFORCE_GROUP}), frozenset({3}))
 
 
 def test_without_vfio_there_are_no_group_nodes(tmp_path: Path) -> None:
-    assert read.read_group_nodes(HostPaths(tmp_path)) == frozenset()
+    assert read.read_group_nodes(HostPaths(tmp_path)) == (frozenset(), frozenset())
+
+
+def test_functions_with_a_vfio_device_are_listed_by_the_class(tree: Tree) -> None:
+    vfio = frozenset(f.address for f in tree.node.functions() if f.vfio)
+    assert read.list_vfio_devices(tree.paths) == vfio
+    tree.node.unbind(T4)
+    assert read.list_vfio_devices(tree.paths) == vfio - {T4}
+    shutil.rmtree(tree.paths.vfio_dev_class)
+    assert read.list_vfio_devices(tree.paths) is None
 
 
 @pytest.mark.parametrize(

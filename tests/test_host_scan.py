@@ -44,9 +44,9 @@ def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     reads: list[tuple[str, int]] = []
     real = read.read_function
 
-    def spy(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
+    def spy(paths: HostPaths, address: str, *more: Any) -> PciFunction:
         reads.append((address, threading.get_ident()))
-        return real(paths, address, before)
+        return real(paths, address, *more)
 
     monkeypatch.setattr(read, "read_function", spy)
     return reads
@@ -260,10 +260,10 @@ from sandbox_plugin.host.scan import HostScanner
 
 real = read.read_function
 
-def stop_at(paths, address, before=None):
+def stop_at(paths, address, *more):
     if address == sys.argv[2]:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return real(paths, address, before)
+    return real(paths, address, *more)
 
 read.read_function = stop_at
 scanner = HostScanner(HostPaths(Path(sys.argv[1])), on_late=lambda: None, patience=float(sys.argv[3]))
@@ -519,12 +519,12 @@ def test_a_function_that_is_unbound_while_the_rest_is_read_is_read_again(
     real = read.read_groups
     calls = 0
 
-    def meanwhile(paths: HostPaths, functions: Any) -> Any:
+    def meanwhile(*given: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 1:
             node.unbind(T4)
-        return real(paths, functions)
+        return real(*given)
 
     monkeypatch.setattr(read, "read_groups", meanwhile)
     facts = run(HostScanner(paths, on_late=ignore).scan())
@@ -538,10 +538,10 @@ def test_a_function_that_leaves_while_the_rest_is_read_is_told_of(
 ) -> None:
     real = read.read_groups
 
-    def meanwhile(paths: HostPaths, functions: Any) -> Any:
+    def meanwhile(*given: Any) -> Any:
         if T4 in [f.address for f in node.functions()]:
             node.remove(T4)
-        return real(paths, functions)
+        return real(*given)
 
     monkeypatch.setattr(read, "read_groups", meanwhile)
     facts = run(HostScanner(paths, on_late=ignore).scan())
@@ -554,12 +554,12 @@ def test_a_function_that_never_rests_does_not_keep_the_scan(
 ) -> None:
     real = read.read_groups
 
-    def meanwhile(paths: HostPaths, functions: Any) -> Any:
+    def meanwhile(*given: Any) -> Any:
         if node.function(T4).driver == "vfio-pci":
             node.unbind(T4)
         else:
             node.bind(T4)
-        return real(paths, functions)
+        return real(*given)
 
     monkeypatch.setattr(read, "read_groups", meanwhile)
     assert len(run(HostScanner(paths, on_late=ignore).scan()).functions) == 12
@@ -571,7 +571,7 @@ def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
     known: dict[str, bool] = {}
     real = read.read_function
 
-    def spy(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
+    def spy(paths: HostPaths, address: str, before: PciFunction | None, *more: Any) -> PciFunction:
         known[address] = before is not None
         return real(paths, address, before)
 

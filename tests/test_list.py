@@ -186,8 +186,9 @@ def test_a_gpu_without_an_iommu_group_is_not_offered(node: FakeNode, listed: Cal
 
 
 def test_a_group_without_an_iommu_is_never_offered(node: FakeNode, listed: Callable[..., Any]) -> None:
-    group = node.root / "sys/kernel/iommu_groups" / str(node.function(T4).iommu_group)
-    (group / "name").write_text("vfio-noiommu\n")
+    group = node.function(T4).iommu_group
+    folder = node.root / "sys/class/vfio"
+    (folder / f"{group}").rename(folder / f"noiommu-{group}")
     document = listed(node.root)
     assert healths(document) == {GEFORCE: "Healthy"}
     assert "without an IOMMU" in not_offered(document)[T4]

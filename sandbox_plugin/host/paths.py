@@ -37,6 +37,10 @@ class HostPaths:
         return self.root / "sys/class/vfio"
 
     @cached_property
+    def vfio_dev_class(self) -> Path:
+        return self.root / "sys/class/vfio-dev"
+
+    @cached_property
     def dev(self) -> Path:
         return self.root / "dev"
 

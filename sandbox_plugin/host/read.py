@@ -13,8 +13,9 @@ import errno
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import Bar, Device, IommuGroup, PciFunction, VfioDev
@@ -79,13 +80,33 @@ def driver_of(paths: HostPaths, address: str) -> str | None:
         return None
 
 
-def read_function(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
+def list_vfio_devices(paths: HostPaths) -> frozenset[str] | None:
+    """Addresses, and UUIDs, of all functions that have a `vfio-dev` folder now; None before Linux 6.1.
+
+    `/sys/class/vfio-dev/vfioN` leads to `.../<address>/vfio-dev/vfioN`. Raises `OutOfResources`.
+    """
+    try:
+        names = os.listdir(paths.vfio_dev_class)
+    except OSError as error:
+        _refuse_if_out_of_resources(error)
+        return None
+    devices = set()
+    for name in names:
+        with suppress(OSError):  # it went at this moment
+            devices.add(os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")[-3])
+    return frozenset(devices)
+
+
+def read_function(
+    paths: HostPaths, address: str, before: PciFunction | None = None, vfio_devices: frozenset[str] | None = None
+) -> PciFunction:
     """Reads one function.
 
     What it is, its driver and its group are read for every function; the rest only for functions that a vfio driver
     holds, since nothing else is ever offered. `before` is the same function as it was read earlier: what can never
-    change while it is there is taken from that. Raises `FunctionUnreadable` when what it is cannot be read or makes no
-    sense, and `OutOfResources`.
+    change while it is there is taken from that. `vfio_devices` are the functions that have a `vfio-dev` folder;
+    without it each folder is looked into. Raises `FunctionUnreadable` when what it is cannot be read or makes no sense,
+    and `OutOfResources`.
     """
     if UUID.fullmatch(address):
         return _read_mdev(paths, address)
@@ -94,19 +115,27 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
     folder = f"{paths.pci_devices}/{address}"
     try:
         function = _identify(folder, address) if before is None else before
-        driver, group, vfio = _link_name(f"{folder}/driver"), _group_number(folder), _vfio_dev(folder)
+        driver = _link_name(f"{folder}/driver")
+        is_vfio_driver = driver is not None and "vfio" in driver
+        may_be_for_vms = is_vfio_driver or vfio_devices is None or address in vfio_devices
+        vfio = _vfio_dev(folder) if may_be_for_vms else None
+        is_for_vms = is_vfio_driver or vfio is not None
+        # A group is for as long as the function is there; only vfio may make one, for a function that has none.
+        group = function.iommu_group
+        if group is None or is_for_vms:
+            group = _group_number(folder)
     except OSError as error:
         raise FunctionUnreadable(_why(error)) from None
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
-    if vfio is not None or (driver is not None and "vfio" in driver):
-        function = replace(_unchanging(function), driver=driver, iommu_group=group, vfio=vfio)
-        return _with_details(paths, folder, function)
+    if is_for_vms:
+        details = _read_details(paths, folder, function)
+        return PciFunction(**(_unchanging(function) | details), driver=driver, iommu_group=group, vfio=vfio)
     # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it.
     enable = _Optional(folder).number("enable") if driver is None and function.enable == 1 else None
-    if (driver, group, vfio, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
+    if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
-    return replace(_unchanging(function), driver=driver, iommu_group=group, enable=enable)
+    return PciFunction(**_unchanging(function), driver=driver, iommu_group=group, enable=enable)
 
 
 def _identify(folder: str, address: str) -> PciFunction:
@@ -129,50 +158,37 @@ def _identify(folder: str, address: str) -> PciFunction:
     )
 
 
-def _unchanging(function: PciFunction) -> PciFunction:
+def _unchanging(function: PciFunction) -> dict[str, Any]:
     """What can never change while the function is there."""
-    return PciFunction(
-        address=function.address,
-        vendor=function.vendor,
-        device=function.device,
-        class_code=function.class_code,
-        subsystem_vendor=function.subsystem_vendor,
-        subsystem_device=function.subsystem_device,
-        revision=function.revision,
-        bars=function.bars,
-        bridges=function.bridges,
-        physical_function=function.physical_function,
-    )
+    names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision", "bars")
+    return {name: getattr(function, name) for name in (*names, "bridges", "physical_function")}
 
 
-def _with_details(paths: HostPaths, folder: str, function: PciFunction) -> PciFunction:
-    """The function with everything else that its folder says."""
+def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[str, Any]:
+    """What else the folder of a function says that a vfio driver holds."""
     optional = _Optional(folder)
+    details: dict[str, Any] = {}
     if function.revision is None or function.subsystem_vendor is None:
-        function = replace(
-            function,
-            subsystem_vendor=optional.hex("subsystem_vendor", 4),
-            subsystem_device=optional.hex("subsystem_device", 4),
-            revision=optional.hex("revision", 2),
-            bars=optional.bars(),
-        )
+        details = {
+            "subsystem_vendor": optional.hex("subsystem_vendor", 4),
+            "subsystem_device": optional.hex("subsystem_device", 4),
+            "revision": optional.hex("revision", 2),
+            "bars": optional.bars(),
+        }
     power_state = optional.text("power_state")
     link_is_safe = power_state != "D3cold" and all(
         _is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:]
     )
-    return replace(
-        function,
-        numa_node=_known_node(optional.number("numa_node")),
-        link_speed=optional.text("current_link_speed") if link_is_safe else None,
-        link_width=optional.number("current_link_width") if link_is_safe else None,
-        enable=optional.number("enable"),
-        power_state=power_state,
-        runtime_status=optional.text("power/runtime_status"),
-        virtual_functions=_virtual_functions(folder),
-        physical_function=optional.link_name("physfn"),
-        fatal_errors=optional.fatal_errors(),
-        unread=tuple(optional.unread),
-    )
+    details |= {
+        "numa_node": _known_node(optional.number("numa_node")),
+        "link_speed": optional.text("current_link_speed") if link_is_safe else None,
+        "link_width": optional.number("current_link_width") if link_is_safe else None,
+        "enable": optional.number("enable"),
+        "power_state": power_state,
+        "virtual_functions": _virtual_functions(folder),
+        "fatal_errors": optional.fatal_errors(),
+    }
+    return details | {"unread": tuple(optional.unread)}
 
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
@@ -215,7 +231,9 @@ def still_bound(paths: HostPaths, device: Device) -> str | None:
     return None
 
 
-def read_groups(paths: HostPaths, functions: Mapping[str, PciFunction]) -> dict[int, IommuGroup]:
+def read_groups(
+    paths: HostPaths, functions: Mapping[str, PciFunction], without_iommu: frozenset[int] = frozenset()
+) -> dict[int, IommuGroup]:
     """The IOMMU groups of all functions that a vfio driver holds, with every member that sysfs lists.
 
     A group whose folder cannot be read has the members that `functions` shows.
@@ -228,15 +246,20 @@ def read_groups(paths: HostPaths, functions: Mapping[str, PciFunction]) -> dict[
         groups[number] = IommuGroup(
             number=number,
             members=tuple(sorted(seen | set(_listed(f"{folder}/devices")))),
-            # vfio_noiommu_group_alloc in drivers/vfio/group.c names the group so.
-            noiommu=_text_or_none(f"{folder}/name") == "vfio-noiommu",
+            noiommu=number in without_iommu,
         )
     return groups
 
 
-def read_group_nodes(paths: HostPaths) -> frozenset[int]:
-    """Numbers of the groups that have a node /dev/vfio/N now. `noiommu-N` nodes are not among them."""
-    return frozenset(int(name) for name in _listed(paths.vfio_class) if name.isascii() and name.isdecimal())
+def read_group_nodes(paths: HostPaths) -> tuple[frozenset[int], frozenset[int]]:
+    """Numbers of the groups that have a node /dev/vfio/N now, and of those that have a node /dev/vfio/noiommu-N.
+
+    vfio_group_alloc in drivers/vfio/group.c names the nodes so.
+    """
+    names = [name for name in _listed(paths.vfio_class) if name.isascii()]
+    with_iommu = frozenset(int(name) for name in names if name.isdecimal())
+    rest = [name.removeprefix("noiommu-") for name in names if name.startswith("noiommu-")]
+    return with_iommu, frozenset(int(number) for number in rest if number.isdecimal())
 
 
 def read_kernel_has_cdevs(paths: HostPaths) -> bool:
@@ -434,11 +457,12 @@ def _text(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str:
         _refuse_if_out_of_resources(error)
         raise
     try:
-        chunks = []
-        while limit > 0 and (chunk := os.read(descriptor, limit)):
-            chunks.append(chunk)
-            limit -= len(chunk)
-        return b"".join(chunks).decode("utf-8", "replace").strip()
+        text = chunk = os.read(descriptor, limit)
+        # An attribute comes whole, in one page; a longer file, such as mountinfo, comes in pieces.
+        while limit > _ATTRIBUTE_LIMIT and chunk and len(text) < limit:
+            chunk = os.read(descriptor, limit - len(text))
+            text += chunk
+        return text.decode("utf-8", "replace").strip()
     except OSError as error:
         raise OSError(error.errno, error.strerror, file) from None  # read(2) fails without a name
     finally:

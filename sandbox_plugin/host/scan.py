@@ -145,6 +145,7 @@ class _Sweep:
     """What earlier sweeps read."""
     learnt: dict[str, _Known] = field(default_factory=dict)
     """What this one read."""
+    vfio_devices: frozenset[str] | None = None
     unreachable: str | None = None
     reading: tuple[str, float] = (_BUS, 0.0)
     """What is being read, and since when (monotonic seconds): one value, since the loop looks at it from outside."""
@@ -199,6 +200,7 @@ class _Sweep:
 
     def run(self) -> None:
         try:
+            self.vfio_devices = read.list_vfio_devices(self.paths)
             addresses = read.list_addresses(self.paths)
         except OSError as error:
             self.unreachable = f"{error.filename}: {error.strerror}"
@@ -230,12 +232,14 @@ class _Sweep:
     def _read_bus(self, addresses: Sequence[str]) -> HostFacts:
         """What is not read function by function."""
         skipped = {a: self.skipped[a] for a in addresses if a in self.skipped}
+        group_nodes, without_iommu = read.read_group_nodes(self.paths)
+        has_cdevs = any(f.vfio is not None and f.vfio.cdev for f in self.functions.values())
         return HostFacts(
             functions=MappingProxyType({a: self.functions[a] for a in addresses if a in self.functions}),
             unreadable=MappingProxyType(self.unreadable | skipped),
-            groups=MappingProxyType(read.read_groups(self.paths, self.functions)),
-            group_nodes=read.read_group_nodes(self.paths),
-            kernel_has_cdevs=read.read_kernel_has_cdevs(self.paths),
+            groups=MappingProxyType(read.read_groups(self.paths, self.functions, without_iommu)),
+            group_nodes=group_nodes,
+            kernel_has_cdevs=has_cdevs or read.read_kernel_has_cdevs(self.paths),
             dev_nodes=read.read_dev_nodes(self.paths),
         )
 
@@ -251,7 +255,8 @@ class _Sweep:
         stamp = read.stamp(self.paths, address)
         before = self.known.get(address)
         is_same = before is not None and stamp is not None and before[0] == stamp
-        function = read.read_function(self.paths, address, before[1] if before is not None and is_same else None)
+        known = before[1] if before is not None and is_same else None
+        function = read.read_function(self.paths, address, known, self.vfio_devices)
         if stamp is not None:
             self.learnt[address] = (stamp, function)
         return function
