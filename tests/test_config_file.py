@@ -28,7 +28,7 @@ HEX = "is not four hexadecimal digits, e.g. '10de'"
 CLASS = "is not two, four or six hexadecimal digits, e.g. '0302'"
 PAIR = "is not VENDOR:DEVICE, e.g. '10de:16c1'"
 ADDRESS = "is not a whole PCI address such as '0000:41:00.0', in which * and ? may stand for any"
-ALIAS = "allowed are at most 63 letters, digits, `-` and `_`, a letter first and a letter or digit last"
+ALIAS = "allowed are 2 to 63 letters, digits, `-` and `_`, a letter first and a letter or digit last"
 TOO_LONG = "a number with more digits than any setting has"
 
 
@@ -177,20 +177,20 @@ NAMES = [
     ('[names]\n"10de:2330" = "H 100"', f"names: '10de:2330': 'H 100' is not a valid resource name: {ALIAS}"),
     ('[names]\n"10de:2330" = ""', f"names: '10de:2330': '' is not a valid resource name: {ALIAS}"),
     ('[names]\n"10de:\\n" = "H100"', f"names: '10de:\\n': '\\n' {HEX}"),
-    ('[names]\n"10de:2bb5" = "A"\n"10DE:2BB5" = "B"', "names: '10DE:2BB5': this model is named 'A' already"),
+    ('[names]\n"10de:2bb5" = "AA"\n"10DE:2BB5" = "BB"', "names: '10DE:2BB5': this model is named 'AA' already"),
 ]
 RULES = [
     ('resources = "x"', "resources must be tables, each begun by a line [[resources]]"),
-    ('[resources]\nname = "a.b/c"', "resources must be tables, each begun by a line [[resources]]"),
+    ('[resources]\nname = "a.b/cc"', "resources must be tables, each begun by a line [[resources]]"),
     ("resources = [1]", "resources must be tables, each begun by a line [[resources]]"),
 ]
 NAME = 'vendor = "10de"\n'
 RULE = [
     (f'vendr = "x"\n{NAME}', f"unknown key 'vendr'; allowed are name, exclude, {CONDITIONS}"),
-    ('name = "a.b/c"', f"no condition, so it would match everything; one of {CONDITIONS}"),
+    ('name = "a.b/cc"', f"no condition, so it would match everything; one of {CONDITIONS}"),
     (NAME, "either name or exclude = true, and not both"),
     (f"{NAME}exclude = false", "either name or exclude = true, and not both"),
-    (f'{NAME}name = "a.b/c"\nexclude = true', "either name or exclude = true, and not both"),
+    (f'{NAME}name = "a.b/cc"\nexclude = true', "either name or exclude = true, and not both"),
     (f'{NAME}exclude = "yes"', "exclude must be true or false"),
     (f"{NAME}name = 7", "name must be a string such as 'example.com/gpu'"),
     (f'{NAME}name = "gpu"', "name: 'gpu' is not domain/name with a domain in lower case, such as 'example.com/gpu'"),
@@ -203,7 +203,10 @@ RULE = [
         "name: 'kubernetes.io/gpu': names with kubernetes.io in them belong to Kubernetes",
     ),
     (f'{NAME}name = "amd.com/g.pu"', f"name: 'g.pu' is not a valid resource name: {ALIAS}"),
-    (f'{NAME}name = "3com.com/nic"', "name: '3com.com/nic': for CDI the domain must begin with a letter"),
+    (
+        f'{NAME}name = "3com.com/nic"',
+        "name: '3com.com/nic': for CDI the domain must begin with a letter and have a second character",
+    ),
     ("exclude = true\nvendor = 4318", "vendor must be a string or a list of strings"),
     ("exclude = true\nvendor = []", "vendor must be a string or a list of strings"),
     ('exclude = true\nvendor = ""', "vendor must be a string or a list of strings"),
@@ -239,7 +242,7 @@ def test_what_is_wrong_is_refused_with_its_key_and_what_is_allowed(tmp_path: Pat
 
 @pytest.mark.parametrize(("text", "why"), RULE, ids=repr)
 def test_a_wrong_rule_is_refused_with_its_place_in_the_file(tmp_path: Path, text: str, why: str) -> None:
-    good = '[[resources]]\nname = "a.b/c"\nvendor = "1002"\n'
+    good = '[[resources]]\nname = "a.b/cc"\nvendor = "1002"\n'
     assert refused(tmp_path, f"{good}[[resources]]\n{text}\n") == f"resources[1]: {why}"
 
 
@@ -252,8 +255,8 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path, n
 
 
 def test_aliases_that_are_the_same_are_refused_wherever_they_come_from(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--gpu-alias and --nvswitch-alias are both 'x': they must differ"):
-        load(tmp_path, 'gpu-alias = "x"\n', NVSWITCH_ALIAS="x")
+    with pytest.raises(UsageError, match="--gpu-alias and --nvswitch-alias are both 'xx': they must differ"):
+        load(tmp_path, 'gpu-alias = "xx"\n', NVSWITCH_ALIAS="xx")
 
 
 @pytest.mark.parametrize(
@@ -298,7 +301,7 @@ def toml(value: Any) -> str:
     return str(value)
 
 
-words = st.sampled_from(["10de", "10de:2330", "0302", "a.b/c", "0000:41:00.*", "kata", "true", "", "2.5", "*", "\n"])
+words = st.sampled_from(["10de", "10de:2330", "0302", "a.b/cc", "0000:41:00.*", "kata", "true", "", "2.5", "*", "\n"])
 texts = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 values = st.recursive(
     st.booleans() | st.integers() | st.floats() | texts | st.datetimes(),

@@ -21,8 +21,9 @@ from sandbox_plugin.model import NVIDIA
 NAME_LENGTH = 63
 """Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
 
-_CLASS = re.compile(r"[A-Za-z]([A-Za-z0-9_-]*[A-Za-z0-9])?")
-"""A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot."""
+_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
+"""A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot. Two characters
+at least: Kata's Go library panics at a vendor or class of one (pkg/parser of CDI)."""
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
 """A DNS subdomain in lower case (IsDNS1123Subdomain)."""
 _QUOTA = "requests."
@@ -93,7 +94,7 @@ def check_alias(alias: str) -> None:
     """Raises ValueError, saying what is allowed, unless `alias` is a valid last part of a resource name."""
     if len(alias) > NAME_LENGTH or not _CLASS.fullmatch(alias):
         raise ValueError(
-            f"{alias!r} is not a valid resource name: allowed are at most {NAME_LENGTH} letters, digits, `-` and `_`, "
+            f"{alias!r} is not a valid resource name: allowed are 2 to {NAME_LENGTH} letters, digits, `-` and `_`, "
             "a letter first and a letter or digit last"
             + ("; give what follows `nvidia.com/` alone" if alias.startswith("nvidia.com/") else "")
         )
@@ -106,8 +107,8 @@ def check_resource_name(resource: str) -> None:
         raise ValueError(f"{resource!r}: a domain of {len(domain)} characters: allowed are at most {_DOMAIN_LENGTH}")
     if not separator or not _DOMAIN.fullmatch(domain):
         raise ValueError(f"{resource!r} is not domain/name with a domain in lower case, such as 'example.com/gpu'")
-    if not domain[0].isalpha():
-        raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter")
+    if not domain[0].isalpha() or len(domain) < 2:
+        raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter and have a second character")
     if "kubernetes.io" in domain:  # IsNativeResource in k8s.io/kubernetes/pkg/apis/core/v1/helper
         raise ValueError(f"{resource!r}: names with kubernetes.io in them belong to Kubernetes")
     if domain.startswith(_QUOTA):  # DefaultResourceRequestsPrefix in k8s.io/api/core/v1
