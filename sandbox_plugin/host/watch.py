@@ -18,6 +18,7 @@ from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.threads import on_thread
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -30,7 +31,7 @@ class FolderWatcher:
     """Calls `on_change` whenever an entry appears, goes or is changed in one of `folders()` (not below them).
 
     The folder above each is watched too, and in place of one that is missing the nearest that exists. `on_change` is
-    also called each time the watch begins anew, for what happened before.
+    also called each time the watch begins again, for what happened before.
     """
 
     folders: Callable[[], Sequence[Path]]
@@ -47,16 +48,17 @@ class FolderWatcher:
         while True:
             try:
                 await self._watch_once()
-            except (OSError, WatchfilesRustInternalError) as error:
+            except* (OSError, WatchfilesRustInternalError) as errors:
                 if not self._failing:
-                    paths = [str(f) for f in self.folders()]
-                    log.warning("folders cannot be watched, the timer alone goes on", path=paths, reason=str(error))
+                    paths, reason = [str(f) for f in self.folders()], str(errors.exceptions[0])
+                    log.warning("folders cannot be watched, the timer alone goes on", path=paths, reason=reason)
                 self._failing = True
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
         """Watches until one of the folders is another one than it was."""
-        targets = self._targets()
+        targets = await on_thread(self._targets)()
+        stop = asyncio.Event()
         watch = awatch(
             *targets,
             watch_filter=None,
@@ -64,18 +66,28 @@ class FolderWatcher:
             step=round(self.step * 1000),
             rust_timeout=_RECHECK_MS,
             yield_on_timeout=True,
+            stop_event=stop,
         )
-        async with aclosing(watch) as batches:
-            self.on_change()
+        async with aclosing(watch) as batches, asyncio.TaskGroup() as group:
+            group.create_task(self._confirm(targets, stop))  # begins when awatch waits, and so has made the watch
             async for changes in batches:
                 self._failing = False
                 if changes:
                     self.on_change()
-                if self._targets() != targets:
+                if await on_thread(self._targets)() != targets:
                     return
 
+    async def _confirm(self, targets: dict[Path, int], stop: asyncio.Event) -> None:
+        """Sees to what happened between the choice of the folders and the watch, which tells only what comes later."""
+        self.on_change()
+        if await on_thread(self._targets)() != targets:
+            stop.set()
+
     def _targets(self) -> dict[Path, int]:
-        """What to watch now, with inode numbers, which tell a folder that was made anew from the one before."""
+        """What to watch now, with inode numbers, which tell a new folder from the one that was there before.
+
+        For a thread: a folder on a dead mount does not answer.
+        """
         targets = {}
         for folder in self.folders():
             for path in (folder, folder.parent):
@@ -87,7 +99,8 @@ class FolderWatcher:
 
 def _inode(path: Path) -> int | None:
     try:
-        return os.stat(path).st_ino
+        os.statvfs(path)  # asks the file system, while stat may be answered from a cache: a watch on a dead mount would
+        return os.stat(path).st_ino  # hold up the whole process
     except OSError:
         return None
 

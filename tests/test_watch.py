@@ -1,0 +1,89 @@
+"""The folder watcher, on real folders: what happens while a watch is being set up is not lost.
+
+That it hears of changes at all is shown by every test of the daemon that waits for less than its timers take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from watchfiles import awatch
+
+from sandbox_plugin.host import watch
+from sandbox_plugin.host.watch import FolderWatcher
+
+LIMIT = 20.0
+"""Seconds for one test's work in the loop."""
+
+
+class Looks:
+    """Counts how often the watcher said that something changed."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._more = asyncio.Event()
+
+    def add(self) -> None:
+        self.number += 1
+        self._more.set()
+
+    async def more_than(self, number: int) -> None:
+        while self.number <= number:
+            self._more.clear()
+            await self._more.wait()
+
+
+def test_a_folder_that_appears_while_the_watch_is_set_up_is_watched_and_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cdi"
+
+    def late(*paths: Path, **options: Any) -> AsyncGenerator[Any, None]:
+        if not folder.exists():
+            folder.mkdir()  # after the folders to watch were chosen, before the watch is made
+        return awatch(*paths, **options)
+
+    monkeypatch.setattr(watch, "awatch", late)
+    monkeypatch.setattr(watch, "_RECHECK_MS", 60_000)
+
+    async def body() -> None:
+        looks = Looks()
+        watcher = FolderWatcher(folders=lambda: [folder], on_change=looks.add, step=0.01)
+        async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
+            task = group.create_task(watcher.run())
+            await looks.more_than(1)  # one for each watch: the first was of the folder above alone
+            for name in ("a", "b", "c"):
+                before = looks.number
+                (folder / name).touch()
+                await looks.more_than(before)
+            task.cancel()
+
+    asyncio.run(body())
+
+
+def test_a_watch_that_cannot_be_had_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = 0
+
+    def scarce(*paths: Path, **options: Any) -> AsyncGenerator[Any, None]:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OSError("no watches left")
+        return awatch(*paths, **options)
+
+    monkeypatch.setattr(watch, "awatch", scarce)
+
+    async def body() -> None:
+        looks = Looks()
+        watcher = FolderWatcher(folders=lambda: [tmp_path], on_change=looks.add, step=0.01, retry=0.01)
+        async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
+            task = group.create_task(watcher.run())
+            await looks.more_than(0)
+            task.cancel()
+
+    asyncio.run(body())
+    assert tries == 3
