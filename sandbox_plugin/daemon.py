@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import structlog
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.read import OutOfResources
 from sandbox_plugin.host.scan import HostScanner, why_not_bound
+from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
 from sandbox_plugin.inventory.naming import ModelNames
@@ -46,15 +46,14 @@ _QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
 _RECHECK_PATIENCE = 0.1
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer."""
-_FILE_WORKERS = 2
-"""Threads for aiofiles and the like: one reads other people's specs, one writes ours. asyncio would make six."""
+_CDI_RECHECK = 5.0
+"""Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 
 
 async def run(settings: Settings) -> None:
     """Runs the daemon until it is cancelled. Raises an ExceptionGroup when a part of it fails unexpectedly."""
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_FILE_WORKERS, thread_name_prefix="files"))
     names = ModelNames.load()
     paths = HostPaths(settings.host_root)
     needs_cdi = settings.consumer is Consumer.KATA
@@ -63,7 +62,7 @@ async def run(settings: Settings) -> None:
     endpoints = Endpoints(settings, registry, paths)
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
-    specs = CdiWriter(
+    cdi_writer = CdiWriter(
         folder=settings.cdi_dir,
         registry=registry,
         is_ours=lambda resource: may_be_ours(resource, settings, names),
@@ -90,12 +89,24 @@ async def run(settings: Settings) -> None:
         group.create_task(poller.run())
         group.create_task(report(registry))
         if needs_cdi:
-            neighbours = NeighbourWatch(folders=cdi_folders(settings), recheck=settings.health_interval)
-            group.create_task(neighbours.run())
-            folders = list(neighbours.folders)
-            watcher = FolderWatcher(folders=lambda: folders, on_change=neighbours.look, step=_UNHURRIED)
-            group.create_task(watcher.run())
-        group.create_task(serve(turn, [endpoints.run, specs.run] if needs_cdi else [endpoints.run]))
+            group.create_task(watch_cdi_folders(settings))
+        group.create_task(serve(turn, [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]))
+
+
+async def watch_cdi_folders(settings: Settings) -> None:
+    """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
+    recheck = min(settings.health_interval, _CDI_RECHECK)
+    async with asyncio.TaskGroup() as group:
+        for folder in await on_thread(cdi_folders)(settings):
+            group.create_task(watch_cdi_folder(folder, recheck))
+
+
+async def watch_cdi_folder(folder: Path, recheck: float) -> None:
+    """Looks after the specs of others in this folder."""
+    neighbours = NeighbourWatch(folder=folder, recheck=recheck)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(neighbours.run())
+        group.create_task(FolderWatcher(folders=lambda: [folder], on_change=neighbours.look, step=_UNHURRIED).run())
 
 
 def cdi_folders(settings: Settings) -> tuple[Path, ...]:

@@ -1,14 +1,16 @@
 """A reader of CDI specs as strict as Kata's, the Go and the Rust one at once: what either refuses, it refuses.
 
 Apart from the package, and sharing no line with it: rules of the CDI specification (SPEC.md, versions 0.1.0 to 0.6.0),
-read from YAML 1.2 node by node. What the daemon writes is held against it, and what the daemon says of others as well.
+read from YAML node by node, and what the two libraries make of YAML, tried with them. What the daemon writes is held
+against it, and what the daemon says of others as well.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from typing import Any
 import yaml
 
 VERSIONS = {"0.1.0": 1, "0.2.0": 2, "0.3.0": 3, "0.4.0": 4, "0.5.0": 5, "0.6.0": 6}
-ENDINGS = (".yaml", ".json")
-"""What a file is called that is read as a spec."""
-_WORD = r"[A-Za-z](?:[\w.-]*[A-Za-z0-9])?"
+_WORD = r"[A-Za-z][\w.-]*[A-Za-z0-9]"
+"""Of two characters at least: Go's library panics at a vendor or class of one."""
+_NAME = r"[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?"
+_DEEP_ENOUGH = 6
+"""Folders within folders: a link that leads back to where it is would be followed some forty times."""
 
 
 class Refused(Exception):
@@ -32,38 +36,40 @@ class Spec:
     version: str
     kind: str
     devices: Mapping[str, tuple[str, ...]]
-    """Device name -> the host's paths of its nodes."""
+    """Device name -> the host's paths of its nodes. A name that Go reads differently is there twice."""
     plain: bool
     """Whether it has nothing but devices, and they nothing but nodes, and those nothing but a path."""
 
 
 def read_spec(content: bytes | str) -> Spec:
     """Reads one spec. Raises `Refused`."""
-    text = content.decode(errors="replace") if isinstance(content, bytes) else content
-    spec = _fields(
-        _parse(text), "the spec", need={"cdiVersion", "kind", "devices"}, may={"containerEdits", "annotations"}
-    )
-    version = spec["cdiVersion"].removeprefix("v") if isinstance(spec["cdiVersion"], str) else ""
+    spec = _fields(_parse(content), "the spec", may={"cdiVersion", "kind", "devices", "containerEdits", "annotations"})
+    version = _text(spec.get("cdiVersion"), "cdiVersion").removeprefix("v")
     if version not in VERSIONS:
-        raise Refused(f"version {spec['cdiVersion']!r}")
-    kind = _text(spec["kind"], "kind")
+        raise Refused(f"version {version!r}")
+    kind = _text(spec.get("kind"), "kind")
     if not re.fullmatch(rf"{_WORD}/{_WORD}", kind, re.ASCII):
         raise Refused(f"kind {kind!r}")
     needed = {6 if "." in kind.split("/")[1] else 1, _annotations(spec)}
     needed.add(_edits(spec.get("containerEdits"), "the spec"))
     devices: dict[str, tuple[str, ...]] = {}
-    for entry in _list(spec["devices"], "devices"):
-        device = _fields(entry, "a device", need={"name", "containerEdits"}, may={"annotations"})
-        name = _text(device["name"], "a device's name")
-        if not re.fullmatch(r"[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?", name, re.ASCII):
-            raise Refused(f"device name {name!r}")
-        if name in devices:
-            raise Refused(f"device {name!r} twice")
-        edits = device["containerEdits"]
-        needed |= {5 if name[0].isdigit() else 1, _annotations(device), _edits(edits, name)}
-        if not isinstance(edits, dict) or not any(edits.values()):
-            raise Refused(f"device {name!r} changes nothing")
-        devices[name] = tuple(node.get("hostPath") or node["path"] for node in edits.get("deviceNodes") or ())
+    for entry in _list(spec.get("devices"), "devices"):
+        device = _fields(entry, "a device", may={"name", "containerEdits", "annotations"})
+        plain = device.get("name")
+        names = dict.fromkeys((_text(plain, "a device's name"), _in_go(plain)))
+        edits = device.get("containerEdits")
+        needed |= {_annotations(device), _edits(edits, str(plain))}
+        if not isinstance(edits, dict) or not any(_list(part, "edits") for part in edits.values()):
+            raise Refused(f"device {plain!r} changes nothing")
+        nodes = tuple(_given(node, "hostPath") or node["path"] for node in _list(edits.get("deviceNodes"), "nodes"))
+        for name in names:
+            if not re.fullmatch(_NAME, name, re.ASCII):
+                raise Refused(f"device name {name!r}")
+            if name in devices:
+                raise Refused(f"device {name!r} twice")
+            needed.add(1 if name[0].isalpha() else 5)
+        for name in names:
+            devices[name] = nodes
     if not devices:
         raise Refused("no devices")
     if max(needed) > VERSIONS[version]:
@@ -74,24 +80,42 @@ def read_spec(content: bytes | str) -> Spec:
 def read_folder(folder: Path, node_exists: Callable[[str], bool] = lambda path: True) -> dict[str, tuple[str, ...]]:
     """All specs of a folder: `<kind>=<name>` -> its nodes. Raises `Refused`, saying which file, as Kata would."""
     found: dict[str, tuple[str, ...]] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.suffix in ENDINGS and not path.is_dir()):
+    for file in sorted({*_read_by_go(folder), *_read_by_rust(folder)}):
         try:
             spec = read_spec(file.read_bytes())
         except FileNotFoundError:
             if file.is_symlink():
                 raise Refused(f"{file.name}: a link to nothing") from None
             continue  # it went between the listing and the look, as it may while a plugin works
-        except Refused as error:
+        except (Refused, OSError) as error:
             raise Refused(f"{file.name}: {error}") from None
         for name, nodes in spec.devices.items():
             qualified = f"{spec.kind}={name}"
             if qualified in found:
-                raise Refused(f"{file.name}: {qualified} stands in another spec too")
+                raise Refused(f"{file.name}: {qualified} is in another spec too")
             for node in nodes:
                 if not node_exists(node):
                     raise Refused(f"{file.name}: {qualified}: {node} does not exist")
             found[qualified] = nodes
     return found
+
+
+def _read_by_go(folder: Path) -> Iterator[Path]:
+    """Everything in the folder itself that is called like a spec, folders left out, but not links to folders."""
+    for name in os.listdir(folder):
+        path = folder / name
+        if name.endswith((".json", ".yaml")) and (path.is_symlink() or not path.is_dir()):
+            yield path
+
+
+def _read_by_rust(folder: Path, depth: int = 0) -> Iterator[Path]:
+    """The same without case, and in every folder below, through links too."""
+    for name in os.listdir(folder) if depth < _DEEP_ENOUGH else ():
+        path = folder / name
+        if path.is_dir():
+            yield from _read_by_rust(path, depth + 1)
+        elif "." in name[1:] and name.lower().endswith((".json", ".yaml")):
+            yield path
 
 
 def nodes_of(root: Path) -> Callable[[str], bool]:
@@ -104,7 +128,7 @@ def nodes_of(root: Path) -> Callable[[str], bool]:
 
 def _edits(edits: Any, where: str) -> int:
     """Checks containerEdits. Returns the minor version that they need."""
-    if edits is None:
+    if _is_null(edits):
         return 1
     _fields(edits, where, may={"env", "deviceNodes", "hooks", "mounts"})
     needed = 1
@@ -113,61 +137,61 @@ def _edits(edits: Any, where: str) -> int:
         _fields(
             node,
             "a node",
-            need={"path"},
-            may={"hostPath", "type", "major", "minor", "fileMode", "permissions", "uid", "gid"},
+            may={"path", "hostPath", "type", "major", "minor", "fileMode", "permissions", "uid", "gid"},
         )
-        _path(node["path"])
-        if _optional_text(node, "hostPath"):
+        _path(node, "path")
+        if _given(node, "hostPath"):
             needed = max(needed, 5)
-        if _optional_text(node, "type") not in ("", "b", "c", "u", "p"):
+        if _given(node, "type") not in ("", "b", "c", "u", "p"):
             raise Refused(f"type {node['type']!r}")
-        if set(_optional_text(node, "permissions")) - set("rwm"):
+        if set(_given(node, "permissions")) - set("rwm"):
             raise Refused(f"permissions {node['permissions']!r}")
-        for name, lowest in {"major": None, "minor": None, "fileMode": 0, "uid": 0, "gid": 0}.items():
-            _optional_number(node, name, lowest)
+        for name in ("major", "minor"):
+            _number(node.get(name), name, -(2**63), 2**63 - 1)
+        for name in ("fileMode", "uid", "gid"):
+            _number(node.get(name), name, 0, 2**32 - 1)
     for hook in _list(edits.get("hooks"), "hooks"):
-        _fields(hook, "a hook", need={"hookName", "path"}, may={"args", "env", "timeout"})
-        _path(hook["path"])
-        if hook["hookName"] not in (
+        _fields(hook, "a hook", may={"hookName", "path", "args", "env", "timeout"})
+        _path(hook, "path")
+        if hook.get("hookName") not in (
             *("prestart", "createRuntime", "createContainer"),
             *("startContainer", "poststart", "poststop"),
         ):
-            raise Refused(f"hookName {hook['hookName']!r}")
-        for argument in _list(hook.get("args"), "args"):
-            _text(argument, "an argument")
+            raise Refused(f"hookName {hook.get('hookName')!r}")
+        _texts(hook.get("args"), "args")
         _environment(hook.get("env"), "a hook")
-        _optional_number(hook, "timeout", None)
+        _number(hook.get("timeout"), "timeout", -(2**63), 2**63 - 1)
     for mount in _list(edits.get("mounts"), "mounts"):
-        _fields(mount, "a mount", need={"hostPath", "containerPath"}, may={"type", "options"})
-        _path(mount["hostPath"])
-        _path(mount["containerPath"])
-        for option in _list(mount.get("options"), "options"):
-            _text(option, "an option")
-        if _optional_text(mount, "type"):
+        _fields(mount, "a mount", may={"hostPath", "containerPath", "type", "options"})
+        _path(mount, "hostPath")
+        _path(mount, "containerPath")
+        _texts(mount.get("options"), "options")
+        if _given(mount, "type"):
             needed = max(needed, 4)
     return needed
 
 
 def _environment(entries: Any, where: str) -> None:
-    for entry in _list(entries, "env"):
-        if not _text(entry, "a variable").partition("=")[0] or "=" not in entry:
+    for entry in _texts(entries, "env"):
+        if not entry.partition("=")[0] or "=" not in entry:
             raise Refused(f"variable {entry!r} of {where}")
 
 
 def _annotations(part: Mapping[str, Any]) -> int:
     """Checks annotations. Returns the minor version that they need."""
-    if "annotations" not in part:
+    annotations = part.get("annotations", {})
+    if isinstance(annotations, Plain) and annotations == "":
         return 1
-    if not isinstance(part["annotations"], dict):
-        raise Refused("annotations is no table")
-    for key, value in part["annotations"].items():
+    if not isinstance(annotations, dict):
+        raise Refused("annotations is not a table")  # `null` is refused too: Rust takes only the key without a value
+    for key, value in annotations.items():
         prefix, slash, name = key.rpartition("/")
         if not re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", name, re.ASCII):
             raise Refused(f"annotation {key!r}")
-        if slash and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", prefix):
+        if slash and not all(re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?", p) for p in prefix.split(".")):
             raise Refused(f"annotation {key!r}")
         _text(value, f"annotation {key!r}")
-    return 6 if part["annotations"] else 1
+    return 6 if annotations else 1
 
 
 def _is_plain(spec: Mapping[str, Any]) -> bool:
@@ -182,18 +206,35 @@ def _is_plain(spec: Mapping[str, Any]) -> bool:
 # Values and their types
 
 
-def _parse(text: str) -> Any:
+class Plain(str):
+    """A scalar without quotes, as it is written: text for a field that holds text, else null, a number, a truth."""
+
+
+def _parse(content: bytes | str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_once_each)
+        text = content.decode() if isinstance(content, bytes) else content
+    except UnicodeDecodeError as error:
+        raise Refused(f"not UTF-8: {error}") from None
+    if text.startswith("\ufeff") and not text[1:].lstrip().startswith("{"):
+        raise Refused("a byte order mark moves the first line of a table")
+    text = text.removeprefix("\ufeff")
+    try:
+        return _plain_json(json.loads(text, object_pairs_hook=_once_each, parse_int=Plain, parse_float=Plain))
     except ValueError:
         pass  # YAML, then: it would take JSON as well, but PyYAML stumbles over a tab in it
     try:
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.DocumentStartEvent) and event.version not in (None, (1, 1)):
+                raise Refused(f"YAML version {event.version}")
         documents = list(yaml.compose_all(text, yaml.SafeLoader))
     except yaml.YAMLError as error:
         raise Refused(f"not YAML: {error}") from None
     if len(documents) != 1 or documents[0] is None:
         raise Refused(f"{len(documents)} documents")
-    return _value(documents[0])
+    try:
+        return _value(documents[0])
+    except RecursionError:
+        raise Refused("an anchor that contains itself") from None
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -202,71 +243,104 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _plain_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain_json(each) for each in value]
+    return Plain(json.dumps(value)) if value is None or isinstance(value, bool) else value
+
+
 def _value(node: yaml.Node) -> Any:
-    """YAML 1.2's core schema, and no key twice."""
+    """No key twice, and every scalar as it is written."""
     if isinstance(node, yaml.MappingNode):
         table: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = _value(key_node)
-            if not isinstance(key, str):
-                raise Refused(f"key {key!r} is no text")
+            if not isinstance(key, str) or _is_null(key):
+                raise Refused(f"key {key!r} is not a text")
             if key in table:
                 raise Refused(f"key {key!r} twice")
             table[key] = _value(value_node)
         return table
     if isinstance(node, yaml.SequenceNode):
         return [_value(each) for each in node.value]
-    text = str(node.value)
-    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
-        return text
-    if text in ("", "~", "null", "Null", "NULL"):
-        return None
-    if text in ("true", "True", "TRUE", "false", "False", "FALSE"):
-        return text.lower() == "true"
-    if re.fullmatch(r"[-+]?(0|[1-9]\d*)|0o[0-7]+|0x[0-9a-fA-F]+", text, re.ASCII):
-        return int(text, 0)
-    if re.fullmatch(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?", text, re.ASCII):
-        return float(text)
-    return text
+    return Plain(node.value) if getattr(node, "style", None) is None else str(node.value)
 
 
-def _fields(value: Any, where: str, need: set[str] | None = None, may: set[str] | None = None) -> dict[str, Any]:
+def _in_go(value: Any) -> str:
+    """What Go's library makes of a text: what is plain it reads as YAML 1.1, and writes that down as text again."""
+    if not isinstance(value, Plain):
+        return str(value)
+    if value in _cases("y yes on true"):
+        return "true"
+    if value in _cases("n no off false"):
+        return "false"
+    if not re.match(r"[-+.0-9]", value):
+        return str(value)
+    number = re.sub(r"^([-+]?)0([0-7]+)$", r"\g<1>0o\2", value.replace("_", ""))
+    try:
+        return str(int(number, 0))
+    except ValueError:
+        pass
+    try:
+        return f"{float(number):g}"
+    except ValueError:
+        return str(value)
+
+
+def _cases(words: str) -> set[str]:
+    return {case for word in words.split() for case in (word, word.capitalize(), word.upper())}
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, Plain) and value in ("", "~", "null", "Null", "NULL"))
+
+
+def _fields(value: Any, where: str, may: set[str]) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise Refused(f"{where} is no table")
-    for name in need or ():
-        if value.get(name) is None:
-            raise Refused(f"{where} has no {name}")
-    if unknown := value.keys() - (need or set()) - (may or set()):
+        raise Refused(f"{where} is not a table")
+    if unknown := value.keys() - may:
         raise Refused(f"{where} has the unknown field {min(unknown)}")
     return value
 
 
 def _list(value: Any, where: str) -> list[Any]:
-    if value is None:
+    if _is_null(value):
         return []
     if not isinstance(value, list):
-        raise Refused(f"{where} is no list")
+        raise Refused(f"{where} is not a list")
     return value
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    return [_text(each, where) for each in _list(value, where)]
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise Refused(f"{where} is no text")
-    return value
+    """A scalar as text. Null is an empty text to Go, and its own letters to Rust."""
+    if value is not None and not isinstance(value, str):
+        raise Refused(f"{where} is not a text")
+    return "" if _is_null(value) else str(value)
 
 
-def _path(value: Any) -> None:
-    if not _text(value, "a path"):
-        raise Refused("a path is empty")
+def _given(table: Mapping[str, Any], name: str) -> str:
+    """A text that may be left out."""
+    return _text(table.get(name), name)
 
 
-def _optional_text(table: Mapping[str, Any], name: str) -> str:
-    return "" if table.get(name) is None else _text(table[name], name)
+def _path(table: Mapping[str, Any], name: str) -> None:
+    if not _text(table.get(name), name):
+        raise Refused(f"no {name}")
 
 
-def _optional_number(table: Mapping[str, Any], name: str, lowest: int | None) -> None:
-    value = table.get(name)
-    if value is None:
+def _number(value: Any, where: str, lowest: int, highest: int) -> None:
+    """A whole number that may be left out. Rust takes no leading zero, nor a minus where nothing is below zero."""
+    if _is_null(value):
         return
-    if not isinstance(value, int) or isinstance(value, bool) or (lowest is not None and value < lowest):
-        raise Refused(f"{name} {value!r}")
+    sign = r"[-+]?" if lowest < 0 else r"\+?"
+    digits = r"(0|[1-9]\d*|0o[0-7]+|0x[0-9a-fA-F]+|0b[01]+)"
+    if not isinstance(value, Plain) or len(value) > 99 or not re.fullmatch(sign + digits, value, re.ASCII):
+        raise Refused(f"{where} {value!r}")
+    if not lowest <= int(value, 0) <= highest:
+        raise Refused(f"{where} {value!r}")

@@ -10,46 +10,52 @@ import asyncio
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 
+from sandbox_plugin.host.threads import on_thread
+from sandbox_plugin.outputs import files
 from sandbox_plugin.outputs.cdi_rules import Reading, judge_specs, read_spec
+from sandbox_plugin.outputs.spec_text import LARGEST
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_LIMIT = 1 << 18
-"""Bytes: a larger spec is not judged, since that would take minutes."""
 _SETTLE = 1.0
 """Seconds after a change: whoever writes takes several steps, and nobody waits for our word about it."""
-_NO_MEANS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What this process lacks says nothing about a file."""
+_ENDINGS = (".yaml", ".json")
 
 
 @dataclass(kw_only=True)
 class NeighbourWatch:
-    """Looks at all specs in `folders`, at start, when told to, and every `recheck` seconds, and logs what is wrong."""
+    """Looks at all specs in one CDI folder and logs what is wrong: at start, when told to, and every `recheck` seconds.
 
-    folders: tuple[Path, ...]
+    Each folder has a watch of its own: the same device in two CDI folders is not a fault, and one folder that does not
+    answer must not hide what is in the other.
+    """
+
+    folder: Path
     recheck: float = 5.0
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
-    _said: dict[Path, str] = field(default_factory=dict)
-    _unread: dict[Path, str] = field(default_factory=dict)
+    _wrong: Mapping[Path, str] = field(default_factory=dict)
+    """What was last said about each bad spec."""
+    _unread: Mapping[Path, str] = field(default_factory=dict)
 
     def look(self) -> None:
-        """Something changed in one of the folders."""
+        """Something changed in the folder."""
         self._bell.set()
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        seen: Mapping[Path, _Seen] = {}
+        seen: Mapping[Path, Seen] = {}
         while True:
             self._bell.clear()
-            with suppress(OSError):  # a folder that cannot be listed now, for want of descriptors too: next time
-                now = await asyncio.to_thread(_look, self.folders, seen)
+            with suppress(OSError):  # for want of descriptors: next time
+                now = await on_thread(look_at_specs)(self.folder, seen)
                 if now != seen:
                     self._report({file: known.reading for file, known in now.items()})
                 seen = now
@@ -63,71 +69,101 @@ class NeighbourWatch:
     def _report(self, readings: Mapping[Path, Reading]) -> None:
         wrong = judge_specs(readings)
         for file, why in wrong.items():
-            if self._said.get(file) != why:
+            if self._wrong.get(file) != why:
                 what_to_do = "Kata fails every pod of this node until this spec is repaired, or moved out of the folder"
                 log.error("bad cdi spec", path=str(file), reason=why, action=what_to_do)
-        for file in self._said.keys() - wrong.keys():
+        for file in self._wrong.keys() - wrong.keys():
             log.info("bad cdi spec is gone", path=str(file))
-        self._said = wrong
         unread = {file: reading.unread for file, reading in readings.items() if reading.unread is not None}
         for file, why in unread.items():
             if self._unread.get(file) != why:
                 what_to_do = "if Kata's pods fail on this node, look at this spec"
                 log.warning("cdi spec not judged", path=str(file), reason=why, action=what_to_do)
-        self._unread = unread
+        self._wrong, self._unread = wrong, unread
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """A spec as it was when it was read."""
 
-    stamp: tuple[int, ...]
-    """Inode number, times of content and inode change (ns), size in bytes: what has the same is not read again."""
+    stamp: files.Stamp | None
     reading: Reading
 
 
-def _look(folders: tuple[Path, ...], seen: Mapping[Path, _Seen]) -> dict[Path, _Seen]:
-    """All specs as they are now. For a worker thread: reading YAML takes long. Raises OSError."""
-    now = {}
-    for folder in folders:
-        for pattern in ("*.yaml", "*.json"):
-            for file in folder.rglob(pattern):  # runtime-rs goes into folders within folders
-                if found := _look_at(file, seen.get(file)):
-                    now[file] = found
-    return now
+def look_at_specs(folder: Path, before: Mapping[Path, Seen]) -> dict[Path, Seen]:
+    """All specs of a CDI folder as they are now; what has not changed is not read again.
+
+    For a thread: it may take long. Raises OSError when this process lacks something.
+    """
+    now = {file: _look_at(file, before.get(file)) for file in _specs_below(folder)}
+    return {file: seen for file, seen in now.items() if seen is not None}
 
 
-def _look_at(file: Path, before: _Seen | None) -> _Seen | None:
-    """One entry of a folder; None for a folder, and for what is not there any more. Raises OSError."""
+def _specs_below(folder: Path) -> Iterator[Path]:
+    """What Kata's libraries take for a spec.
+
+    Go's looks at the folder alone, and fails at a link to a folder that is named like a spec. Rust's takes `x.YAML`
+    too, goes into every sub-folder, through links as well, and gives all of it the priority of the folder. A folder
+    that contains a link to itself it would enter again and again; here it is entered twice, which shows its devices
+    twice.
+    """
+    entered: Counter[tuple[int, int]] = Counter()
+    below = [folder]
+    while below:
+        where = below.pop()
+        try:
+            status = where.stat()
+            entered[status.st_dev, status.st_ino] += 1
+            entries = sorted(where.iterdir()) if entered[status.st_dev, status.st_ino] <= 2 else []
+        except OSError as error:
+            if error.errno in files.NO_RESOURCES:
+                raise
+            continue  # it is not there, or cannot be read: Kata passes over it
+        for entry in entries:
+            is_folder = _is_folder(entry)
+            if is_folder:
+                below.append(entry)
+            by_go = where == folder and entry.name.endswith(_ENDINGS) and (not is_folder or entry.is_symlink())
+            by_rust = not is_folder and entry.suffix.lower() in _ENDINGS
+            if by_go or by_rust:
+                yield entry
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in files.NO_RESOURCES:
+            raise
+        return False
+
+
+def _look_at(file: Path, before: Seen | None) -> Seen | None:
+    """One spec; None if it is not there any more. Raises OSError when this process lacks something."""
     try:
         status = file.stat()
     except FileNotFoundError:
-        return _Seen((), Reading(wrong="it is a link to nothing")) if file.is_symlink() else None
+        return Seen(None, Reading(wrong="it is a dangling symlink")) if file.is_symlink() else None
     except OSError as error:
-        return _unread((), error)
-    stamp = (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-    if stat.S_ISDIR(status.st_mode):
-        return None
+        if error.errno == errno.ELOOP:
+            return Seen(None, Reading(wrong="it is a symlink that leads back to itself"))
+        return _unread(None, error)
+    stamp = files.stamp_of(status)
     if before is not None and before.stamp == stamp:
         return before
-    if not stat.S_ISREG(status.st_mode):
-        return _Seen(stamp, Reading(unread="it is no regular file"))
-    if status.st_size > _LIMIT:
-        return _Seen(stamp, Reading(unread=f"it has {status.st_size} bytes, and no more than {_LIMIT} are read"))
+    if stat.S_ISDIR(status.st_mode):
+        return Seen(stamp, Reading(wrong="it is a link to a folder"))
+    if status.st_size > LARGEST:
+        return Seen(stamp, Reading(unread=f"it has {status.st_size} bytes, and no more than {LARGEST} are read"))
     try:
-        return _Seen(stamp, read_spec(_content(file)))
+        return Seen(stamp, read_spec(files.read(file, LARGEST)))
     except FileNotFoundError:
         return None
     except OSError as error:
         return _unread(stamp, error)
 
 
-def _content(file: Path) -> bytes:
-    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
-        return opened.read(_LIMIT)
-
-
-def _unread(stamp: tuple[int, ...], error: OSError) -> _Seen:
-    if error.errno in _NO_MEANS:
+def _unread(stamp: files.Stamp | None, error: OSError) -> Seen:
+    if error.errno in files.NO_RESOURCES:
         raise error
-    return _Seen(stamp, Reading(unread=f"it cannot be read: {error.strerror}"))
+    return Seen(stamp, Reading(unread=f"it cannot be read: {error.strerror}"))
