@@ -66,7 +66,7 @@ async def run(settings: Settings) -> None:
         folder=settings.cdi_dir,
         registry=registry,
         is_ours=lambda resource: may_be_ours(resource, settings, names),
-        recheck=settings.health_interval,
+        recheck=min(settings.health_interval, _CDI_RECHECK),
     )
 
     def look_at_kubelet() -> None:
@@ -89,24 +89,29 @@ async def run(settings: Settings) -> None:
         group.create_task(poller.run())
         group.create_task(report(registry))
         if needs_cdi:
-            group.create_task(watch_cdi_folders(settings))
+            group.create_task(watch_cdi_folders(settings, on_change=cdi_writer.look))
         group.create_task(serve(turn, [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]))
 
 
-async def watch_cdi_folders(settings: Settings) -> None:
+async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None]) -> None:
     """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
     recheck = min(settings.health_interval, _CDI_RECHECK)
     async with asyncio.TaskGroup() as group:
         for folder in await on_thread(cdi_folders)(settings):
-            group.create_task(watch_cdi_folder(folder, recheck))
+            group.create_task(watch_cdi_folder(folder, recheck, on_change))
 
 
-async def watch_cdi_folder(folder: Path, recheck: float) -> None:
+async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[], None]) -> None:
     """Looks after the specs of others in this folder."""
     neighbours = NeighbourWatch(folder=folder, recheck=recheck)
+
+    def look() -> None:
+        neighbours.look()
+        on_change()
+
     async with asyncio.TaskGroup() as group:
         group.create_task(neighbours.run())
-        group.create_task(FolderWatcher(folders=lambda: [folder], on_change=neighbours.look, step=_UNHURRIED).run())
+        group.create_task(FolderWatcher(folders=lambda: [folder], on_change=look, step=_UNHURRIED).run())
 
 
 def cdi_folders(settings: Settings) -> tuple[Path, ...]:

@@ -36,8 +36,6 @@ from sandbox_plugin.fake.node import FakeNode, FakeNodeError  # noqa: E402
 GPUS = [f"0000:{bus}:00.0" for bus in ("1b", "43", "52", "61", "9d", "c3", "d1", "df")]
 ALLOWED_GROWTH = 0.15
 """Of the memory after the first minute: the allocator's arenas go up and down by that much."""
-ALLOWED_THREADS = 1
-"""More than after the first minute: the daemon's second file worker is made when two are first needed at once."""
 
 _LINES = 40
 """Of the daemon's log, shown when a run fails."""
@@ -177,7 +175,7 @@ def report(soak: Soak, first: Measure, last: Measure) -> int:
     grown = []
     for name in ("memory", "descriptors", "threads", "sockets", "tasks"):
         before, after = getattr(first, name), getattr(last, name)
-        allowed = {"memory": before * ALLOWED_GROWTH, "threads": ALLOWED_THREADS}.get(name, 0)
+        allowed = before * ALLOWED_GROWTH if name == "memory" else 0
         is_more = after > before + allowed
         shown = [f"{n / 1e6:.1f} MB" if name == "memory" else str(n) for n in (before, after)]
         print(f"{name:24}{shown[0]:>10}{shown[1]:>12}{'   grown' if is_more else ''}")

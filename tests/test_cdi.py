@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -36,7 +37,7 @@ from sandbox_plugin.inventory.naming import ModelNames, cdi_file_name, check_res
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device, HostFacts, Placement, Reason
 from sandbox_plugin.outputs.cdi import CdiWriter, render_specs
-from sandbox_plugin.outputs.cdi_owner import MARK
+from sandbox_plugin.outputs.cdi_owner import MARK, ownership
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Settings
 
@@ -401,11 +402,11 @@ class Told(Registry):
 class Bench:
     """The writer at work on a folder, and the inventory that it follows."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, recheck: float) -> None:
         self.folder = folder
         self.registry = Told()
         self.writer = CdiWriter(
-            folder=folder, registry=self.registry, is_ours=lambda name: name in (PGPU, NVSWITCH), recheck=0.02
+            folder=folder, registry=self.registry, is_ours=lambda name: name in (PGPU, NVSWITCH), recheck=recheck
         )
 
     async def show(self, facts: HostFacts) -> None:
@@ -434,8 +435,8 @@ def names_in(folder: Path) -> set[str]:
 
 
 @asynccontextmanager
-async def bench(folder: Path) -> AsyncIterator[Bench]:
-    made = Bench(folder)
+async def bench(folder: Path, recheck: float = 0.02) -> AsyncIterator[Bench]:
+    made = Bench(folder, recheck)
     async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
         task = group.create_task(made.writer.run())
         yield made
@@ -522,40 +523,105 @@ def reference(kind: str) -> dict[str, Any]:
     return document(cdiVersion="0.5.0", kind=kind, containerEdits={})
 
 
-REPLACED: dict[str, bytes] = {
-    "ours of another day": MARK.encode() + as_text(reference("other.com/whatever")),
-    "the reference's": b"---\n" + as_text(reference(PGPU)),
-    "one with quotes": f"\"kind\" : '{PGPU}'\n".encode(),
-    "JSON": json.dumps(reference(PGPU), indent=2).encode(),
-    "JSON in one line": json.dumps(reference(PGPU), separators=(",", ":")).encode(),
-    "an empty file": b"",
-    "half of one": b"---\ncdiVersion: 0.5.0\ncontainerEd",
-    "no text": b"\0\xff",
+REPLACED: dict[str, tuple[bytes, str]] = {
+    "the reference's": (b"---\n" + as_text(reference(PGPU)), "it has the name and the kind of a resource"),
+    "one with quotes": (f"\"kind\" : '{PGPU}'\n".encode(), "it has the name and the kind of a resource"),
+    "one with indented keys": (
+        f"  kind: {PGPU}\n  devices: []\n".encode(),
+        "it has the name and the kind of a resource",
+    ),
+    "flow style": (f"{{kind: {PGPU}, devices: []}}".encode(), "it has the name and the kind of a resource"),
+    "JSON": (json.dumps(reference(PGPU), indent=2).encode(), "it has the name and the kind of a resource"),
+    "JSON in one line": (json.dumps(reference(PGPU), separators=(",", ":")).encode(), "it has the name and the kind"),
+    "our kind, broken further down": (f"kind: {PGPU}\ndevices: [".encode(), "it has the name and the kind"),
+    "an empty file": (b"", "it is empty"),
+    "comments alone": (b"# nothing yet\n", "it is empty"),
+    "an empty mapping": (b"{}", "it is empty"),
+    "half of one": (b"---\ncdiVersion: 0.5.0\ncontainerEd", "it is not valid YAML or JSON"),
+    "half of one that is valid": (
+        b"---\ncdiVersion: 0.5.0\ndevices:\n- containerEd",
+        "it is unfinished: it has no kind",
+    ),
+    "half of one in flow style": (b"{cdiVersion: 0.5.0, devi", "it is not valid YAML or JSON"),
+    "half of one in JSON": (b'{"cdiVersion": "0.5.0", "devi', "it is not valid YAML or JSON"),
+    "half of our kind": (b"cdiVersion: 0.5.0\nkind: nvidia.com/pg", "it is unfinished: it has no kind"),
+    "no text": (b"\0\xff", "it is not valid YAML or JSON"),
 }
-KEPT: dict[str, bytes] = {
-    "another kind": as_text(reference("other.com/pgpu")),
-    "another class": as_text(reference("nvidia.com/gpu")),
-    "another kind in JSON": json.dumps(reference("other.com/pgpu")).encode(),
-    "another kind in JSON in one line": json.dumps(reference("other.com/pgpu"), separators=(",", ":")).encode(),
-    "our kind further down": as_text(reference("other.com/pgpu") | {"annotations": {"kind": PGPU}}),
-    "our kind in JSON further down": json.dumps({"annotations": {"kind": PGPU}, "kind": "other.com/pgpu"}).encode(),
+"""What is in our file, and why the log says that it was replaced."""
+KEPT: dict[str, tuple[bytes, str]] = {
+    "another kind": (as_text(reference("other.com/pgpu")), "kind other.com/pgpu"),
+    "another class": (as_text(reference("nvidia.com/gpu")), "kind nvidia.com/gpu"),
+    "another kind with indented keys": (b"  cdiVersion: 0.5.0\n  kind: other.com/pgpu\n", "kind other.com/pgpu"),
+    "another kind in flow style": (
+        b'{cdiVersion: "0.5.0", kind: other.com/pgpu, devices: [{name: x, containerEdits: {env: [A=b]}}]}',
+        "kind other.com/pgpu",
+    ),
+    "another kind in JSON": (json.dumps(reference("other.com/pgpu")).encode(), "kind other.com/pgpu"),
+    "another kind in JSON in one line": (
+        json.dumps(reference("other.com/pgpu"), separators=(",", ":")).encode(),
+        "kind other.com/pgpu",
+    ),
+    "another kind in UTF-16": (as_text(reference("other.com/pgpu")).decode().encode("utf-16"), "kind other.com/pgpu"),
+    "another kind in a second document": (
+        as_text(reference(PGPU)) + b"---\nkind: other.com/pgpu\n",
+        "kind other.com/pgpu",
+    ),
+    "another kind, broken further down": (b"kind: other.com/pgpu\ndevices: [", "kind other.com/pgpu"),
+    "half of another kind in flow style": (b'{cdiVersion: "0.5.0", kind: other.com/pgpu, dev', "kind other.com/pgpu"),
+    "our kind further down": (
+        as_text(reference("other.com/pgpu") | {"annotations": {"kind": PGPU}}),
+        "kind other.com/pgpu",
+    ),
+    "our kind in JSON further down": (
+        json.dumps({"annotations": {"kind": PGPU}, "kind": "other.com/pgpu"}).encode(),
+        "kind other.com/pgpu",
+    ),
+    "a kind behind an alias": (b"annotations: {a: &k other.com/pgpu}\nkind: *k\n", "its kind is not a string"),
+    "no kind, and something else": (b"hosts: [a, b]\n", "no kind, and the field 'hosts', which CDI does not have"),
+    "something else, broken": (b"hosts: [a,\n", "no kind, and the field 'hosts', which CDI does not have"),
+    "a text": (b"do not touch this\n", "it is not a CDI spec"),
+    "a list": (b"- a\n- b\n", "it is not a CDI spec"),
+    "something very large": (b"#" * (1 << 19), "more than 262144 bytes, and not written by this plugin"),
+    "aliases that want to be huge": (b"kind: other.com/pgpu\n" + BOMB, "kind other.com/pgpu"),
 }
+"""What is in our file, and what the words say about it."""
 
 
-@pytest.mark.parametrize("content", REPLACED.values(), ids=REPLACED.keys())
-def test_what_has_our_name_and_our_kind_or_none_is_replaced(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_has_our_name_and_our_kind_or_is_a_broken_rest_is_replaced_and_the_log_says_why(
+    tmp_path: Path, name: str
+) -> None:
+    content, why = REPLACED[name]
+
     async def body() -> None:
         (tmp_path / OURS).write_bytes(content)
         async with bench(tmp_path) as at:
             await at.show(with_gpus(3))
             assert at.reason("3") == (None, "")
 
-    asyncio.run(body())
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(body())
     assert read_folder(tmp_path) == {f"{PGPU}=3": ("/dev/vfio/devices/vfio3",)}
+    (said,) = [log for log in logs if log["event"] == "cdi spec of another writer replaced"]
+    assert why in said["reason"]
 
 
-@pytest.mark.parametrize("content", KEPT.values(), ids=KEPT.keys())
-def test_what_has_our_name_and_another_kind_is_kept_and_its_devices_say_so(tmp_path: Path, content: bytes) -> None:
+def test_what_this_plugin_wrote_another_day_is_replaced_without_a_word_about_another_writer(tmp_path: Path) -> None:
+    async def body() -> None:
+        (tmp_path / OURS).write_bytes(MARK.encode() + as_text(reference("other.com/whatever")))
+        async with bench(tmp_path) as at:
+            await at.show(with_gpus(3))
+
+    with structlog.testing.capture_logs() as logs:
+        asyncio.run(body())
+    assert read_folder(tmp_path).keys() == {f"{PGPU}=3"}
+    assert [log["event"] for log in logs] == ["cdi spec written"]
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_has_our_name_and_is_somebody_elses_is_kept_and_its_devices_say_so(tmp_path: Path, name: str) -> None:
+    content, why = KEPT[name]
+
     async def body() -> None:
         (tmp_path / OURS).write_bytes(content)
         before = (tmp_path / OURS).stat()
@@ -563,12 +629,33 @@ def test_what_has_our_name_and_another_kind_is_kept_and_its_devices_say_so(tmp_p
             await at.show(with_gpus(3))
             reason, detail = at.reason("3")
             assert reason is Reason.NOT_IN_CDI
-            assert f"{OURS} is somebody else's" in detail
-            assert "move it away or choose another alias" in detail
-        assert (tmp_path / OURS).stat() == before
+            assert f"{OURS} belongs to another program ({why}): move it away or choose another alias" in detail
+        after = (tmp_path / OURS).stat()
+        assert (after.st_ino, after.st_mtime_ns, after.st_mode) == (before.st_ino, before.st_mtime_ns, before.st_mode)
         assert (tmp_path / OURS).read_bytes() == content
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir], ids=["a pipe", "a folder"])
+def test_what_has_our_name_and_is_not_a_file_is_kept_and_holds_nobody_up(
+    tmp_path: Path, put: Callable[[Path], None]
+) -> None:
+    async def body() -> None:
+        put(tmp_path / OURS)
+        async with bench(tmp_path) as at:
+            await at.show(with_gpus(3))
+            reason, detail = at.reason("3")
+            assert reason is Reason.NOT_IN_CDI
+            assert "Not a regular file" in detail
+        assert not (tmp_path / OURS).is_file()
+
+    asyncio.run(body())
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_at_all_break_the_question_whose_they_are(content: bytes) -> None:
+    assert ownership(content, PGPU).why
 
 
 STALE: dict[str, bytes] = {
@@ -672,6 +759,50 @@ def test_a_spec_that_stands_there_is_not_written_again(tmp_path: Path) -> None:
     written: set[int] = set()
     asyncio.run(body())
     assert len(written) == 1
+
+
+def test_the_writer_looks_when_it_is_told_to_and_not_more_than_a_few_times_a_second(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with bench(tmp_path, recheck=3600) as at:
+            at.registry.observe(with_gpus(3))
+            await at.rounds(1)
+            for _ in range(3):
+                (tmp_path / OURS).unlink()
+                at.writer.look()
+                await at.rounds(1)
+                assert read_folder(tmp_path).keys() == {f"{PGPU}=3"}
+            rounds, started = at.registry.rounds, time.monotonic()
+            while at.registry.rounds < rounds + 4:
+                at.writer.look()
+                await asyncio.sleep(0.001)
+            assert time.monotonic() - started > 0.7
+
+    asyncio.run(body())
+
+
+def test_while_somebody_elses_spec_cannot_be_replaced_no_device_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / OURS))
+
+    async def body() -> None:
+        async with bench(tmp_path) as at:
+            await at.show(with_gpus(3))
+            assert at.reason("3") == (None, "")
+            monkeypatch.setattr(os, "replace", refuse)
+            rival = device("3", deviceNodes=[{"path": "/dev/vfio/devices/vfio4"}])
+            (tmp_path / OURS).write_bytes(as_text(document(kind=PGPU, devices=[rival])))
+            await at.rounds(2)
+            assert at.reason("3")[0] is Reason.NOT_IN_CDI
+            monkeypatch.setattr(os, "replace", replace)
+            await at.rounds(3)
+            assert at.reason("3") == (None, "")
+            assert read_folder(tmp_path) == {f"{PGPU}=3": ("/dev/vfio/devices/vfio3",)}
+
+    asyncio.run(body())
 
 
 # The real process

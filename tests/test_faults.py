@@ -584,6 +584,99 @@ def give_back(trap: Path, text: bytes) -> None:
     fifo.unlink()
 
 
+# A file system that hangs
+
+
+HANGING_WRITE = """
+import os
+replace = os.replace
+def hang(source, target):
+    if os.path.exists(os.environ["HANGS"]):
+        with open(os.environ["HANGS"]):  # a pipe: this comes back when somebody opens it to write
+            pass
+    return replace(source, target)
+os.replace = hang
+"""
+
+
+def let_go(pipe: Path) -> None:
+    """Whoever hangs at the pipe goes on, and nobody hangs there again."""
+    gone = pipe.with_name("gone")
+    pipe.rename(gone)
+    os.close(os.open(gone, os.O_RDWR | os.O_NONBLOCK))
+    gone.unlink()
+
+
+def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_always(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    truth = Truth(node.root)
+    pipe = places.top / "pipe"
+    plugin = daemon(node, PYTHONPATH=tampered(places, HANGING_WRITE), HANGS=str(pipe))
+    wait_until_it_sees(kubelet, truth)
+    for turn in range(2):
+        since = plugin.mark()
+        os.mkfifo(pipe)
+        started = time.monotonic()
+        node.unbind(T4)
+        kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"13"})  # at once, whatever becomes of the spec
+        figures("a loss is seen while a CDI write hangs", [time.monotonic() - started])
+        plugin.wait_for("cdi trouble", since=since, resource=PGPU, reason="has not answered for 5 s")
+        kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"11", "13"})
+        refused = refusal(lambda: kubelet.plugin(PGPU).allocate(["11"]))
+        assert refused.status is StatusCode.FAILED_PRECONDITION
+        assert "not-in-cdi" in refused.message
+        if turn == 0:
+            let_go(pipe)
+            node.bind(T4)
+            kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    took = plugin.terminate()
+    figures("SIGTERM ends it while a CDI write hangs", [took])
+    assert took < 5
+    assert sockets(places.kubelet) == set()
+    (left,) = places.cdi.glob(".*")  # the thread that hung had written it, and is gone
+    left.unlink()
+
+
+HANGING_FOLDER = """
+import os
+from sandbox_plugin.host import watch
+from sandbox_plugin.outputs import neighbours
+def hanging(function):
+    def hang(path):
+        if "etc/cdi" in str(path) and os.path.exists(os.environ["HANGS"]):
+            with open(os.environ["HANGS"]):
+                pass
+        return function(path)
+    return hang
+neighbours._specs_below = hanging(neighbours._specs_below)
+watch._inode = hanging(watch._inode)
+"""
+
+
+def test_while_the_other_cdi_folder_hangs_ours_is_looked_after_and_sigterm_ends_the_process_as_always(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    pipe = places.top / "pipe"
+    os.mkfifo(pipe)
+    plugin = daemon(node, PYTHONPATH=tampered(places, HANGING_FOLDER), HANGS=str(pipe))
+    wait_until_it_sees(kubelet, Truth(node.root))
+    spec = places.cdi / "nvidia.com-pgpu.yaml"
+    for _ in range(5):
+        spec.unlink()
+        wait_until(spec.exists, "our spec comes back")
+    (places.cdi / "bad.yaml").write_text("cdiVersion: 9.9.9\n")
+    plugin.wait_for("bad cdi spec", path=str(places.cdi / "bad.yaml"))
+    node.unbind(T4)
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"13"})
+    took = plugin.terminate()
+    figures("SIGTERM ends it while the other CDI folder hangs", [took])
+    assert took < 5
+    let_go(pipe)
+
+
 # A fault of our own
 
 

@@ -449,6 +449,40 @@ def test_against_another_writer_of_our_spec_ours_wins_and_the_fight_is_named_onc
     assert [len(received.unhealthy) for received in kubelet.history(PGPU)] == [0] * len(kubelet.history(PGPU))
 
 
+def test_against_a_rival_that_writes_every_second_our_spec_is_there_most_of_the_time_whatever_the_interval(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("workstation"), "--health-interval=3600")
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    ours, theirs = places.cdi / OURS, reference_spec(**{"11": "/dev/vfio/13"})
+    wanted = ours.read_bytes()
+    stop = threading.Event()
+
+    def rival() -> None:
+        while not stop.wait(1):
+            (places.cdi / "x").write_bytes(theirs)
+            (places.cdi / "x").replace(ours)
+
+    samples = []
+    other = threading.Thread(target=rival, daemon=True)
+    other.start()
+    try:
+        end = time.monotonic() + 6.5
+        while time.monotonic() < end:
+            samples.append(ours.read_bytes() == wanted)
+            time.sleep(0.01)
+    finally:
+        stop.set()
+        other.join(TIMEOUT)
+    share = sum(samples) / len(samples)
+    print(f"FIGURE our spec against a rival that writes every second: there in {share:.0%} of {len(samples)} looks")
+    assert 0.7 < share < 1
+    wait_until(lambda: ours.read_bytes() == wanted, "the last word is ours")
+    assert len(plugin.events("cdi spec of another writer replaced")) == 1
+    assert len(plugin.events("another writer keeps writing our cdi spec")) == 1
+    assert len(plugin.events("cdi spec written")) == 3, "the first, and two that were news"
+
+
 def test_a_writer_that_is_caught_half_way_costs_no_device_its_health(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:

@@ -1,10 +1,8 @@
 """CDI specs: what tells Kata which node belongs to a device name.
 
 `render_specs` is pure. `CdiWriter` keeps the folder equal to what it renders: each file is replaced whole, a device is
-in the spec before it is listed as Healthy, and a node that is gone leaves the spec. A file is ours when its first line
-carries our mark, or when its name and its kind are those of a resource that we serve (the reference plugin and
-kata-manager write such files), or when it has the name and no kind at all (somebody is at it, or broke off); nothing
-else is ever touched.
+in the spec before it is listed as Healthy, and a node that is gone leaves the spec. Which files are ours to replace is
+in `cdi_owner`; nothing else is ever touched.
 
 Rules of the format: CDI specification 0.5.0. Kata reads versions 0.1.0 to 0.6.0 strictly, and one bad spec in the
 folder fails every pod, hence: no empty `devices`, only the device's own node, no field that is not needed.
@@ -13,36 +11,36 @@ folder fails every pod, hence: no empty `devices`, only the device's own node, n
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
-import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
-import aiofiles.os
 import structlog
 
+from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.naming import cdi_file_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device
+from sandbox_plugin.outputs import files
+from sandbox_plugin.outputs.cdi_owner import MARK, Ownership, is_marked, ownership, stated_kind
+from sandbox_plugin.outputs.spec_text import LARGEST
 from sandbox_plugin.registry import Registry
 
-MARK = "# Written by sandbox-plugin, which replaces this file whenever the node's devices change.\n"
-_MARK_START = b"# Written by sandbox-plugin"
-_KIND = re.compile(rb"""^["']?kind["']?\s*:\s*["']?([^\s"',}]+)""", re.MULTILINE)
-"""In YAML as every writer of specs writes it: a key at the start of a line is one of the whole."""
-_TEMPORARY = ".sandbox-plugin.tmp"
-"""Not .yaml and not .json: readers of the folder do not look at it."""
+_PAUSE = 0.25
+"""Seconds between two looks at the folder, and after somebody else's file was replaced: two writers who fight must not
+become a busy loop. A change of the inventory does not wait."""
+_PATIENCE = 5.0
+"""Seconds after which it is said that the folder does not answer."""
+_LAST_PATIENCE = 0.3
+"""Seconds that file work gets to end when the writer is cancelled: half a spec should not be left behind."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _T = TypeVar("_T")
-_Stamp = tuple[int, int, int]
-"""Inode number, time of the last change (ns) and size in bytes: a file that has the same is not read again."""
 
 
 def render_specs(inventory: Inventory) -> dict[str, str]:
@@ -68,100 +66,129 @@ def render_spec(resource: str, devices: list[Device]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OnDisk:
-    """A spec and the devices in it."""
+class _Spec:
+    """The text of a spec and the devices in it."""
 
     text: bytes
     ids: frozenset[str]
-    stamp: _Stamp | None = None
-    """The file as it was when this was seen to stand in it; None: never."""
+    stamp: files.Stamp | None = None
+    """The file as it was when this text was last seen in it; None: never."""
 
 
 @dataclass(kw_only=True)
 class CdiWriter:
-    """Keeps the specs in `folder` equal to the registry's inventory, and tells the registry what stands on disk.
+    """Keeps the specs in `folder` equal to the registry's inventory, and tells the registry what is on disk.
 
-    `is_ours(resource)` says whether a resource name is one that we may serve. Every `recheck` seconds the files are
-    looked at again, so that what somebody else deleted or overwrote comes back.
+    `is_ours(resource)` says whether a resource name is one that we may serve. What somebody else removed or overwrote
+    comes back when `look` is called, and at the latest after `recheck` seconds.
     """
 
     folder: Path
     registry: Registry
     is_ours: Callable[[str], bool]
     recheck: float = 5.0
-    _seen: dict[str, _OnDisk] = field(default_factory=dict)
-    """What was last seen to stand in the file of a resource."""
+    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+    _not_before: float = 0.0
+    """When the next look may come, in the loop's time."""
+    _is_look_due: bool = False
+    _on_disk: dict[str, _Spec] = field(default_factory=dict)
+    """What was last seen in the file of a resource."""
+    _not_stale: dict[str, files.Stamp] = field(default_factory=dict)
+    """Names of other files of the folder that need no second look, as they were when they were read."""
     _trouble: dict[str, str] = field(default_factory=dict)
     _replaced: dict[str, int] = field(default_factory=dict)
-    """How often somebody else's spec was replaced: two writers are named once, not at every turn."""
+    """How often somebody else's spec was replaced: two writers are named once, not each time."""
+
+    def look(self) -> None:
+        """Something changed in the folder. The writer looks at it now, or after the pause."""
+        if not self._is_look_due:
+            self._is_look_due = True
+            self._ring()
+
+    def _ring(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._not_before:
+            loop.call_at(self._not_before, self._ring)
+            return
+        self._not_before = loop.time() + _PAUSE
+        self._is_look_due = False
+        self._bell.set()
 
     async def run(self) -> None:
         """Runs until cancelled. The specs stay then: running pods may be restarted against them."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._follow_inventory())
+            while True:
+                self._bell.clear()
+                inventory = self.registry.current
+                if inventory.version:
+                    await self._sync(inventory)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(self._patience()):
+                        await self._bell.wait()
+
+    def _patience(self) -> float:
+        pause = self._not_before - asyncio.get_running_loop().time()
+        return max(pause, min(self.recheck, 1.0) if self._trouble else self.recheck)
+
+    async def _follow_inventory(self) -> None:
+        inventory = self.registry.current
         while True:
-            inventory = self.registry.current
-            if inventory.version:
-                await self._sync(inventory)
-            try:
-                async with asyncio.timeout(min(self.recheck, 1.0) if self._trouble else self.recheck):
-                    await self.registry.newer_than(inventory.version)
-            except TimeoutError:
-                continue
+            inventory = await self.registry.newer_than(inventory.version)
+            self._bell.set()
 
     async def _sync(self, inventory: Inventory) -> None:
         specs = render_specs(inventory)
-        in_cdi: dict[str, frozenset[str]] = {}
         trouble: dict[str, str] = {}
         written: list[str] = []
         for resource, text in specs.items():
-            wanted = _OnDisk(
-                text=text.encode(), ids=frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
-            )
+            ids = frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
             try:
-                if await self._put(resource, wanted):
+                if await self._sync_one(resource, _Spec(text=text.encode(), ids=ids)):
                     written.append(resource)
             except OSError as error:
                 trouble[resource] = f"its CDI spec cannot be written: {error.filename or self.folder}: {error.strerror}"
             except _NotOurs as error:
                 trouble[resource] = str(error)
-            if resource in self._seen:
-                in_cdi[resource] = self._seen[resource].ids
+        in_cdi = {resource: self._on_disk[resource].ids for resource in specs if resource in self._on_disk}
         self.registry.learn(in_cdi=in_cdi, cdi_trouble=trouble)  # before anything else: pods may be waiting for it
         await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by that
         for resource in written:
             log.info("cdi spec written", resource=resource, path=str(self.folder / cdi_file_name(resource)))
         stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
-        for about, why in (trouble | stale).items():
+        self._tell_of_trouble(trouble | stale)
+
+    def _tell_of_trouble(self, trouble: dict[str, str]) -> None:
+        for about, why in trouble.items():
             if self._trouble.get(about) != why:
                 log.error("cdi trouble", resource=about, reason=why)
-        self._trouble = trouble | stale
+        self._trouble = trouble
 
-    async def _put(self, resource: str, wanted: _OnDisk) -> bool:
-        """Makes the file what is wanted; says whether that is news. When it fails, `_seen` has what stands there."""
+    async def _sync_one(self, resource: str, wanted: _Spec) -> bool:
+        """Makes the file what is wanted; says whether that is news. When it fails, `_on_disk` has what is there."""
         file = self.folder / cdi_file_name(resource)
-        before = self._seen.get(resource)
+        before = self._on_disk.get(resource)
         try:
-            brought = await _to_its_end(_bring(file, resource, wanted.text, before))
+            outcome = await self._uninterrupted(_write_if_different(file, resource, wanted.text, before))
         except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # those say nothing about the file
-                self._seen.pop(resource, None)
+            if error.errno not in files.NO_RESOURCES:
+                self._on_disk.pop(resource, None)
             raise
-        if before is not None and before.text != brought.found:
-            del self._seen[resource]
-        if brought.failure is not None:
-            raise brought.failure
-        self._seen[resource] = replace(wanted, stamp=brought.stamp)
-        if brought.found == wanted.text:
-            return False
-        if brought.found is None or _is_ours(brought.found, before):
-            return True
-        return self._tell_of_other_writer(resource, file)
+        if before is not None and before.text != outcome.found:
+            del self._on_disk[resource]
+        if outcome.failure is not None:
+            raise outcome.failure
+        self._on_disk[resource] = replace(wanted, stamp=outcome.stamp)
+        if outcome.replaced is not None:
+            return self._tell_of_other_writer(resource, file, outcome.replaced)
+        return outcome.found != wanted.text
 
-    def _tell_of_other_writer(self, resource: str, file: Path) -> bool:
+    def _tell_of_other_writer(self, resource: str, file: Path, replaced: Ownership) -> bool:
         """Names the other writer, then the fight; after that nothing is news any more. Says whether something was."""
+        self._not_before = asyncio.get_running_loop().time() + _PAUSE
         times = self._replaced[resource] = self._replaced.get(resource, 0) + 1
         if times == 1:
-            reason = "it has the name and the kind of a resource that this plugin serves, or the name and no kind"
-            log.warning("cdi spec of another writer replaced", resource=resource, path=str(file), reason=reason)
+            log.warning("cdi spec of another writer replaced", resource=resource, path=str(file), reason=replaced.why)
         elif times == 2:
             log.error(
                 "another writer keeps writing our cdi spec",
@@ -174,146 +201,136 @@ class CdiWriter:
 
     async def _remove_stale(self, wanted: set[str]) -> dict[str, str]:
         """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
-        try:
-            names = await aiofiles.os.listdir(self.folder)
-        except OSError:
-            return {}
-        trouble = {}
-        for name in sorted(set(names) - wanted):
-            file = self.folder / name
-            try:
-                content = await _to_its_end(_content(file)) if name.endswith(".yaml") else None
-            except OSError:
-                continue  # a folder, say: what cannot be read is not known to be ours
-            try:
-                if content is not None and self._is_stale(name, content):
-                    await aiofiles.os.unlink(file)
-                    log.info("stale cdi spec removed", path=str(file))
-            except OSError as error:
-                trouble[name] = f"stale CDI spec {file} cannot be removed: {error.strerror}"
-        return trouble
+        look = _remove_stale(self.folder, wanted, self.is_ours, self._not_stale)
+        outcome = await self._uninterrupted(look)
+        self._not_stale = outcome.not_stale
+        for file in outcome.removed:
+            log.info("stale cdi spec removed", path=str(file))
+        return {file.name: f"stale CDI spec {file} cannot be removed: {why}" for file, why in outcome.stuck.items()}
 
-    def _is_stale(self, name: str, content: bytes) -> bool:
-        if is_marked(content):
-            return True
-        kind = _kind(content)
-        return kind is not None and self.is_ours(kind) and name == cdi_file_name(kind)
+    async def _uninterrupted(self, work: Awaitable[_T]) -> _T:
+        """Waits for file work to end, however long that takes, and tells when the folder does not answer.
+
+        A thread cannot be stopped. When the writer is cancelled it waits a moment, so that nothing half-done is left
+        behind, and then leaves the thread to itself.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait([task], timeout=_PATIENCE)
+            if not done:
+                why = f"{self.folder} has not answered for {_PATIENCE:g} s"
+                trouble = dict.fromkeys(self.registry.current.resources, why)
+                self.registry.learn(in_cdi={}, cdi_trouble=trouble)
+                self._tell_of_trouble(trouble)
+                await asyncio.wait([task])
+            return task.result()
+        except asyncio.CancelledError:
+            task.add_done_callback(_ignore)
+            await asyncio.wait([task], timeout=_LAST_PATIENCE)
+            raise
+
+
+def _ignore(task: asyncio.Future[_T]) -> None:
+    """How it ended is of no interest any more; asyncio would complain if nobody asked."""
+    if not task.cancelled():
+        task.exception()
+
+
+# What happens on threads, one hop for each: a pod may be waiting
 
 
 class _NotOurs(Exception):
     """The file that has our name is not ours to replace."""
 
 
-def is_marked(content: bytes) -> bool:
-    """Whether this plugin wrote this spec, now or when it ran before."""
-    return content.startswith(_MARK_START)
-
-
-def _kind(content: bytes) -> str | None:
-    """The kind that a spec states, as far as one can tell without taking it for valid."""
-    if content.lstrip()[:1] == b"{":
-        with suppress(ValueError, RecursionError):
-            kind = json.loads(content).get("kind")
-            return kind if isinstance(kind, str) else None
-    match = _KIND.search(content)
-    return match[1].decode("utf-8", "replace") if match else None
-
-
-async def _to_its_end(work: Awaitable[_T]) -> _T:
-    """Lets file work end although the caller is cancelled meanwhile: a thread that is in it cannot be stopped anyway,
-    and what it opens must be closed."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # how it ended is nobody's business any more, and asyncio would complain
-        raise
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Brought:
-    """How it went to bring a file to what is wanted."""
+class _Written:
+    """How it went to write a spec."""
 
     found: bytes | None
-    """What stood there before; None if there was no file."""
-    stamp: _Stamp | None = None
+    """What was there before; None if there was no file."""
+    stamp: files.Stamp | None = None
     """The file as it is now."""
+    replaced: Ownership | None = None
+    """Why what somebody else had written could be replaced; None: it was not somebody else's, or was not replaced."""
     failure: OSError | _NotOurs | None = None
-    """Why what was found stands there still."""
+    """Why what was found is still there."""
 
 
-def _bring_now(file: Path, resource: str, wanted: bytes, before: _OnDisk | None) -> _Brought:
-    """Replaces the file if something else than `wanted` stands there. Raises OSError when that cannot be seen."""
-    stamp = _stamp(file)
-    found = before.text if before is not None and stamp == before.stamp else _read(file)
+@on_thread
+def _write_if_different(file: Path, resource: str, wanted: bytes, before: _Spec | None) -> _Written:
+    """Replaces the file if something else than `wanted` is in it. Raises OSError when that cannot be seen."""
+    stamp: files.Stamp | None
+    found: bytes | None
+    try:
+        stamp = files.stamp_of(os.stat(file))
+        if before is not None and before.stamp == stamp:
+            found = before.text
+        else:
+            found = files.read(file, max(LARGEST, len(wanted)) + 1)
+    except FileNotFoundError:
+        stamp = found = None
     if found == wanted:
-        return _Brought(found=found, stamp=stamp)
-    if found is not None and not _is_ours(found, before) and (kind := _kind(found)) not in (None, resource):
-        reason = f"{file} is somebody else's (kind {kind}): move it away or choose another alias"
-        return _Brought(found=found, failure=_NotOurs(reason))
+        return _Written(found=found, stamp=stamp)
+    owner = None
+    if found is not None and not is_marked(found):
+        owner = ownership(found, resource)
+        if not owner.may_replace:
+            reason = f"{file} belongs to another program ({owner.why}): move it away or choose another alias"
+            return _Written(found=found, failure=_NotOurs(reason))
     try:
         try:
-            stamp = _replace(file, wanted)
+            stamp = files.replace(file, wanted)
         except FileNotFoundError:
             file.parent.mkdir(parents=True, exist_ok=True)
-            stamp = _replace(file, wanted)
+            stamp = files.replace(file, wanted)
     except OSError as error:
-        return _Brought(found=found, failure=error)
-    return _Brought(found=found, stamp=stamp)
+        return _Written(found=found, failure=error)
+    return _Written(found=found, stamp=stamp, replaced=owner)
 
 
-def _is_ours(found: bytes, before: _OnDisk | None) -> bool:
-    return is_marked(found) or (before is not None and found == before.text)
+@dataclass(kw_only=True)
+class _Stale:
+    """How it went to remove stale specs."""
+
+    removed: list[Path] = field(default_factory=list)
+    stuck: dict[Path, str | None] = field(default_factory=dict)
+    """Those that could not be removed, and why."""
+    not_stale: dict[str, files.Stamp] = field(default_factory=dict)
 
 
-def _stamp(file: Path) -> _Stamp | None:
-    """Which file, in which state, lies there; None if there is none."""
+@on_thread
+def _remove_stale(
+    folder: Path, wanted: Set[str], is_ours: Callable[[str], bool], not_stale: Mapping[str, files.Stamp]
+) -> _Stale:
+    """Removes the specs of ours that are not `wanted`."""
+    outcome = _Stale()
     try:
-        return _stamp_of(os.stat(file))
-    except FileNotFoundError:
-        return None
+        names = os.listdir(folder)
+    except OSError:
+        return outcome
+    for name in sorted(set(names) - wanted):
+        if not name.endswith(".yaml"):
+            continue
+        file = folder / name
+        try:
+            stamp = files.stamp_of(os.stat(file))
+            if not_stale.get(name) == stamp or not _is_stale(name, files.read(file, LARGEST + 1), is_ours):
+                outcome.not_stale[name] = stamp
+                continue
+        except OSError:
+            continue  # a folder, say: what cannot be read is not known to be ours
+        try:
+            file.unlink()
+            outcome.removed.append(file)
+        except OSError as error:
+            outcome.stuck[file] = error.strerror
+    return outcome
 
 
-def _stamp_of(status: os.stat_result) -> _Stamp:
-    return (status.st_ino, status.st_mtime_ns, status.st_size)
-
-
-def _read(file: Path) -> bytes | None:
-    """What stands in the file; None if there is none."""
-    try:
-        with open(file, "rb", opener=_open_at_once) as opened:
-            return opened.read(1 << 20)
-    except FileNotFoundError:
-        return None
-
-
-def _replace(file: Path, content: bytes) -> _Stamp:
-    """Replaces a file whole: a reader sees the old one or the new one. Leaves nothing behind when it fails."""
-    temporary = file.with_name(f".{file.name}{_TEMPORARY}")
-    try:
-        with open(temporary, "wb", opener=_open_0644) as opened:
-            opened.write(content)
-            opened.flush()
-            stamp = _stamp_of(os.fstat(opened.fileno()))
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return stamp
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
-
-
-def _open_0644(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes of other users read it
-    return descriptor
-
-
-# One way to a worker thread and back for each, and not one for every call to the system in it: a pod may be waiting.
-_content = aiofiles.os.wrap(_read)
-_bring = aiofiles.os.wrap(_bring_now)
+def _is_stale(name: str, content: bytes, is_ours: Callable[[str], bool]) -> bool:
+    """Whether this plugin wrote it, or it has the name and the kind of a resource that we may serve."""
+    if is_marked(content):
+        return True
+    kind = stated_kind(content)
+    return kind is not None and name == cdi_file_name(kind) and is_ours(kind)
