@@ -561,6 +561,10 @@ KEPT: dict[str, tuple[bytes, str]] = {
         json.dumps(reference("other.com/pgpu"), separators=(",", ":")).encode(),
         "kind other.com/pgpu",
     ),
+    "another kind in JSON with tabs": (
+        json.dumps(reference("other.com/pgpu"), indent="\t").encode(),
+        "kind other.com/pgpu",
+    ),
     "another kind in UTF-16": (as_text(reference("other.com/pgpu")).decode().encode("utf-16"), "kind other.com/pgpu"),
     "another kind in a second document": (
         as_text(reference(PGPU)) + b"---\nkind: other.com/pgpu\n",

@@ -26,12 +26,13 @@ from daemon import Daemon, Places
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubelet import TIMEOUT, GrpcKubelet
-from test_cdi import BAD, BOMB, GOOD, as_text, device, document
+from test_cdi import BAD, BOMB, GOOD, KEPT, REPLACED, as_text, device, document
 from trials import PGPU, QUICK, wait_until
 
 from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.outputs.cdi_owner import MARK
+from sandbox_plugin.outputs import spec_text
+from sandbox_plugin.outputs.cdi_owner import MARK, ownership
 from sandbox_plugin.outputs.cdi_rules import Reading, judge_specs, read_spec
 from sandbox_plugin.outputs.neighbours import look_at_specs
 from sandbox_plugin.settings import Settings
@@ -63,6 +64,14 @@ def test_whatever_kata_refuses_is_found(content: bytes) -> None:
     assert "\n" not in reading.wrong
     assert len(reading.wrong) < 400
     assert reading.devices == ()
+
+
+def test_without_pyyamls_binding_to_libyaml_the_verdicts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spec_text, "_PARSER", yaml.SafeLoader)
+    assert [name for name, content in GOOD.items() if read_spec(content).wrong] == []
+    assert [name for name, content in BAD.items() if not read_spec(content).wrong] == []
+    assert [name for name, (content, _) in KEPT.items() if ownership(content, PGPU).may_replace] == []
+    assert [name for name, (content, _) in REPLACED.items() if not ownership(content, PGPU).may_replace] == []
 
 
 @pytest.mark.parametrize(

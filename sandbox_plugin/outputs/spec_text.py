@@ -87,9 +87,18 @@ def parse(content: bytes) -> Value:
     if text.startswith("\ufeff"):
         text = " " + text[1:]  # serde_yaml keeps the byte order mark and takes it for indentation
     try:
-        return _Document(yaml.parse(text, _PARSER)).value()
+        return _Document(_events(text.encode())).value()
     except (yaml.YAMLError, ValueError) as error:
-        raise NotYaml(f"not valid YAML or JSON: {' '.join(str(error).split())[:200]}") from None
+        words = " ".join(str(error).split()).replace('in "<byte string>", ', "at ")
+        raise NotYaml(f"not valid YAML or JSON: {words[:200]}") from None
+
+
+def _events(content: bytes) -> Iterator[Any]:
+    """The parser's events. PyYAML's own parser, where the binding to libyaml is missing, takes no tab in JSON."""
+    if content.lstrip()[:1] == b"{":
+        content = content.replace(b"\t", b" ")
+    events: Iterator[Any] = yaml.parse(content, _PARSER)
+    return events
 
 
 @dataclass
@@ -199,7 +208,7 @@ def outline(content: bytes) -> Outline:
     """What the text says at its outermost level, whatever is wrong with it further down."""
     found = Outline()
     try:
-        _follow(yaml.parse(content, _PARSER), found)
+        _follow(_events(content), found)
     except (yaml.YAMLError, ValueError):
         found.is_whole = False
     return found
