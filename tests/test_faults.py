@@ -473,6 +473,25 @@ def test_on_a_read_only_disk_specs_that_stand_there_go_on_to_count(
         assert "vfio4" not in (disk / "nvidia.com-pgpu.yaml").read_text()
 
 
+@as_root
+def test_after_a_start_on_a_read_only_disk_what_an_earlier_run_wrote_counts(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    node.unbind(FIRST_GPU)
+    others = {"5", "6", "7", "8", "9", "10", "11"}
+    with small_disk(places.cdi) as disk:
+        with Daemon(places, node, QUICK):
+            kubelet.wait_for(lambda: kubelet.healthy(PGPU) == others)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        node.bind(FIRST_GPU)
+        with Daemon(places, node, QUICK) as plugin:
+            plugin.wait_for("cdi trouble", resource=PGPU, reason="Read-only file system")
+            kubelet.wait_for(lambda: kubelet.healthy(PGPU) == others and kubelet.unhealthy(PGPU) == {"4"})
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            wait_until_it_sees(kubelet, Truth(node.root))
+
+
 def test_without_inotify_the_timers_alone_find_everything(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

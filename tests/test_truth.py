@@ -123,7 +123,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     # What happens to the folders and to the kubelet
 
-    @precondition(lambda self: not self._cdi_broken and not self._cdi_read_only)
+    @precondition(lambda self: not self._cdi_broken)
     @rule()
     def break_cdi_folder(self) -> None:
         """A plain file in the folder's place: root, too, cannot write there."""
@@ -136,7 +136,7 @@ class NodeMachine(RuleBasedStateMachine):
         self._lead_cdi_to("specs")
         self._cdi_broken, self._changed = False, True
 
-    @precondition(lambda self: not self._cdi_broken and not self._cdi_read_only)
+    @precondition(lambda self: not self._cdi_read_only)
     @rule()
     def make_cdi_folder_read_only(self) -> None:
         self._set_cdi_writable(False)

@@ -121,11 +121,12 @@ def _by_resource(devices: list[Device]) -> Mapping[str, tuple[Device, ...]]:
 
 
 def _without_spec(devices: list[Device], signals: Signals) -> frozenset[str]:
+    """Resources that should have a CDI spec on disk, and have none with a device of theirs in it."""
     in_cdi = signals.in_cdi
     if in_cdi is None:
         return frozenset()
-    missing = (d for d in devices if d.node_exists and d.id not in in_cdi.get(d.resource, frozenset()))
-    return frozenset(d.resource for d in missing)
+    needing = {d.resource for d in devices if d.node_exists}
+    return frozenset(needing - {d.resource for d in devices if d.id in in_cdi.get(d.resource, frozenset())})
 
 
 def _wake_at(

@@ -120,7 +120,7 @@ class Inventory:
     unoffered: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """PCI address -> why a function that a rule wants is not a device, or could not be read."""
     without_spec: frozenset[str] = frozenset()
-    """Resources with a device that should be in a CDI spec on disk and is not yet."""
+    """Resources whose devices should be in a CDI spec on disk, while none of them is."""
     waits_for_holdings: bool = False
     """Whether something here can only be settled by asking PodResources."""
     memory: Memory = Memory()

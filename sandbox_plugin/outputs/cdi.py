@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,15 +54,29 @@ def render_specs(inventory: Inventory) -> dict[str, str]:
 
 def render_spec(resource: str, devices: list[Device]) -> str:
     """One spec. Kata looks up `<resource name>=<device ID>`, so the kind is the resource and the name is the ID."""
-    lines = ['cdiVersion: "0.5.0"', f"kind: {json.dumps(resource)}", "devices:"]
-    for device in devices:
-        lines += [
-            f"  - name: {json.dumps(device.id)}",
-            "    containerEdits:",
-            "      deviceNodes:",
-            f"        - path: {json.dumps(device.node)}",
-        ]
-    return MARK + "\n".join(lines) + "\n"
+    return MARK + _head(resource) + "".join(map(_entry, devices))
+
+
+def _head(resource: str) -> str:
+    return f'cdiVersion: "0.5.0"\nkind: {json.dumps(resource)}\ndevices:\n'
+
+
+def _entry(device: Device) -> str:
+    lines = (
+        f"  - name: {json.dumps(device.id)}",
+        "    containerEdits:",
+        "      deviceNodes:",
+        f"        - path: {json.dumps(device.node)}",
+    )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def ids_in_spec(text: bytes, resource: str, devices: Iterable[Device]) -> frozenset[str]:
+    """IDs of those devices that a spec has which this plugin wrote, now or when it ran before; none of any other."""
+    written = text.decode("utf-8", "replace")
+    if not written.startswith(MARK + _head(resource)):
+        return frozenset()
+    return frozenset(device.id for device in devices if _entry(device) in written)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,9 +156,9 @@ class CdiWriter:
         trouble: dict[str, str] = {}
         written: list[str] = []
         for resource, text in specs.items():
-            ids = frozenset(d.id for d in inventory.resources[resource] if d.node_exists)
+            devices = [d for d in inventory.resources[resource] if d.node_exists]
             try:
-                if await self._sync_one(resource, _Spec(text=text.encode(), ids=ids)):
+                if await self._sync_one(resource, text.encode(), devices):
                     written.append(resource)
             except OSError as error:
                 trouble[resource] = f"its CDI spec cannot be written: {error.filename or self.folder}: {error.strerror}"
@@ -164,24 +178,28 @@ class CdiWriter:
                 log.error("cdi trouble", resource=about, reason=why)
         self._trouble = trouble
 
-    async def _sync_one(self, resource: str, wanted: _Spec) -> bool:
+    async def _sync_one(self, resource: str, wanted: bytes, devices: Sequence[Device]) -> bool:
         """Makes the file what is wanted; says whether that is news. When it fails, `_on_disk` has what is there."""
         file = self.folder / cdi_file_name(resource)
         before = self._on_disk.get(resource)
         try:
-            outcome = await self._uninterrupted(_write_if_different(file, resource, wanted.text, before))
+            outcome = await self._uninterrupted(_write_if_different(file, resource, wanted, before))
         except OSError as error:
             if error.errno not in files.NO_RESOURCES:
                 self._on_disk.pop(resource, None)
             raise
-        if before is not None and before.text != outcome.found:
-            del self._on_disk[resource]
+        there = wanted if outcome.failure is None else outcome.found
+        if there is None:
+            self._on_disk.pop(resource, None)
+        else:
+            # After a start on a full disk this is what an earlier run wrote: pods can have what is in it.
+            ids = ids_in_spec(there, resource, devices)
+            self._on_disk[resource] = _Spec(text=there, ids=ids, stamp=outcome.stamp)
         if outcome.failure is not None:
             raise outcome.failure
-        self._on_disk[resource] = replace(wanted, stamp=outcome.stamp)
         if outcome.replaced is not None:
             return self._tell_of_other_writer(resource, file, outcome.replaced)
-        return outcome.found != wanted.text
+        return outcome.found != wanted
 
     def _tell_of_other_writer(self, resource: str, file: Path, replaced: Ownership) -> bool:
         """Names the other writer, then the fight; after that nothing is news any more. Says whether something was."""
@@ -277,16 +295,16 @@ def _write_if_different(file: Path, resource: str, wanted: bytes, before: _Spec 
         owner = ownership(found, resource)
         if not owner.may_replace:
             reason = f"{file} belongs to another program ({owner.why}): move it away or choose another alias"
-            return _Written(found=found, failure=_NotOurs(reason))
+            return _Written(found=found, stamp=stamp, failure=_NotOurs(reason))
     try:
         try:
-            stamp = files.replace(file, wanted)
+            written = files.replace(file, wanted)
         except FileNotFoundError:
             file.parent.mkdir(parents=True, exist_ok=True)
-            stamp = files.replace(file, wanted)
+            written = files.replace(file, wanted)
     except OSError as error:
-        return _Written(found=found, failure=error)
-    return _Written(found=found, stamp=stamp, replaced=owner)
+        return _Written(found=found, stamp=stamp, failure=error)
+    return _Written(found=found, stamp=written, replaced=owner)
 
 
 @dataclass(kw_only=True)
