@@ -6,20 +6,31 @@ runs within the test's own process, where nothing hangs, and else as a process o
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon import Places, run_command
+from daemon import ROOT, Places, clean_environment, run_command
 from daemon import places as make_places
+from kubelet import TIMEOUT
 
 from sandbox_plugin.cli.main import main
+from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake.hardware import At, NumaNode, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.inventory.naming import ModelNames
 
 GEFORCE, AUDIO, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
 """Of the preset `workstation`: two GPUs, and a function that shares the group of the first."""
@@ -109,6 +120,95 @@ def test_lines_are_as_long_as_what_they_say_and_no_longer(
     lines = capsys.readouterr().out.splitlines()
     assert lines == [line.rstrip() for line in lines]
     assert max(map(len, lines)) > 100, "what a name says is not cut off or folded for a narrow terminal"
+
+
+NAME = "[/b] x :ab: [nForce 730a] [bold]"
+EVERYWHERE = [f"0000:{bus:02x}:00.0" for bus in range(256)]
+
+
+@pytest.mark.parametrize("is_offered", [True, False])
+def test_addresses_and_names_are_printed_as_they_are_whatever_is_in_them(
+    places: Places, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, is_offered: bool
+) -> None:
+    bus = RootBus(
+        name="pci0000:00",
+        functions=tuple(
+            At(address.removeprefix("0000:"), models.T4, vfio="vfio-pci" if is_offered else None)
+            for address in EVERYWHERE
+        ),
+    )
+    preset = Preset(summary="", kernel=models.WITH_CDEVS, nodes=(NumaNode(number=0, cpulist="0"),), buses=(bus,))
+    node = FakeNode.create(places.top / "node", preset)
+    monkeypatch.setattr(ModelNames, "load", lambda: ModelNames({(models.T4.vendor, models.T4.device): NAME}))
+
+    def lines(*arguments: str) -> list[str]:
+        assert main([*arguments]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    listed = f"--fake-sysfs={node.root}"
+    for flags in ([], ["--topology"], ["--all"]):
+        found = lines("list", listed, *flags)
+        assert [word for line in found if NAME in line for word in line.split() if word in EVERYWHERE] == EVERYWHERE
+    every = [line.split()[0] for line in lines("list", listed, "--all") if line.startswith("0000:")]
+    assert every[-len(EVERYWHERE) :] == EVERYWHERE
+    if is_offered:
+        assert [line.split()[-1] for line in lines("list", listed, "--topology") if "PHB" in line][:256] == EVERYWHERE
+    assert [line.split()[0] for line in lines("fake-node", "show", str(node.root)) if NAME in line] == EVERYWHERE
+
+
+@pytest.mark.parametrize("vendor", ["[/b] x", "[nForce 730a]", ":ab:"])
+def test_what_a_broken_file_says_is_printed_as_it_is(
+    node: FakeNode, capsys: pytest.CaptureFixture[str], vendor: str
+) -> None:
+    _rewrite("vendor", f"{vendor}\n".encode())(node.folder(T4))
+    for flags in ([], ["--all"]):
+        assert main(["list", f"--fake-sysfs={node.root}", *flags]) == 0
+        assert f"vendor is {vendor!r}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "printed"), [("[bold]x", "[bold]x"), (":ab:", ":ab:"), ("\udcff", "\\udcff")])
+def test_what_a_driver_is_called_is_printed_as_it_is(
+    node: FakeNode, capsys: pytest.CaptureFixture[str], name: str, printed: str
+) -> None:
+    node.unbind(T4)
+    (node.folder(T4) / "driver").symlink_to(f"/drivers/{name}")
+    assert main(["list", f"--fake-sysfs={node.root}"]) == 0
+    assert f"bound to {printed}, not to vfio-pci" in capsys.readouterr().out
+    assert main(["fake-node", "show", str(node.root)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith(T4))
+    assert f"  {printed}  " in line
+
+
+def test_on_a_terminal_no_line_has_blanks_at_its_end_and_none_is_folded(whole: dict[str, Path]) -> None:
+    for arguments in (["list", "--all", "--fake-sysfs"], ["fake-node", "show"]):
+        lines = on_terminal([*arguments, str(whole["workstation"])], columns=40)
+        assert "\x1b[" in lines[0], "no colours: it did not take this for a terminal"
+        bare = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
+        assert bare == [line.rstrip() for line in bare]
+        assert max(map(len, bare)) > 80
+
+
+def on_terminal(arguments: list[str], columns: int) -> list[str]:
+    """What a command prints on a terminal of its own."""
+    ours, its = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as shown:
+        fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        environment = clean_environment({"TERM": "xterm-256color"})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sandbox_plugin", *arguments],
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            cwd=ROOT,
+            env=environment,
+        )
+        os.close(its)
+        text = b""
+        with suppress(OSError):  # EIO: nobody has the terminal any more
+            while piece := shown.read(65536):
+                text += piece
+        assert process.wait(TIMEOUT) == 0
+    return text.decode().splitlines()
 
 
 def test_a_node_without_devices_has_nothing_to_advertise_and_that_is_no_fault(

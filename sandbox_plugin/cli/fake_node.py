@@ -1,4 +1,4 @@
-"""`sandbox-plugin fake-node`: makes a made-up node in a folder, and changes it as hardware would.
+"""`sandbox-plugin fake-node`: makes a fake node in a folder, and changes it as hardware would.
 
 For development and for people who want to watch the daemon follow a node: run it with `--fake-sysfs DIR` in one
 terminal and use these verbs in another.
@@ -7,12 +7,13 @@ terminal and use these verbs in another.
 from __future__ import annotations
 
 import argparse
+import errno
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import RenderableType
 
+from sandbox_plugin.cli.tables import print_unfolded, table
 from sandbox_plugin.fake.attributes import OFF_THE_BUS
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 from sandbox_plugin.fake.presets import PRESETS
@@ -41,12 +42,15 @@ _KINDS = {
 _MACHINERY = (0x06, 0x08)
 """Base classes of what only holds a machine together: bridges and system peripherals."""
 
+_Run = Callable[[argparse.Namespace], list[RenderableType]]
+"""What a verb does. Returns what is to be printed."""
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "fake-node",
-        help="make a made-up node, and change it as hardware would",
-        description="A made-up node is a folder that looks to the daemon like a host's root: run `sandbox-plugin run "
+        help="make a fake node, and change it as hardware would",
+        description="A fake node is a folder that looks to the daemon like a host's root: run `sandbox-plugin run "
         "--fake-sysfs DIR` on it, and change it with these verbs. It needs no privileges and touches nothing else.",
         allow_abbrev=False,
     )
@@ -58,19 +62,25 @@ def add_parser(subparsers: Any) -> None:
     show = _verb(verbs, "show", _show, "list the functions of a node")
     show.add_argument("dir", metavar="DIR")
     show.add_argument("--all", action="store_true", help="bridges and system peripherals too")
-    bind = _on_function(verbs, "bind", _bind, "bind a function to a driver, taking it from another")
-    bind.add_argument("--driver", metavar="NAME", default="vfio-pci", help="default: vfio-pci")
-    _on_function(verbs, "unbind", _unbind, "take a function from its driver")
+    bind = _changed(lambda node, args: node.bind(args.address, args.driver))
+    parser = _on_function(verbs, "bind", bind, "bind a function to a driver, taking it from another")
+    parser.add_argument("--driver", metavar="NAME", default="vfio-pci", help="default: vfio-pci")
+    unbind = _changed(lambda node, args: node.unbind(args.address))
+    _on_function(verbs, "unbind", unbind, "take a function from its driver")
     _on_function(verbs, "remove", _remove, "hot-remove a function, and what hangs below it")
-    _on_function(verbs, "add", _add, "put a removed function back")
-    _on_function(verbs, "sicken", _sicken, "let a device fall off the bus")
-    _on_function(verbs, "heal", _heal, "let it answer again")
-    enable = _on_function(verbs, "enable", _enable, "let a VM open (1) or close (0) a function")
-    enable.add_argument("value", metavar="0|1", choices=("0", "1"))
+    add = _changed(lambda node, args: node.add(args.address))
+    _on_function(verbs, "add", add, "put a removed function back")
+    sicken = _changed(lambda node, args: node.sicken(args.address))
+    _on_function(verbs, "sicken", sicken, "make a device fall off the bus")
+    heal = _changed(lambda node, args: node.heal(args.address))
+    _on_function(verbs, "heal", heal, "make it answer again")
+    enable = _changed(lambda node, args: node.set_enable(args.address, int(args.value)))
+    parser = _on_function(verbs, "enable", enable, "simulate a VM opening (1) or closing (0) a function")
+    parser.add_argument("value", metavar="0|1", choices=("0", "1"))
 
 
-def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], str], text: str) -> argparse.ArgumentParser:
-    """A verb that prints what `run` returns. What goes wrong in a node is a wrong input here."""
+def _verb(verbs: Any, name: str, run: _Run, text: str) -> argparse.ArgumentParser:
+    """A verb. What goes wrong in a node is a wrong input here, unless its disk is full."""
 
     def run_and_print(args: argparse.Namespace) -> int:
         try:
@@ -78,9 +88,11 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], str], text:
         except FakeNodeError as error:
             raise UsageError(str(error)) from None
         except OSError as error:
-            raise UsageError(f"{error.filename}: {error.strerror}") from None
-        if said:
-            print(said)
+            where = error.filename or args.dir
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(error.errno, error.strerror, where) from None
+            raise UsageError(f"{where}: {error.strerror}") from None
+        print_unfolded(*said)
         return 0
 
     parser: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -88,11 +100,22 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], str], text:
     return parser
 
 
-def _on_function(verbs: Any, name: str, run: Callable[[argparse.Namespace], str], text: str) -> argparse.ArgumentParser:
+def _on_function(verbs: Any, name: str, run: _Run, text: str) -> argparse.ArgumentParser:
     parser = _verb(verbs, name, run, text)
     parser.add_argument("dir", metavar="DIR")
     parser.add_argument("address", metavar="ADDRESS", type=_address, help="PCI address, e.g. 0000:1b:00.0 or 1b:00.0")
     return parser
+
+
+def _changed(change: Callable[[FakeNode, argparse.Namespace], None]) -> _Run:
+    """Changes one function, and says what has become of it."""
+
+    def run(args: argparse.Namespace) -> list[RenderableType]:
+        node = FakeNode.open(args.dir)
+        change(node, args)
+        return [_told(node, args.address)]
+
+    return run
 
 
 def _address(text: str) -> str:
@@ -101,80 +124,39 @@ def _address(text: str) -> str:
     return f"0000:{text}" if text.count(":") == 1 else text
 
 
-def _create(args: argparse.Namespace) -> str:
+def _create(args: argparse.Namespace) -> list[RenderableType]:
     node = FakeNode.create(args.dir, args.preset)
     bound = sum(1 for function in node.functions() if function.vfio)
-    return f"{args.dir}: {PRESETS[args.preset].summary}; {bound} functions bound to vfio"
+    return [f"{args.dir}: {PRESETS[args.preset].summary}; {bound} functions bound to vfio"]
 
 
-def _presets(args: argparse.Namespace) -> str:
+def _presets(_: argparse.Namespace) -> list[RenderableType]:
     width = max(map(len, PRESETS))
-    return "\n".join(f"{name:{width}}  {preset.summary}" for name, preset in PRESETS.items())
+    return [f"{name:{width}}  {preset.summary}" for name, preset in PRESETS.items()]
 
 
-def _bind(args: argparse.Namespace) -> str:
-    node = FakeNode.open(args.dir)
-    node.bind(args.address, args.driver)
-    return _told(node, args.address)
-
-
-def _unbind(args: argparse.Namespace) -> str:
-    node = FakeNode.open(args.dir)
-    node.unbind(args.address)
-    return _told(node, args.address)
-
-
-def _remove(args: argparse.Namespace) -> str:
+def _remove(args: argparse.Namespace) -> list[RenderableType]:
     node = FakeNode.open(args.dir)
     before = set(node.removed())
     node.remove(args.address)
-    return f"removed: {', '.join(name for name in node.removed() if name not in before)}"
+    return [f"removed: {', '.join(name for name in node.removed() if name not in before)}"]
 
 
-def _add(args: argparse.Namespace) -> str:
-    node = FakeNode.open(args.dir)
-    node.add(args.address)
-    return _told(node, args.address)
-
-
-def _sicken(args: argparse.Namespace) -> str:
-    node = FakeNode.open(args.dir)
-    node.sicken(args.address)
-    return _told(node, args.address)
-
-
-def _heal(args: argparse.Namespace) -> str:
-    node = FakeNode.open(args.dir)
-    node.heal(args.address)
-    return _told(node, args.address)
-
-
-def _enable(args: argparse.Namespace) -> str:
-    node = FakeNode.open(args.dir)
-    node.set_enable(args.address, int(args.value))
-    return _told(node, args.address)
-
-
-def _show(args: argparse.Namespace) -> str:
+def _show(args: argparse.Namespace) -> list[RenderableType]:
     node = FakeNode.open(args.dir)
     names = ModelNames.load()
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in ("ADDRESS", "MODEL", "DRIVER", "GROUP", "VFIO", "NUMA", "STATE"):
-        table.add_column(column, no_wrap=True)
+    shown = table("ADDRESS", "MODEL", "DRIVER", "GROUP", "VFIO", "NUMA", "STATE")
     functions = node.functions()
-    shown = [f for f in functions if args.all or f.vfio or f.class_code >> 16 not in _MACHINERY]
-    for f in shown:
-        numa = "-" if f.numa_node is None else str(f.numa_node)
-        table.add_row(f.address, _model(f, names), f.driver or "-", str(f.iommu_group), _vfio(f), numa, _state(f))
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 1000  # lines for other programs are never cut
-    console.print(table)
-    if len(shown) < len(functions):
-        console.print(f"and {len(functions) - len(shown)} bridges and system peripherals (--all)")
+    for f in functions:
+        if args.all or f.vfio or f.class_code >> 16 not in _MACHINERY:
+            numa = "-" if f.numa_node is None else str(f.numa_node)
+            shown.add_row(f.address, _model(f, names), f.driver or "-", str(f.iommu_group), _vfio(f), numa, _state(f))
+    said: list[RenderableType] = [shown]
+    if hidden := len(functions) - shown.row_count:
+        said.append(f"and {hidden} bridges and system peripherals (--all)")
     if removed := node.removed():
-        console.print(f"removed: {', '.join(removed)}")
-    return ""
+        said.append(f"removed: {', '.join(removed)}")
+    return said
 
 
 def _told(node: FakeNode, address: str) -> str:
@@ -195,7 +177,7 @@ def _model(function: PciFunction, names: ModelNames) -> str:
 
 
 def _vfio(function: PciFunction) -> str:
-    """vfioM, with the reason why there is no such node where there is none."""
+    """vfioN, with the reason why there is no such node where there is none."""
     if function.vfio is None:
         return "-"
     return f"vfio{function.vfio.number}" + ("" if function.vfio.cdev else " (no cdev)")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from sandbox_plugin.cli.options import add_options, settings_from
+from sandbox_plugin.cli.stdout import say
+from sandbox_plugin.cli.tables import print_unfolded, table
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
@@ -54,19 +55,14 @@ def run(args: argparse.Namespace) -> int:
             document["topology"] = _topology_as_json(inventory)
         if args.all:
             document["functions"] = _all_functions(inventory, facts, settings, names)
-        json.dump(document, sys.stdout, indent=2)
-        print()
+        say(json.dumps(document, indent=2))
     else:
-        # Never folded: a line that is too long is the terminal's to wrap, as with kubectl.
-        console = Console(highlight=False, width=1000)
-        with console.capture() as printed:
-            _print_tables(console, inventory, facts, names)
-            if args.topology and inventory.resources:
-                console.print("", *matrix_lines(_devices(inventory)), "", *legend_lines(), sep="\n", markup=False)
-            if args.all:
-                _print_all(console, _all_functions(inventory, facts, settings, names))
-        for line in printed.get().splitlines():
-            print(line.rstrip())
+        parts = _tables(inventory, facts, names)
+        if args.topology and inventory.resources:
+            parts += ["", *matrix_lines(_devices(inventory)), "", *legend_lines()]
+        if args.all:
+            parts += ["", _table_of_all(_all_functions(inventory, facts, settings, names))]
+        print_unfolded(*parts)
     return 1 if facts.unreachable else 0
 
 
@@ -144,31 +140,32 @@ def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str 
     }
 
 
-def _print_all(console: Console, functions: list[dict[str, Any]]) -> None:
-    table = _table("PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE", "NOT OFFERED BECAUSE")
+def _table_of_all(functions: list[dict[str, Any]]) -> Table:
+    made = table("PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE", "NOT OFFERED BECAUSE")
     for function in functions:
-        table.add_row(*("-" if cell is None else str(cell) for cell in function.values()))
-    console.print()
-    console.print(table)
+        made.add_row(*("-" if cell is None else str(cell) for cell in function.values()))
+    return made
 
 
-def _print_tables(console: Console, inventory: Inventory, facts: HostFacts, names: ModelNames) -> None:
+def _tables(inventory: Inventory, facts: HostFacts, names: ModelNames) -> list[RenderableType]:
+    """What is offered, or why there is nothing, and what is not offered."""
+    parts: list[RenderableType] = []
     if facts.unreachable:
-        console.print(f"The PCI bus cannot be read: {facts.unreachable}")
+        parts.append(f"The PCI bus cannot be read: {facts.unreachable}")
     elif not inventory.resources:
-        console.print(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
+        parts.append(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
     else:
-        table = _table("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH")
+        offered = table("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH")
         for resource, devices in inventory.resources.items():
             for device in devices:
-                table.add_row(resource, *_row(device))
-        console.print(table)
+                offered.add_row(resource, *_row(device))
+        parts.append(offered)
     if inventory.unoffered:
-        table = _table("NOT OFFERED", "MODEL", "REASON")
+        not_offered = table("NOT OFFERED", "MODEL", "REASON")
         for address, why in sorted(inventory.unoffered.items()):
-            table.add_row(address, _model(address, facts, names), why)
-        console.print()
-        console.print(table)
+            not_offered.add_row(address, _model(address, facts, names), why)
+        parts += ["", not_offered]
+    return parts
 
 
 def _row(device: Device) -> tuple[str | Text, ...]:
@@ -176,13 +173,6 @@ def _row(device: Device) -> tuple[str | Text, ...]:
     addresses = "\n".join(p.address for p in device.placements)
     numa = ",".join(map(str, device.numa_nodes)) or "-"
     return (device.id, addresses, device.model.replace(" + ", "\n"), numa, device.node, health)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    return table
 
 
 def _model(address: str, facts: HostFacts, names: ModelNames) -> str:
