@@ -57,7 +57,7 @@ class Settings:
     """Everything that `run`, `list` and `demo` need to know. Paths are absolute or relative to the working folder."""
 
     host_root: Path = Path("/")
-    """The host is read as `host_root/sys` and `host_root/dev`; anything but `/` is a made-up tree."""
+    """The host is read as `host_root/sys` and `host_root/dev`; anything but `/` is a fake one."""
     kubelet_dir: Path = Path("/var/lib/kubelet/device-plugins")
     cdi_dir: Path = Path("/var/run/cdi")
     gpu_alias: str = "pgpu"
@@ -79,5 +79,5 @@ class Settings:
     log_level: str = "info"
 
     def on_fake_host(self, root: Path) -> Settings:
-        """The same settings for a made-up host below `root`."""
+        """The same settings for a fake host below `root`."""
         return replace(self, host_root=root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import stat
@@ -524,6 +525,16 @@ class TestBinding:
             assert "\n" not in str(error.value)
         assert snapshot(workstation.root) == before
 
+    @pytest.mark.parametrize("driver", ["", "/x", "[/x]", "../../x", "a b", "a.ko", "nvidia\n", "é"])
+    def test_what_is_not_the_name_of_a_driver_is_refused_before_anything_is_changed(
+        self, workstation: FakeNode, driver: str
+    ) -> None:
+        before = snapshot(workstation.root)
+        with pytest.raises(FakeNodeError, match="is not the name of a driver: allowed are letters, digits") as error:
+            workstation.bind(T4, driver)
+        assert "\n" not in str(error.value)
+        assert snapshot(workstation.root) == before
+
     def test_pci_stub_may_take_a_group_mate_of_a_function_that_a_vm_holds(self, workstation: FakeNode) -> None:
         workstation.set_enable(GPU, 1)
         workstation.bind(AUDIO, "pci-stub")
@@ -889,6 +900,25 @@ class TestCreateAndOpen:
             FakeNode.create(tmp_path / "file", "gh200")
         assert names(tmp_path) == {"file"}
 
+    @pytest.mark.parametrize("in_part", [False, True], ids=["no byte fits", "some bytes fit"])
+    def test_where_a_tree_cannot_be_made_whole_nothing_is_left_of_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_part: bool
+    ) -> None:
+        def write(descriptor: int, content: bytes) -> int:
+            if len(content) < 4096:
+                return len(content)
+            if in_part:
+                return 100
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "write", write)
+        (tmp_path / "empty").mkdir()
+        for folder in (tmp_path / "new/and/newer", tmp_path / "empty"):
+            with pytest.raises(OSError, match=f"No space left on device: '{folder}'"):
+                FakeNode.create(folder, "gh200")
+        assert names(tmp_path) == {"empty"}
+        assert names(tmp_path / "empty") == set()
+
     def test_an_unknown_preset_is_refused_with_the_names_of_those_that_exist(self, tmp_path: Path) -> None:
         with pytest.raises(FakeNodeError, match=r"'dgx'.*hgx-h100, .*empty"):
             FakeNode.create(tmp_path / "node", "dgx")
@@ -1061,10 +1091,23 @@ class TestCommand:
             (("bind", tmp_path / "node", "77:00.0"), "no PCI function '0000:77:00.0'"),
             (("unbind", tmp_path / "node", "0000:01:00.0x"), "no PCI function"),
             (("add", tmp_path / "node", "0009:01:00.0"), "there already"),
+            (("bind", tmp_path / "node", "0009:01:00.0", "--driver", "[/x]"), "'[/x]' is not the name of a driver"),
         ):
             with pytest.raises(UsageError, match=re.escape(message)) as error:
                 run(*arguments)
             assert "\n" not in str(error.value)
+
+    def test_a_full_disk_is_no_fault_of_what_was_given_and_names_the_folder(
+        self, run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        node = FakeNode.create(tmp_path / "node", "workstation")
+        monkeypatch.setattr(os, "write", lambda *_: 0)
+        for arguments, folder in (
+            (("create", "gh200", tmp_path / "new"), tmp_path / "new"),
+            (("sicken", node.root, T4), node.root),
+        ):
+            with pytest.raises(OSError, match=f"No space left on device: '{folder}"):
+                run(*arguments)
 
 
 def test_kernels_of_presets_differ_in_what_they_are_there_to_show() -> None:

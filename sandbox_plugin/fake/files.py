@@ -6,6 +6,7 @@ Paths are strings here: a tree has thousands of files, and `pathlib` would doubl
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from contextlib import suppress
@@ -13,10 +14,12 @@ from contextlib import suppress
 
 def create_file(path: str, content: str | bytes, mode: int = 0o444) -> None:
     """Makes a file, with this mode whatever the umask is. Raises FileExistsError when there is one."""
+    content = content.encode() if isinstance(content, str) else content
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         os.fchmod(descriptor, mode)
-        os.write(descriptor, content.encode() if isinstance(content, str) else content)
+        if os.write(descriptor, content) < len(content):  # what a disk does that has room for a part of it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
     finally:
         os.close(descriptor)
 

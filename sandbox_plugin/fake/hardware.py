@@ -1,4 +1,4 @@
-"""The nouns of made-up machines: a model of PCI function, one such function in its place, a kernel, a preset.
+"""The nouns of fake machines: a model of PCI function, one such function in its place, a kernel, a preset.
 
 Apart from `presets`, so that presets are data alone, and from `node`, which knows nothing of any model.
 """
@@ -83,17 +83,17 @@ class Kernel:
     """What differs between kernels, as far as passthrough shows it."""
 
     cdevs: bool
-    """Built with IOMMUFD and VFIO cdevs: /dev/vfio/devices/vfioM and /dev/iommu exist."""
+    """Built with IOMMUFD and VFIO cdevs: /dev/vfio/devices/vfioN and /dev/iommu exist."""
     group_major: int
-    """Device major of /dev/vfio/N."""
+    """Device major of /dev/vfio/GROUP."""
     cdev_major: int
-    """Device major of /dev/vfio/devices/vfioM; without meaning where there are no cdevs."""
+    """Device major of /dev/vfio/devices/vfioN; without meaning where there are no cdevs."""
     iommu: str
     """Name of the IOMMU in `class/iommu`."""
     first_group: int
     """Lowest IOMMU group number of this machine.
 
-    On a real one it is 0. Here groups start above any vfioM, so that taking one number for the other shows.
+    On a real one it is 0. Here groups start above any vfioN, so that taking one number for the other shows.
     """
     vfio_loaded: bool = True
     """Whether vfio is loaded at the start; binding to a vfio driver loads it."""

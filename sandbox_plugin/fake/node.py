@@ -1,16 +1,17 @@
-"""A made-up node: a folder with `sys`, `dev` and `proc` in it that looks like a host's, and verbs that change it.
+"""A fake node: a folder with `sys`, `dev` and `proc` in it that looks like a host's, and verbs that change it.
 
 Each verb does to the tree what a kernel does to its own when hardware, or somebody who writes to sysfs, makes the
 same change, and in the same order, so that a reader who comes in the middle sees what it could see on a real host.
 All of it works as an ordinary user; device nodes are plain files. The tree is the only state. What a kernel knows
-and sysfs does not show lies apart in one hidden folder, `.fake-node`, whose presence also tells a made-up tree from
-a real host's root.
+and sysfs does not show lies apart in one hidden folder, `.fake-node`, whose presence also tells a fake tree from a
+real host's root.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,8 +34,9 @@ from sandbox_plugin.model import PciFunction, VfioDev
 
 _STATE = ".fake-node"
 _HARMLESS_DRIVERS = ("pci-stub", "pcieport")
-_PCI_BRIDGE = 0x0604
 """Host drivers that leave the DMA of their function's group alone (driver_managed_dma in struct pci_driver)."""
+_DRIVER_NAME = r"[A-Za-z0-9_-]+"
+_PCI_BRIDGE = 0x0604
 
 
 class FakeNodeError(ValueError):
@@ -54,7 +56,7 @@ class _Removed:
 
 
 class FakeNode:
-    """The made-up node in one folder.
+    """The fake node in one folder.
 
         node = FakeNode.create(tmp_path / "node", "hgx-h100")
         node.unbind("0000:1b:00.0")
@@ -76,22 +78,32 @@ class FakeNode:
 
     @classmethod
     def create(cls, directory: str | os.PathLike[str], preset: str | Preset) -> FakeNode:
-        """Makes a tree in a folder that is empty or does not exist yet.
+        """Makes a tree in a folder that is empty or does not exist yet; the whole tree, or nothing.
 
-        Raises `FakeNodeError` for an unknown preset and for a folder with something in it, OSError when the folder
-        cannot be made or written.
+        Raises `FakeNodeError` for an unknown preset and for a folder with something in it, OSError with the folder's
+        name when it cannot be made or written.
         """
         root = Path(directory)
         if isinstance(preset, str):
             if preset not in PRESETS:
                 raise FakeNodeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
             preset = PRESETS[preset]
-        if root.exists() and not root.is_dir():
+        if os.path.exists(root) and not os.path.isdir(root):
             raise FakeNodeError(f"{root} is not a folder")
-        if root.is_dir() and any(root.iterdir()):
+        if os.path.isdir(root) and os.listdir(root):
             raise FakeNodeError(f"{root} is not empty: a fake node is made in a folder of its own")
         node = cls(root, preset.kernel)
-        node._build(preset)
+        missing = [folder for folder in (root, *root.parents) if not os.path.lexists(folder)]
+        try:
+            node._build(preset)
+        except BaseException as error:
+            for name in listed(str(root)):
+                shutil.rmtree(root / name, ignore_errors=True)
+            for folder in missing:
+                remove_if_empty(str(folder))
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(root)) from None
+            raise
         return node
 
     @classmethod
@@ -141,13 +153,16 @@ class FakeNode:
         """Gives a function to a driver, taking it from another that has it.
 
         As with driver_override and drivers_probe: links first, then, for a vfio driver, the group's node if it is the
-        group's first, then vfioM, the lowest that is free, and its node. A vfio driver lets the idle function sleep;
+        group's first, then vfioN, the lowest that is free, and its node. A vfio driver lets the idle function sleep;
         any other enables it. The module, and vfio, are loaded if they were not.
 
-        Raises `FakeNodeError` when it has this driver already, when a VM still holds it, when a vfio driver should take
-        a bridge (vfio_pci_core_register_device in drivers/vfio/pci/vfio_pci_core.c), and when a VM holds a group mate
-        and the driver is a host's (iommu_device_use_default_domain in drivers/iommu/iommu.c).
+        Raises `FakeNodeError` for what is not a driver's name, when it has this driver already, when a VM still holds
+        it, when a vfio driver should take a bridge (vfio_pci_core_register_device in
+        drivers/vfio/pci/vfio_pci_core.c), and when a VM holds a group mate and the driver is a host's
+        (iommu_device_use_default_domain in drivers/iommu/iommu.c).
         """
+        if not re.fullmatch(_DRIVER_NAME, driver):
+            raise FakeNodeError(f"{driver!r} is not the name of a driver: allowed are letters, digits, `-` and `_`")
         folder = self._folder(address)
         bound = driver_of(folder)
         if bound == driver:
@@ -219,7 +234,7 @@ class FakeNode:
     def remove(self, address: str) -> None:
         """Takes a function out of the machine, and first what hangs below it.
 
-        A VM that has it is taken to let go at once. Group numbers and vfioM that become free are handed out again.
+        A VM that has it is taken to let go at once. Group numbers and vfioN that become free are handed out again.
         """
         folder = self._folder(address)
         for below in reversed(addresses_in(folder)):
@@ -403,7 +418,7 @@ class FakeNode:
         return is_vfio_driver(driver_of(folder)) and number_in(f"{folder}/enable", 10) > 0
 
     def _held_number(self, address: str) -> int | None:
-        """M of the vfioM of a function that was unbound while a VM holds it: not free until the VM lets go."""
+        """N of the vfioN of a function that was unbound while a VM holds it: not free until the VM lets go."""
         text = text_of(self._state("held", address))
         return None if text is None else int(text)
 

@@ -1,4 +1,4 @@
-"""The PCI part of a made-up kernel: functions on their bus, in IOMMU groups, with drivers and device links.
+"""The PCI part of a fake kernel: functions on their bus, in IOMMU groups, with drivers and device links.
 
 Apart from `node`, which decides what happens and in what order; here is how a tree shows each single step, and how
 it is read back.

@@ -1,4 +1,4 @@
-"""The presets: machines as data, after the PCI topologies of real ones (one says that it is made up).
+"""The presets: machines as data, after the PCI topologies of real ones, and one that is invented.
 
 A new machine is a few more lines here: models (what `lspci -nnvv` says), the buses they hang on in the order in which
 a kernel finds them, and an entry in `PRESETS`. Nothing else knows any of them.
@@ -326,7 +326,7 @@ _HGX_H100 = Preset(
 
 
 def _switched(numa_node: int, root: str, switch: str, fan: str, *gpus: str, model: Model) -> RootBus:
-    """A host bridge with one switch and the GPUs on it, by bus numbers. Which of its ports lead to them is made up."""
+    """A host bridge with one switch and the GPUs on it, by bus numbers. Which of its ports lead to them is a guess."""
     ports = tuple(
         At(f"{fan}:{port:02x}.0", PEX89000, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
         for port, gpu in enumerate(gpus)
@@ -371,7 +371,7 @@ _RTX_PRO_6000 = Preset(
 )
 
 _UNEVEN = Preset(
-    summary="made up: 8 L40S, 3 on one socket and 5 on the other, in slots and on switches; kernel with VFIO cdevs",
+    summary="invented: 8 L40S, 3 on one socket and 5 on the other, in slots and on switches; kernel with VFIO cdevs",
     kernel=replace(WITH_CDEVS, iommu="ivhd0"),
     nodes=_TWO_EPYCS,
     buses=(

@@ -1,4 +1,4 @@
-"""The vfio part of a made-up kernel: what appears for a function that a vfio driver takes, and what goes with it.
+"""The vfio part of a fake kernel: what appears for a function that a vfio driver takes, and what goes with it.
 
 Apart from `node`, because this is a subsystem of its own in the kernel too: groups and cdevs with numbers that it
 hands out, lowest free first (ida_alloc), and their nodes in /dev.
@@ -68,7 +68,7 @@ class Vfio:
     def register(self, folder: str, group: int, held: set[int]) -> None:
         """A vfio driver has a function: first its group, if it is the group's first, then the function itself.
 
-        `held` are the vfioM numbers that are still in use although the tree no longer shows them.
+        `held` are the vfioN numbers that are still in use although the tree no longer shows them.
         """
         if not os.path.isdir(self._group_folder(group)):
             self._add_group(group)
