@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from sandbox_plugin.cli.signals import run_until_signal, temporary_folder
+from sandbox_plugin.cli.stdout import say
+from sandbox_plugin.cli.tables import is_terminal, plain_console
 from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
@@ -37,7 +39,7 @@ _REFRESH = 1 / 8
 _LOG_LINES = 6
 _CHAPTERS = 3
 _CHAPTER_LINES = 4
-"""Of these two the panel with the story is made; a chapter has five lines where the terminal is narrow, rarely."""
+"""Of these two the panel with the story is made; a chapter has four lines on 80 columns, and three on more."""
 _OTHER_LINES = 18
 """What stands around the story: a line, the devices of two resources, the daemon's words, and the frames."""
 _FREE, _IN_A_POD, _UNHEALTHY = "green", "yellow", "bold red"
@@ -61,43 +63,34 @@ def run(args: argparse.Namespace) -> int:
     playable = [name for name in PRESETS if name != "empty"]
     if args.preset not in playable:
         raise UsageError(f"--preset: {args.preset!r} is not one of {', '.join(playable)}")
-    try:
-        return asyncio.run(_until_signal(args.preset))
-    except BaseExceptionGroup as failures:
-        told = failures.subgroup(StoryError)
-        if told is None:
-            raise
-        print(f"sandbox-plugin: the demo stopped: {_first(told)}", file=sys.stderr)
-        return 1
-
-
-def _first(failures: BaseExceptionGroup[StoryError]) -> StoryError:
-    error = failures.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
-
-async def _until_signal(preset: str) -> int:
-    """Plays; Ctrl-C and SIGTERM are its graceful end."""
-    work = asyncio.ensure_future(_play(preset))
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, work.cancel)
-    with suppress(asyncio.CancelledError):
-        await work
+    with temporary_folder("sandbox-demo-", _short_folder()) as folder:
+        node = FakeNode.create(folder / "node", args.preset)
+        try:
+            run_until_signal(lambda: _play(args.preset, node, folder), {})
+        except BaseExceptionGroup as failures:
+            error = _first(failures)
+            if isinstance(error, OSError):
+                raise error from None
+            if not isinstance(error, StoryError):
+                raise
+            print(f"sandbox-plugin: the demo stopped: {error}", file=sys.stderr)
+            return 1
     return 0
 
 
-async def _play(preset: str) -> None:
-    console = Console(highlight=False)
-    with tempfile.TemporaryDirectory(prefix="sandbox-demo-", dir=_short_folder()) as name:
-        folder = Path(name)
-        node = FakeNode.create(folder / "node", preset)
-        async with FakeKubelet(folder / "kubelet", folder / "pod-resources.sock") as kubelet, _daemon(folder) as daemon:
-            story = Story(node=node, kubelet=kubelet, started_at=daemon.started_at, health_interval=_HEALTH_INTERVAL)
-            if console.is_terminal:
-                await _show_live(console, preset, kubelet, story, daemon)
-            else:
-                await _tell(preset, story)
+def _first(error: BaseException) -> BaseException:
+    """What made a group of tasks fail, or groups within groups."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _play(preset: str, node: FakeNode, folder: Path) -> None:
+    async with FakeKubelet(folder / "kubelet", folder / "pod-resources.sock") as kubelet, _daemon(folder) as daemon:
+        story = Story(node=node, kubelet=kubelet, started_at=daemon.started_at, health_interval=_HEALTH_INTERVAL)
+        console = plain_console()
+        if is_terminal() and not console.is_dumb_terminal:
+            await _show_live(console, preset, kubelet, story, daemon)
+        else:
+            await _tell(preset, story)
 
 
 def _short_folder() -> str | None:
@@ -159,17 +152,17 @@ def _in_words(line: str) -> str:
     return f"{entry.get('event', '')}: {' '.join(about)}" if about else str(entry.get("event", ""))
 
 
-# Without a terminal
+# Without a terminal, or on one that cannot draw
 
 
 async def _tell(preset: str, story: Story) -> None:
-    print(f"A fake node ({PRESETS[preset].summary}), a fake kubelet, and the real daemon between them.")
-    print("Times are from the cause to the kubelet's seeing it, measured in this run.")
+    say(f"A fake node ({PRESETS[preset].summary}), a fake kubelet, and the real daemon between them.")
+    say("Times run from the change until the kubelet sees it, measured in this run.")
     number = 0
     async for told in story.chapters():
         number += 1
-        print(f"\n{number:2}. {told.title}\n    {told.why}\n    {_duration(told):>8}  {told.result}", flush=True)
-    print("\nThat is all. On a terminal the demo goes on, live, until Ctrl-C.")
+        say(f"\n{number:2}. {told.title}\n    {told.why}\n    {_duration(told):>8}  {told.result}")
+    say("\nThat is all. On a terminal the demo goes on, live, until Ctrl-C.")
 
 
 def _duration(told: Told) -> str:
@@ -187,7 +180,7 @@ async def _show_live(console: Console, preset: str, kubelet: FakeKubelet, story:
 
     def screen() -> Group:
         return Group(
-            Text(f"sandbox-plugin demo: the fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."),
+            Text(f"The fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."),
             _devices_table(kubelet),
             _story_panel(told, chapters=max(1, min(_CHAPTERS, (console.height - _OTHER_LINES) // _CHAPTER_LINES))),
             Panel(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sandbox_plugin.cli.signals import temporary_folder
 from sandbox_plugin.configuration import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, OPTIONS, load_settings
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
@@ -21,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
         "--fake-sysfs",
         metavar="DIR|PRESET",
         default=None,
-        help="read a made-up host: DIR/sys and DIR/dev, or a preset made in a temporary folder "
+        help="use a fake host instead of the real one: a directory with sys/ and dev/, or a preset "
         f"({', '.join(PRESETS)}) [{FAKE_SYSFS_VARIABLE}]",
     )
     parser.add_argument(
@@ -48,16 +49,30 @@ def settings_from(args: argparse.Namespace) -> Iterator[Settings]:
     """The settings of one run. A preset's tree exists for as long as the context."""
     flags = {name: getattr(args, name, None) for name in ("config", *(option.name for option in OPTIONS))}
     settings = load_settings({name: text for name, text in flags.items() if text is not None}, os.environ)
-    fake = args.fake_sysfs if args.fake_sysfs is not None else os.environ.get(FAKE_SYSFS_VARIABLE, "")
-    if not fake:
-        yield settings
-    elif fake in PRESETS and not Path(fake).exists():
-        with tempfile.TemporaryDirectory(prefix="sandbox-plugin-") as folder:
-            FakeNode.create(Path(folder) / fake, fake)
-            yield settings.on_fake_host(Path(folder) / fake)
-    elif not (Path(fake) / "sys").is_dir():
-        raise UsageError(
-            f"--fake-sysfs: {fake!r} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})"
-        )
+    if args.fake_sysfs is not None:
+        fake, where = args.fake_sysfs, "--fake-sysfs"
     else:
+        fake, where = os.environ.get(FAKE_SYSFS_VARIABLE), FAKE_SYSFS_VARIABLE
+        if not fake:
+            yield settings
+            return
+    if fake in PRESETS and not os.path.exists(fake):
+        with temporary_folder("sandbox-plugin-") as folder:
+            yield settings.on_fake_host(FakeNode.create(folder / fake, fake).root)
+    else:
+        _refuse_if_no_host(fake, where)
         yield settings.on_fake_host(Path(fake))
+
+
+def _refuse_if_no_host(folder: str, where: str) -> None:
+    """Raises `UsageError` unless there is a folder `sys` in this one that can be entered."""
+    try:
+        has_sys = bool(folder) and stat.S_ISDIR(os.stat(f"{folder}/sys").st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
+        has_sys = False
+    except OSError as error:
+        raise UsageError(f"{where}: {folder!r}: {error.strerror}") from None
+    if not has_sys:
+        raise UsageError(
+            f"{where}: {folder!r} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})"
+        )

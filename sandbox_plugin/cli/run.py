@@ -15,7 +15,8 @@ import structlog
 from sandbox_plugin import __version__, daemon
 from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
-from sandbox_plugin.configuration import DAEMON_OPTIONS, unknown_variables
+from sandbox_plugin.cli.signals import run_until_signal
+from sandbox_plugin.configuration import OPTIONS, unknown_variables
 from sandbox_plugin.settings import Settings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -29,41 +30,32 @@ def add_parser(commands: Any) -> None:
         "follows the node until SIGTERM or SIGINT.",
         allow_abbrev=False,
     )
-    add_options(parser, *DAEMON_OPTIONS)
+    add_options(parser, *(option.name for option in OPTIONS))
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as long as there are no tasks to log
     with settings_from(args) as settings:
         configure_logs(settings.log_format, settings.log_level, sys.stderr)
-        return asyncio.run(_until_signal(settings))
+        return _run_daemon(settings)
 
 
-async def _until_signal(settings: Settings) -> int:
+def _run_daemon(settings: Settings) -> int:
     """Runs the daemon; a signal is its graceful end, anything else that ends it is a failure."""
-    log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
-    for name in unknown_variables(os.environ):
-        log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
-    work = asyncio.ensure_future(daemon.run(settings))
-    loop = asyncio.get_running_loop()
-    received: list[signal.Signals] = []
 
-    def stop(number: signal.Signals) -> None:
-        received.append(number)
-        work.cancel()
+    async def work() -> None:
+        log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
+        for name in unknown_variables(os.environ):
+            log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
+        await daemon.run(settings)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
-    loop.add_signal_handler(signal.SIGUSR1, _log_tasks)
     try:
-        await work
-    except asyncio.CancelledError:
-        if not received:
-            raise
+        ended_by = run_until_signal(work, {signal.SIGUSR1: _log_tasks})
     except ExceptionGroup as failures:
         log.critical("a part of the daemon failed", exc_info=failures)
         return 1
-    log.info("stopped", reason=received[0].name if received else "")
+    log.info("stopped", reason=ended_by.name if ended_by else "")
     return 0
 
 
