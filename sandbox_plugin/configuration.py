@@ -40,31 +40,36 @@ class Option:
 
     @property
     def default_text(self) -> str:
+        """The default as a person would give it."""
         default = getattr(Settings(), self.name)
-        return "console on a terminal, else json" if default is None else str(default)
+        if default is None:
+            return "console on a terminal, else json"
+        if isinstance(default, float):
+            return f"{default:g}"
+        return str(default).lower() if isinstance(default, bool) else str(default)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """A value, and the flag, variable or key that it comes from."""
+
+    value: Any
+    where: str
 
 
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
     """The settings, from the flags that were given, by field name, and the environment. Raises `UsageError`."""
-    from_file, rules = _from_file(flags.get("config", environment.get(CONFIG_VARIABLE, "")))
-    values: dict[str, Any] = {"resources": rules.resources, "model_names": rules.model_names}
+    in_file, rules = _from_file(_config_path(flags, environment))
+    given = dict(in_file)
     for option in OPTIONS:
         if option.name in flags:
-            given, where = flags[option.name], option.flag
+            given[option.name] = _parsed(option, flags[option.name], option.flag)
         elif environment.get(option.environment) or (option.empty_counts and option.environment in environment):
-            given, where = environment[option.environment], option.environment
-        elif option.name in from_file:
-            given, where = from_file[option.name]
-        else:
-            continue
-        try:
-            values[option.name] = option.parse(given)
-        except ValueError as error:
-            raise UsageError(f"{where}: {error}") from None
-    settings = Settings(**values)
-    if settings.gpu_alias and settings.gpu_alias == settings.nvswitch_alias:
-        raise UsageError(f"--gpu-alias and --nvswitch-alias are both {settings.gpu_alias!r}: they must differ")
-    return settings
+            given[option.name] = _parsed(option, environment[option.environment], option.environment)
+    aliases = [given.get(name) or _default(name) for name in ("gpu_alias", "nvswitch_alias")]
+    _refuse_the_same(*aliases)
+    values = {name: each.value for name, each in given.items()}
+    return Settings(**values, resources=rules.resources, model_names=rules.model_names)
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
@@ -73,9 +78,18 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     return sorted(name for name in environment if name.startswith(_PREFIX) and name not in known)
 
 
-def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], ConfigFile]:
-    """Settings by field name, each with where it was found, and the file as a whole. No path, nothing."""
-    if not path:
+def _config_path(flags: Mapping[str, str], environment: Mapping[str, str]) -> str | None:
+    if flags.get("config") == "":
+        raise UsageError("--config: '' is not a path")
+    return flags.get("config") or environment.get(CONFIG_VARIABLE) or None
+
+
+def _from_file(path: str | None) -> tuple[dict[str, _Given], ConfigFile]:
+    """Settings by field name, and the file as a whole. No path, nothing.
+
+    All of them are checked, also those that a flag or variable overrides: a wrong file is refused whole.
+    """
+    if path is None:
         return {}, ConfigFile()
     where = f"config file {path}"
     try:
@@ -83,10 +97,31 @@ def _from_file(path: str) -> tuple[dict[str, tuple[str, str]], ConfigFile]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{where}: cannot be read: {reason}") from None
-    by_key = {option.flag.removeprefix("--"): option.name for option in OPTIONS}
+    by_key = {option.flag.removeprefix("--"): option for option in OPTIONS}
     switches = frozenset(option.flag.removeprefix("--") for option in OPTIONS if option.switch)
     config = parse_config(text, where, frozenset(by_key), switches)
-    return {by_key[key]: (value, f"{where}: {key}") for key, value in config.settings.items()}, config
+    given = {by_key[key].name: _parsed(by_key[key], text, f"{where}: {key}") for key, text in config.settings.items()}
+    if {"gpu_alias", "nvswitch_alias"} <= given.keys():
+        _refuse_the_same(given["gpu_alias"], given["nvswitch_alias"])
+    return given, config
+
+
+def _parsed(option: Option, text: str, where: str) -> _Given:
+    try:
+        return _Given(value=option.parse(text), where=where)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def _default(name: str) -> _Given:
+    (flag,) = (option.flag for option in OPTIONS if option.name == name)
+    return _Given(value=getattr(Settings(), name), where=f"the default of {flag}")
+
+
+def _refuse_the_same(gpus: _Given, nvswitches: _Given) -> None:
+    """Two kinds of device under one alias would be one resource."""
+    if gpus.value and gpus.value == nvswitches.value:
+        raise UsageError(f"{gpus.where} and {nvswitches.where} are both {gpus.value!r}: they must differ")
 
 
 def _alias(text: str) -> str:
@@ -183,7 +218,7 @@ OPTIONS: tuple[Option, ...] = (
         flag="--consumer",
         environment="SANDBOX_PLUGIN_CONSUMER",
         metavar="CONSUMER",
-        help="who takes the devices: kata or kubevirt",
+        help="who uses the devices: kata or kubevirt",
         parse=lambda text: Consumer(_one_of(*Consumer)(text)),
     ),
     Option(
@@ -192,7 +227,7 @@ OPTIONS: tuple[Option, ...] = (
         environment="SANDBOX_PLUGIN_REQUIRE_IOMMUFD",
         metavar="BOOL",
         switch=True,
-        help="true: devices without an iommufd cdev are Unhealthy, as confidential guests need",
+        help="list devices without an iommufd cdev as Unhealthy (confidential guests need one)",
         parse=lambda text: _one_of("true", "false")(text.lower()) == "true",
     ),
     Option(
@@ -208,7 +243,7 @@ OPTIONS: tuple[Option, ...] = (
         flag="--health-interval",
         environment="SANDBOX_PLUGIN_HEALTH_INTERVAL",
         metavar="SECONDS",
-        help="time between rescans that no event asked for",
+        help="seconds between periodic rescans",
         parse=_seconds,
     ),
     Option(
@@ -228,5 +263,3 @@ OPTIONS: tuple[Option, ...] = (
         parse=_one_of("debug", "info", "warning", "error"),
     ),
 )
-DAEMON_OPTIONS = tuple(option.name for option in OPTIONS)
-"""The settings that the daemon takes: all of them."""

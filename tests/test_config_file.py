@@ -254,11 +254,6 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path: Path, n
     assert str(caught.value) == f"config file {tmp_path}/{name}: cannot be read: {reason}"
 
 
-def test_aliases_that_are_the_same_are_refused_wherever_they_come_from(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--gpu-alias and --nvswitch-alias are both 'xx': they must differ"):
-        load(tmp_path, 'gpu-alias = "xx"\n', NVSWITCH_ALIAS="xx")
-
-
 @pytest.mark.parametrize(
     ("command", "text", "why"),
     [
