@@ -1,8 +1,10 @@
-"""`sandbox-plugin demo` as a person without a terminal runs it, and as one ends it."""
+"""`sandbox-plugin demo` as a person runs it, with a terminal and without, and as one ends it."""
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import io
 import os
 import pty
 import re
@@ -11,12 +13,16 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from daemon import ROOT, Places, clean_environment, run_command
+
+from sandbox_plugin.cli import demo as command
+from sandbox_plugin.fake.story import Story, Told
 
 STEPS = 8
 TIMED = 7
@@ -36,27 +42,45 @@ def demo(folder: Path, *flags: str, **environment: str) -> subprocess.Popen[str]
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terminal:
+    """A demo on a terminal of its own."""
+
+    process: subprocess.Popen[bytes]
+    shown: io.FileIO
+    screens: Iterator[str]
+    """One screen after the other, without colours, until it ends."""
+
+
+def screens_of(shown: io.FileIO) -> Iterator[str]:
+    seen = b""
+    with suppress(OSError):  # EIO: nobody has the terminal any more
+        while piece := shown.read(65536):
+            *whole, seen = (seen + piece).split(b"\x1b[H")
+            yield from (re.sub(r"\x1b\[[0-9;?]*[a-z]", "", screen.decode()) for screen in whole)
+    yield seen.decode(errors="replace")
+
+
 @contextmanager
-def on_terminal(folder: Path, lines: int, columns: int) -> Iterator[tuple[subprocess.Popen[bytes], Iterator[str]]]:
-    """A demo on a terminal of its own, and one screen after the other, without colours, until it ends."""
+def on_terminal(
+    folder: Path, *flags: str, lines: int = 24, columns: int = 80, term: str = "xterm-256color"
+) -> Iterator[Terminal]:
     ours, its = pty.openpty()
     with os.fdopen(ours, "rb", buffering=0) as shown:
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
-        program = [sys.executable, "-m", "sandbox_plugin", "demo"]
-        environment = clean_environment({"TMPDIR": str(folder), "TERM": "xterm-256color"})
-        process = subprocess.Popen(program, stdin=its, stdout=its, stderr=its, cwd=ROOT, env=environment)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "sandbox_plugin", "demo", *flags],
+            stdin=its,
+            stdout=its,
+            stderr=its,
+            cwd=ROOT,
+            env=clean_environment({"TMPDIR": str(folder), "TERM": term}),
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal's end is a SIGHUP
+        )
         os.close(its)
-
-        def screens() -> Iterator[str]:
-            seen = b""
-            with suppress(OSError):  # EIO: nobody has the terminal any more
-                while piece := shown.read(65536):
-                    *whole, seen = (seen + piece).split(b"\x1b[H")
-                    yield from (re.sub(r"\x1b\[[0-9;?]*[a-z]", "", screen.decode()) for screen in whole)
-            yield seen.decode()
-
         try:
-            yield process, screens()
+            yield Terminal(process=process, shown=shown, screens=screens_of(shown))
         finally:
             process.kill()
             process.wait()
@@ -76,28 +100,108 @@ def processes_in(folder: Path) -> list[int]:
     return found
 
 
+BOTH = "nvidia.com/nvswitch: 4 of 4, nvidia.com/pgpu: 8 of 8 healthy"
+GPUS = "nvidia.com/pgpu: {} of {} healthy"
+OUTCOMES = {
+    "hgx-h100": [
+        BOTH,
+        "it gets 4, 5, 6, 7 on NUMA node 0",
+        GPUS.format(7, 8),
+        GPUS.format(8, 8),
+        BOTH,
+        GPUS.format(7, 8),
+        GPUS.format(8, 8),
+        "4, 5, 6, 7 can be given out again",
+    ],
+    "workstation": [
+        GPUS.format(2, 2),
+        "it gets 11",
+        GPUS.format(1, 2),
+        GPUS.format(2, 2),
+        GPUS.format(2, 2),
+        GPUS.format(1, 2),
+        GPUS.format(2, 2),
+        "11 can be given out again",
+    ],
+    "gh200": [
+        GPUS.format(1, 1),
+        "it gets 0 on NUMA node 0",
+        GPUS.format(1, 1),
+        "0 can be given out again",
+        GPUS.format(0, 1),
+        GPUS.format(1, 1),
+        GPUS.format(0, 1),
+        GPUS.format(1, 1),
+    ],
+}
+
+
+def told_in(text: str) -> tuple[list[str], list[str]]:
+    """The times and the outcomes of a story in plain lines."""
+    chapters = re.findall(r"^ *(\d+)\. .+\r?\n {4}.+\r?\n {4} *(\d\S* m?s)? {2,}(.+?)\r?$", text, re.MULTILINE)
+    assert [int(number) for number, *_ in chapters] == list(range(1, STEPS + 1))
+    return [time for _, time, _ in chapters if time], [outcome for *_, outcome in chapters]
+
+
 @pytest.mark.parametrize("preset", ["hgx-h100", "workstation"])
-def test_without_a_terminal_the_story_is_told_once_with_measured_times(preset: str, places: Places) -> None:
-    process = demo(places.top, "--preset", preset)
+def test_without_a_terminal_the_story_is_told_once_with_times_and_outcomes(preset: str, places: Places) -> None:
+    process = demo(places.top, "--preset", preset, FORCE_COLOR="1")  # as CI systems set it, without a terminal
     told, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (0, "")
-    assert [int(number) for number in re.findall(r"^ *(\d+)\. ", told, re.MULTILINE)] == list(range(1, STEPS + 1))
-    assert len(re.findall(r"^ +\d+(?:\.\d+)? m?s  ", told, re.MULTILINE)) == TIMED
+    times, outcomes = told_in(told)
+    assert len(times) == TIMED
+    assert outcomes == OUTCOMES[preset]
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []
+
+
+def test_the_times_that_are_printed_are_those_that_were_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    class Measured(Story):
+        async def chapters(self) -> AsyncIterator[Told]:
+            for seconds in (0.0214, 0.9, 2.96, 12.0, None):
+                yield Told(title="", why="", result="seen", seconds=seconds)
+
+    story = Measured.__new__(Measured)
+    asyncio.run(command.tell("gh200", story))
+    assert re.findall(r"^ {4}(.*?) +seen$", capsys.readouterr().out, re.MULTILINE) == [
+        "   21 ms",
+        "  900 ms",
+        "   3.0 s",
+        "  12.0 s",
+        "",
+    ]
+
+
+def test_on_a_terminal_that_cannot_draw_the_story_is_told_in_plain_lines(places: Places) -> None:
+    with on_terminal(places.top, "--preset=gh200", term="dumb") as terminal:
+        text = "".join(terminal.screens)
+        assert terminal.process.wait(timeout=15) == 0
+    assert "\x1b" not in text
+    assert told_in(text)[1] == OUTCOMES["gh200"]
 
 
 @pytest.mark.parametrize(("lines", "columns"), [(24, 80), (50, 140)])
 def test_on_a_terminal_it_shows_the_devices_the_story_and_the_log_until_ctrl_c(
     places: Places, lines: int, columns: int
 ) -> None:
-    with on_terminal(places.top, lines, columns) as (process, screens):
+    with on_terminal(places.top, lines=lines, columns=columns) as terminal:
         allocated = ("[4] [5] [6] [7]", "A pod asks for 4", "allocated: nvidia.com/pgpu 7")  # one for each part
-        shown = next(screen for screen in screens if all(part in screen for part in allocated))
+        shown = next(screen for screen in terminal.screens if all(part in screen for part in allocated))
         assert shown.rstrip().endswith("╯"), "the screen is longer than the terminal"
-        process.send_signal(signal.SIGINT)
-        assert list(screens)
-        assert process.wait(timeout=15) == 0
+        chapter = ("GPU 11 answers again.", "flap.", "nvidia.com/pgpu: 8 of 8 healthy")
+        assert any(all(part in screen for part in chapter) for screen in terminal.screens), "it has no room for one"
+        terminal.process.send_signal(signal.SIGINT)
+        assert list(terminal.screens)
+        assert terminal.process.wait(timeout=15) == 0
+    assert list(places.top.iterdir()) == []
+    assert processes_in(places.top) == []
+
+
+def test_a_terminal_that_is_closed_ends_it_and_leaves_nothing(places: Places) -> None:
+    with on_terminal(places.top) as terminal:
+        next(screen for screen in terminal.screens if "nvidia.com/pgpu" in screen)
+        terminal.shown.close()
+        assert terminal.process.wait(timeout=15) in (0, 1)  # 1 if writing fails before the signal comes
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []
 

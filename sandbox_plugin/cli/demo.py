@@ -90,7 +90,7 @@ async def _play(preset: str, node: FakeNode, folder: Path) -> None:
         if is_terminal() and not console.is_dumb_terminal:
             await _show_live(console, preset, kubelet, story, daemon)
         else:
-            await _tell(preset, story)
+            await tell(preset, story)
 
 
 def _short_folder() -> str | None:
@@ -155,7 +155,8 @@ def _in_words(line: str) -> str:
 # Without a terminal, or on one that cannot draw
 
 
-async def _tell(preset: str, story: Story) -> None:
+async def tell(preset: str, story: Story) -> None:
+    """Plays the story once, in plain lines."""
     say(f"A fake node ({PRESETS[preset].summary}), a fake kubelet, and the real daemon between them.")
     say("Times run from the change until the kubelet sees it, measured in this run.")
     number = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sandbox_plugin.fake.kubelet import AdmissionError, FakeKubelet
 from sandbox_plugin.fake.node import FakeNode
@@ -36,26 +36,38 @@ class Told:
 
 @dataclass(kw_only=True)
 class Story:
-    """One play on one node. `started_at` is when the daemon was started, in monotonic seconds."""
+    """One play on one node. `started_at` is when the daemon was started, by the same clock."""
 
     node: FakeNode
     kubelet: FakeKubelet
     started_at: float
     health_interval: float
-    _begun: bool = False
+    clock: Callable[[], float] = time.monotonic
+    """The clock of `kubelet.listed_at`, in seconds."""
+    _begun: bool = field(default=False, init=False)
 
     async def chapters(self) -> AsyncIterator[Told]:
-        """Plays from the devices' appearing, which happens once, to the pod's end. Raises StoryError."""
+        """Plays from the devices' appearing, which happens once, to the pod's end. Raises StoryError.
+
+        What happens to a GPU happens to one that no pod holds. Where there is only one the pod ends before.
+        """
         if not self._begun:
             self._begun = True
             yield await self.devices_appear()
         yield await self.pod_takes_gpus()
-        async for told in self.gpu_falls_off_and_returns():
-            yield told
+        pod_ends_early = not self._free()
+        if not pod_ends_early:
+            async for told in self.gpu_falls_off_and_returns():
+                yield told
         yield await self.kubelet_restarts()
+        if pod_ends_early:
+            yield self.pod_ends("This node has no other GPU: what follows happens to one that no pod holds.")
+            async for told in self.gpu_falls_off_and_returns():
+                yield told
         async for told in self.gpu_is_rebound():
             yield told
-        yield await self.pod_ends()
+        if not pod_ends_early:
+            yield self.pod_ends("There is no Deallocate: the plugin learns it from PodResources.")
 
     async def devices_appear(self) -> Told:
         bound = self._bound()
@@ -69,21 +81,23 @@ class Story:
         )
 
     async def pod_takes_gpus(self) -> Told:
-        count = min(4, len(self.kubelet.healthy(self._gpus)))
-        cause = time.monotonic()
+        there = len(self.kubelet.healthy(self._gpus))
+        count = max(1, min(4, there - 1))
+        cause = self.clock()
         try:
             allocation = await self.kubelet.admit(POD, self._gpus, count)
         except AdmissionError as error:
             raise StoryError(f"the pod was not admitted: {error}") from None
-        seconds = time.monotonic() - cause
+        seconds = self.clock() - cause
         for address in self._addresses(allocation.ids):
             self.node.set_enable(address, 1)
         devices = self.kubelet.devices(self._gpus)
         nodes = sorted({node for i in allocation.ids for node in devices[i].numa_nodes})
         where = f" on NUMA node {', '.join(map(str, nodes))}" if nodes else ""
+        choice = "The plugin prefers GPUs that are close together, and answers with their VFIO nodes."
         return Told(
             title=f"A pod asks for {count} of {self._gpus}.",
-            why="The plugin prefers GPUs that are close together, and answers with their VFIO nodes.",
+            why=choice if count > 1 else "The plugin answers with the VFIO node of the GPU.",
             result=f"it gets {', '.join(sorted(allocation.ids, key=int))}{where}",
             seconds=seconds,
         )
@@ -95,8 +109,8 @@ class Story:
         )
         yield Told(
             title=f"GPU {device_id} ({address}) falls off the PCI bus.",
-            why=f"No event tells of that: the daemon looks every {self.health_interval:g} s here.",
-            result=self._counts(),
+            why=f"No event announces this; the daemon polls every {self.health_interval:g} s here.",
+            result=self._counts(self._gpus),
             seconds=seconds,
         )
         seconds = await self._seen_after(
@@ -104,15 +118,15 @@ class Story:
         )
         yield Told(
             title=f"GPU {device_id} answers again.",
-            why="It is given out again when it has been well for 2 s, so that a loose one does not flap.",
-            result=self._counts(),
+            why="Healthy again after 2 s of being well, so that a loose one does not flap.",
+            result=self._counts(self._gpus),
             seconds=seconds,
         )
 
     async def kubelet_restarts(self) -> Told:
         before = self._healthy()
         await self.kubelet.stop()
-        cause = time.monotonic()
+        cause = self.clock()
         await self.kubelet.start()
         await self._until(lambda: self._healthy() == before, "the plugin did not register again")
         seen = max(self.kubelet.listed_at(resource) for resource in self.kubelet.resources())
@@ -134,7 +148,7 @@ class Story:
         yield Told(
             title=f"Somebody binds GPU {device_id} ({address}) to the nvidia driver.",
             why="It stays listed, Unhealthy, until no pod has held it for a minute.",
-            result=self._counts(),
+            result=self._counts(self._gpus),
             seconds=seconds,
         )
         count = len(self._healthy())
@@ -144,18 +158,18 @@ class Story:
         yield Told(
             title=f"And back to {driver}.",
             why="A GPU that was bound a moment ago can be given out now; no restart is needed.",
-            result=self._counts(),
+            result=self._counts(self._gpus),
             seconds=seconds,
         )
 
-    async def pod_ends(self) -> Told:
+    def pod_ends(self, why: str) -> Told:
         ids = [i for a in self.kubelet.allocations if a.pod == POD for i in a.ids]
         for address in self._addresses(tuple(ids)):
             self.node.set_enable(address, 0)
         self.kubelet.remove(POD)
         return Told(
             title="The pod ends.",
-            why="There is no Deallocate: the plugin learns it from PodResources.",
+            why=why,
             result=f"{', '.join(sorted(ids, key=int))} can be given out again",
             seconds=None,
         )
@@ -169,11 +183,13 @@ class Story:
     def _healthy(self) -> set[str]:
         return {device for resource in self.kubelet.resources() for device in self.kubelet.healthy(resource)}
 
-    def _counts(self) -> str:
-        return ", ".join(
-            f"{resource}: {len(self.kubelet.healthy(resource))} of {len(self.kubelet.devices(resource))} healthy"
-            for resource in self.kubelet.resources()
+    def _counts(self, *resources: str) -> str:
+        """How many devices are healthy, of these resources or of all."""
+        counts = (
+            f"{resource}: {len(self.kubelet.healthy(resource))} of {len(self.kubelet.devices(resource))}"
+            for resource in resources or self.kubelet.resources()
         )
+        return f"{', '.join(counts)} healthy"
 
     def _bound(self) -> dict[str, str]:
         """Device ID -> PCI address of what is bound to a vfio driver and is a device of its own."""
@@ -189,20 +205,23 @@ class Story:
         bound = self._bound()
         return [bound[device_id] for device_id in ids if device_id in bound]
 
-    def _spare(self) -> tuple[str, str]:
-        """A GPU that no pod holds, if there is one: the highest of them."""
+    def _free(self) -> list[str]:
+        """GPUs that no pod holds."""
         bound = self._bound()
-        gpus = [i for i in sorted(self.kubelet.healthy(self._gpus), key=int) if i in bound]
-        free = [i for i in gpus if self.kubelet.holder(self._gpus, i) is None]
-        device_id = (free or gpus)[-1]
+        healthy = sorted(self.kubelet.healthy(self._gpus), key=int)
+        return [i for i in healthy if i in bound and self.kubelet.holder(self._gpus, i) is None]
+
+    def _spare(self) -> tuple[str, str]:
+        """The last GPU that no pod holds: its ID and its PCI address."""
+        free = self._free()
         if not free:
-            self.node.set_enable(bound[device_id], 0)
-        return device_id, bound[device_id]
+            raise StoryError("no GPU is healthy and free")
+        return free[-1], self._bound()[free[-1]]
 
     async def _seen_after(self, cause: Callable[[], None], seen: Callable[[], bool], failure: str) -> float:
         """Seconds from the cause to the message in which the kubelet saw it."""
         gpus = self._gpus
-        began = time.monotonic()
+        began = self.clock()
         cause()
         await self._until(seen, failure)
         return self.kubelet.listed_at(gpus) - began
