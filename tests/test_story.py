@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -200,6 +201,14 @@ def test_on_every_preset_things_happen_to_gpus_that_no_pod_holds_and_each_is_tol
         elif "answers again" in chapter.title or chapter.title.startswith("And back"):
             assert chapter.result == f"nvidia.com/pgpu: {gpus} of {gpus} healthy"
     assert not any(f.enable and f.vfio for f in story.node.functions()), "a VM still has a GPU"
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "empty"])
+def test_a_chapter_has_four_lines_at_most_on_80_columns(make_story: Callable[..., Story], preset: str) -> None:
+    columns = 80 - len("│ 12.0 s    │")  # the frame, and the column with the times
+    for told in play(make_story(preset)):
+        lines = [line for text in (told.title, told.why, told.result) for line in textwrap.wrap(text, columns)]
+        assert len(lines) <= 4, lines
 
 
 def test_where_there_is_one_gpu_the_pod_ends_before_anything_happens_to_it_and_that_is_said(
