@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,97 @@ WIRE = load_wire()
 APIS = {"deviceplugin": v1beta1, "podresources": v1}
 MESSAGES = [(api, name) for api in APIS for name in sorted(getattr(WIRE, api).DESCRIPTOR.message_types_by_name)]
 SERVICES = [(api, name) for api in APIS for name in sorted(getattr(WIRE, api).DESCRIPTOR.services_by_name)]
+TYPES = {
+    FieldDescriptor.TYPE_BOOL: "bool",
+    FieldDescriptor.TYPE_INT32: "int32",
+    FieldDescriptor.TYPE_INT64: "int64",
+    FieldDescriptor.TYPE_UINT64: "uint64",
+    FieldDescriptor.TYPE_STRING: "string",
+}
 RANGES = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
     FieldDescriptor.CPPTYPE_UINT64: (0, 2**64 - 1),
 }
+
+
+# What the kubelet speaks, message by message: `type name=number`, `[]` is repeated. Copied from the protocol's
+# description and not from protos/, from which both implementations are generated.
+V1BETA1 = """
+    RegisterRequest: string version=1, string endpoint=2, string resource_name=3, DevicePluginOptions options=4
+    DevicePluginOptions: bool pre_start_required=1, bool get_preferred_allocation_available=2
+    Empty:
+    ListAndWatchResponse: Device[] devices=1
+    Device: string ID=1, string health=2, TopologyInfo topology=3
+    TopologyInfo: NUMANode[] nodes=1
+    NUMANode: int64 ID=1
+    PreferredAllocationRequest: ContainerPreferredAllocationRequest[] container_requests=1
+    ContainerPreferredAllocationRequest: string[] available_deviceIDs=1, string[] must_include_deviceIDs=2,
+        int32 allocation_size=3
+    PreferredAllocationResponse: ContainerPreferredAllocationResponse[] container_responses=1
+    ContainerPreferredAllocationResponse: string[] deviceIDs=1
+    AllocateRequest: ContainerAllocateRequest[] container_requests=1
+    ContainerAllocateRequest: string[] devices_ids=1
+    AllocateResponse: ContainerAllocateResponse[] container_responses=1
+    ContainerAllocateResponse: map<string,string> envs=1, Mount[] mounts=2, DeviceSpec[] devices=3,
+        map<string,string> annotations=4, CDIDevice[] cdi_devices=5
+    Mount: string container_path=1, string host_path=2, bool read_only=3
+    DeviceSpec: string container_path=1, string host_path=2, string permissions=3
+    CDIDevice: string name=1
+    PreStartContainerRequest: string[] devices_ids=1
+    PreStartContainerResponse:
+"""
+V1 = """
+    ListPodResourcesRequest:
+    AllocatableResourcesRequest:
+    ListPodResourcesResponse: PodResources[] pod_resources=1
+    AllocatableResourcesResponse: ContainerDevices[] devices=1, int64[] cpu_ids=2, ContainerMemory[] memory=3
+    GetPodResourcesRequest: string pod_name=1, string pod_namespace=2
+    GetPodResourcesResponse: PodResources pod_resources=1
+    PodResources: string name=1, string namespace=2, ContainerResources[] containers=3
+    ContainerResources: string name=1, ContainerDevices[] devices=2, int64[] cpu_ids=3,
+        ContainerMemory[] memory=4, DynamicResource[] dynamic_resources=5
+    ContainerDevices: string resource_name=1, string[] device_ids=2, TopologyInfo topology=3
+    ContainerMemory: string memory_type=1, uint64 size=2, TopologyInfo topology=3
+    TopologyInfo: NUMANode[] nodes=1
+    NUMANode: int64 ID=1
+    DynamicResource: string claim_name=2, string claim_namespace=3, ClaimResource[] claim_resources=4
+    ClaimResource: CDIDevice[] cdi_devices=1, string driver_name=2, string pool_name=3, string device_name=4,
+        optional string share_id=5
+    CDIDevice: string name=1
+"""
+METHODS = {
+    "deviceplugin": {
+        "/v1beta1.Registration/Register": "RegisterRequest -> Empty",
+        "/v1beta1.DevicePlugin/GetDevicePluginOptions": "Empty -> DevicePluginOptions",
+        "/v1beta1.DevicePlugin/ListAndWatch": "Empty -> stream ListAndWatchResponse",
+        "/v1beta1.DevicePlugin/GetPreferredAllocation": "PreferredAllocationRequest -> PreferredAllocationResponse",
+        "/v1beta1.DevicePlugin/Allocate": "AllocateRequest -> AllocateResponse",
+        "/v1beta1.DevicePlugin/PreStartContainer": "PreStartContainerRequest -> PreStartContainerResponse",
+    },
+    "podresources": {
+        "/v1.PodResourcesLister/List": "ListPodResourcesRequest -> ListPodResourcesResponse",
+        "/v1.PodResourcesLister/GetAllocatableResources": "AllocatableResourcesRequest -> AllocatableResourcesResponse",
+        "/v1.PodResourcesLister/Get": "GetPodResourcesRequest -> GetPodResourcesResponse",
+    },
+}
+
+Fields = dict[int, tuple[str, str]]
+"""Number -> type, with `[]`, `map<...>` or `optional` where it is so, and name."""
+
+
+def specified(text: str) -> dict[str, Fields]:
+    """The fields of each message of a table above."""
+    messages = {}
+    for message in re.split(r"\n {4}(?=\w)", text)[1:]:
+        name, _, fields = message.partition(":")
+        found = re.findall(r"((?:optional )?[\w<>,]+(?:\[\])?) (\w+)=(\d+)", fields)
+        messages[name] = {int(number): (kind, name) for kind, name, number in found}
+        assert len(messages[name]) == fields.count("="), message
+    return messages
+
+
+SPECIFIED = {"deviceplugin": specified(V1BETA1), "podresources": specified(V1)}
 
 
 def generate(root: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -91,11 +179,62 @@ def test_a_broken_proto_is_named_with_its_line_and_nothing_is_generated(checkout
     assert contents(checkout) == before
 
 
+@pytest.mark.parametrize("api", APIS)
+def test_the_protos_have_the_kubelets_messages_and_no_others(api: str) -> None:
+    assert {name for its_api, name in MESSAGES if its_api == api} == set(SPECIFIED[api])
+
+
 @pytest.mark.parametrize(("api", "name"), MESSAGES)
-def test_both_implementations_know_the_same_fields(api: str, name: str) -> None:
+def test_a_message_of_google_protobuf_has_the_kubelets_fields(api: str, name: str) -> None:
     theirs = getattr(WIRE, api).DESCRIPTOR.message_types_by_name[name]
-    ours = [betterproto.FieldMetadata.get(field) for field in dataclasses.fields(our_class(api, name))]
-    assert {field.number for field in ours} == {field.number for field in theirs.fields}
+    assert {field.number: (_type_of(field), field.name) for field in theirs.fields} == SPECIFIED[api][name]
+
+
+@pytest.mark.parametrize(("api", "name"), MESSAGES)
+def test_a_message_of_ours_has_the_kubelets_fields(api: str, name: str) -> None:
+    hints = typing.get_type_hints(our_class(api, name), vars(APIS[api]))
+    found = {}
+    for field in dataclasses.fields(our_class(api, name)):
+        known = betterproto.FieldMetadata.get(field)
+        found[known.number] = (_our_type(known, hints[field.name]), _plain(field.name))
+    assert found == {n: (kind.lower(), _plain(name)) for n, (kind, name) in SPECIFIED[api][name].items()}
+
+
+def _type_of(field: FieldDescriptor) -> str:
+    entry = field.message_type
+    if entry is not None and entry.GetOptions().map_entry:
+        return f"map<{','.join(_type_of(part) for part in entry.fields)}>"
+    kind = entry.name if entry is not None else TYPES[field.type]
+    if field.is_repeated:
+        return f"{kind}[]"
+    return f"optional {kind}" if field.has_presence and entry is None else kind
+
+
+def _our_type(field: betterproto.FieldMetadata, hint: Any) -> str:
+    """In lower case: betterproto writes NUMANode as NumaNode."""
+    if field.map_types:
+        return f"map<{','.join(field.map_types)}>"
+    inner = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+    kind = field.proto_type if field.proto_type != "message" else (inner[0] if inner else hint).__name__.lower()
+    if typing.get_origin(hint) is list:
+        return f"{kind}[]"
+    return f"optional {kind}" if field.optional else kind
+
+
+def _plain(name: str) -> str:
+    """A field's name without case and underscores: betterproto makes available_device_i_ds of available_deviceIDs."""
+    return name.replace("_", "").lower()
+
+
+@pytest.mark.parametrize("api", APIS)
+def test_the_services_have_the_kubelets_methods(api: str) -> None:
+    services = getattr(WIRE, api).DESCRIPTOR.services_by_name.values()
+    assert {
+        f"/{service.full_name}/{method.name}": f"{'stream ' * method.client_streaming}{method.input_type.name}"
+        f" -> {'stream ' * method.server_streaming}{method.output_type.name}"
+        for service in services
+        for method in service.methods
+    } == METHODS[api]
 
 
 @pytest.mark.parametrize(("api", "service"), SERVICES)
