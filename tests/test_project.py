@@ -207,13 +207,18 @@ def test_a_changed_lock_starts_from_an_empty_environment(checkout: Checkout) -> 
 def test_a_changed_linter_setting_installs_nothing_but_a_changed_entry_point_does(checkout: Checkout) -> None:
     checkout.setup()
     checkout.installed()
-    pyproject = checkout.root / "pyproject.toml"
-    pyproject.write_text(pyproject.read_text().replace("line-length = 110", "line-length = 99"))
+    replace_in(checkout.root / "pyproject.toml", "line-length = 120", "line-length = 99")
     checkout.setup()
     assert checkout.installed() == []
-    pyproject.write_text(pyproject.read_text().replace('"sandbox_plugin.cli.main:main"', '"other:main"'))
+    replace_in(checkout.root / "pyproject.toml", '"sandbox_plugin.cli.main:main"', '"other:main"')
     checkout.setup()
     assert checkout.installed() == ["."]
+
+
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def test_a_failed_installation_is_one_line_and_is_tried_again(checkout: Checkout) -> None:
