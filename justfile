@@ -21,7 +21,7 @@ setup:
 demo *arguments:
     @{{ python }} scripts/dev.py demo "$@"
 
-# every check and every test; arguments go to pytest
+# every check, and every test but the slow ones; arguments go to pytest
 test *arguments:
     @{{ python }} scripts/dev.py test "$@"
 
@@ -79,9 +79,10 @@ test-vm-cdev:
 truth examples="100" steps="100": setup
     TRUTH_EXAMPLES={{ examples }} TRUTH_STEPS={{ steps }} pytest tests/test_truth.py
 
-# the faults that take long too: 100 kubelet restarts, a kubelet that hangs
+# the tests that `just test` leaves out because they take long, and 100 kubelet restarts
 test-slow: setup
-    SANDBOX_SLOW=1 KUBELET_RESTARTS=100 pytest tests/test_faults.py tests/test_pods.py
+    pytest -m slow
+    KUBELET_RESTARTS=100 pytest -k many_kubelet_restarts
 
 # restarts, flapping devices and Allocates at random; at the end nothing may have grown
 soak seconds="600": setup

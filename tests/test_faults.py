@@ -1,7 +1,7 @@
 """Faults, one by one, against the real process: after each the kubelet's view equals the node's.
 
-Those that need no more than a polite kubelet and a fake node are in test_daemon.py. SANDBOX_SLOW=1 adds the slow ones;
-KUBELET_RESTARTS says how many restarts in a row are tried.
+Those that need no more than a polite kubelet and a fake node are in test_daemon.py. KUBELET_RESTARTS says how many
+restarts in a row are tried.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from trials import (
     as_root,
     figures,
     run_broken,
-    slow,
     socket_of,
     tampered,
     view,
@@ -57,7 +56,7 @@ MakeNode = Callable[[str], FakeNode]
 # The kubelet is away, or comes and goes
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(2, id="2 s"), pytest.param(120, id="2 min", marks=slow)])
+@pytest.mark.parametrize("seconds", [pytest.param(2, id="2 s"), pytest.param(120, id="2 min", marks=pytest.mark.slow)])
 @pytest.mark.timeout(180)
 def test_while_the_kubelet_is_away_the_node_changes_and_nothing_of_it_is_lost(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, seconds: int
@@ -239,7 +238,7 @@ def test_something_that_is_no_socket_in_the_place_of_ours_is_named_and_waited_fo
 # Register and ListAndWatch go wrong
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("manners", "reason", "seconds"),
     [

@@ -13,7 +13,7 @@ from conftest import StartDaemon
 from daemon import Places
 from kubelet import GrpcKubelet
 from pods import PodResources
-from trials import NVSWITCH, PGPU, QUICK, pairs, slow, socket_of, wait_until
+from trials import NVSWITCH, PGPU, QUICK, pairs, socket_of, wait_until
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.tracking import RETIRE
@@ -83,7 +83,7 @@ def test_it_is_well_again_when_whoever_used_it_lets_go(
     kubelet.wait_for(lambda: taken in kubelet.healthy(PGPU))
 
 
-@slow
+@pytest.mark.slow
 def test_a_pod_that_ends_with_its_vm_leaves_nothing_in_use_and_its_group_is_free_two_seconds_later(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
 ) -> None:
@@ -106,7 +106,7 @@ def test_a_pod_that_ends_with_its_vm_leaves_nothing_in_use_and_its_group_is_free
     assert settled_for < timedelta(seconds=INTERVAL)
 
 
-@slow
+@pytest.mark.slow
 def test_a_kubelet_that_has_just_started_and_names_no_pod_is_not_taken_at_its_word(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources, places: Places
 ) -> None:
@@ -142,7 +142,7 @@ def test_nor_by_a_daemon_that_has_just_started_too(
     assert not plugin.events("device changed")
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.timeout(3 * RETIRE)
 def test_the_last_device_of_a_resource_takes_its_stream_socket_and_spec_along_a_minute_after_its_pod(
     places: Places, fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources

@@ -77,6 +77,25 @@ def test_a_lock_is_not_older_than_what_pyproject_asks_for(path: str, wanted: lis
         assert requirement.specifier.contains(version, prereleases=True), requirement
 
 
+def test_ci_runs_the_two_commands_of_the_readme_word_for_word() -> None:
+    commands = re.findall(r"^ {4}(python3 .+)$", (ROOT / "README.md").read_text(), re.MULTILINE)[:2]
+    assert [command.split()[-1] for command in commands] == ["demo", "test"]
+    lines = [line.removesuffix(" </dev/null").strip() for line in (ROOT / ".ci/run").read_text().splitlines()]
+    assert set(commands) <= set(lines)
+
+
+def test_slow_tests_are_left_out_unless_they_are_asked_for() -> None:
+    def collected(*flags: str) -> list[str]:
+        command = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", *flags, "tests/test_pods.py"]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=50)
+        return [line for line in done.stdout.splitlines() if "::" in line]
+
+    slow, others = collected("-m", "slow"), collected()
+    assert "a_minute_after_its_pod" in "".join(slow)
+    assert others
+    assert not set(slow) & set(others)
+
+
 def test_every_dependency_has_a_lower_bound() -> None:
     groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
     for requirement in map(Requirement, [entry for group in groups for entry in group]):

@@ -1,5 +1,4 @@
-"""What the tests of faults share: which of them are slow, the kubelet's view beside the node's, a process that is
-broken on purpose.
+"""What the tests of faults share: the kubelet's view beside the node's, and a process that is broken on purpose.
 
 Apart from conftest, because scripts/soak.py and the tests both hold the kubelet's view against the node's.
 """
@@ -32,7 +31,6 @@ QUICK = "--health-interval=0.2"
 _GPU = FunctionSpec(address="", model=models.H100_SXM5, parent="0000:40:03.1", numa_node=0, driver="vfio-pci")
 """For the free slot of the preset `empty`."""
 
-slow = pytest.mark.skipif(not os.environ.get("SANDBOX_SLOW"), reason="takes long: SANDBOX_SLOW=1 runs it")
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
