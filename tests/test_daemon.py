@@ -878,7 +878,7 @@ def test_a_variable_that_is_no_setting_is_named_and_ignored(daemon: Callable[...
     [
         (["--fake-sysfs={top}"], {}, ["--fake-sysfs", "hgx-h100"]),
         (["--fake-sysfs=no-such-preset"], {}, ["--fake-sysfs", "hgx-h100"]),
-        ([], {"SANDBOX_PLUGIN_FAKE_SYSFS": "/nowhere"}, ["--fake-sysfs", "/nowhere"]),
+        ([], {"SANDBOX_PLUGIN_FAKE_SYSFS": "/nowhere"}, ["SANDBOX_PLUGIN_FAKE_SYSFS", "/nowhere"]),
         (["--gpu-alias=NVIDIA GPU"], {}, ["--gpu-alias", "'NVIDIA GPU'", "letters, digits"]),
         ([], {"P_GPU_ALIAS": "NVIDIA GPU"}, ["P_GPU_ALIAS", "'NVIDIA GPU'", "letters, digits"]),
         (["--nvswitch-alias=" + "n" * 70], {}, ["--nvswitch-alias", "63"]),

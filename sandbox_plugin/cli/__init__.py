@@ -1,1 +1,1 @@
-"""One thin module for each command: it parses, calls and prints. Nothing is decided here."""
+"""One thin module for each command: it parses, calls and prints. Nothing about devices is decided here."""
