@@ -61,6 +61,14 @@ def screens_of(shown: io.FileIO) -> Iterator[str]:
     yield seen.decode(errors="replace")
 
 
+TAKE_THE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Makes stdin the terminal whose end is a SIGHUP to the session."""
+
+
 @contextmanager
 def on_terminal(
     folder: Path, *flags: str, lines: int = 24, columns: int = 80, term: str = "xterm-256color"
@@ -69,14 +77,13 @@ def on_terminal(
     with os.fdopen(ours, "rb", buffering=0) as shown:
         fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
         process = subprocess.Popen(
-            [sys.executable, "-m", "sandbox_plugin", "demo", *flags],
+            [sys.executable, "-c", TAKE_THE_TERMINAL, "-m", "sandbox_plugin", "demo", *flags],
             stdin=its,
             stdout=its,
             stderr=its,
             cwd=ROOT,
             env=clean_environment({"TMPDIR": str(folder), "TERM": term}),
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # the terminal's end is a SIGHUP
         )
         os.close(its)
         try:

@@ -10,7 +10,7 @@ import sys
 import termios
 import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,13 @@ def temporary(places: Places) -> Path:
 
 @pytest.fixture
 def start(temporary: Path) -> Iterator[Start]:
-    """Starts a command: `start("list", "--all", stdout=...)`."""
+    """Starts a command, by another program if that is asked for: `start("list", "--all", by=["nohup"])`."""
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    def begin(*arguments: str, by: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
-            [sys.executable, "-m", "sandbox_plugin", *arguments],
+            [*by, sys.executable, "-m", "sandbox_plugin", *arguments],
             **(streams | options),
             text=True,
             cwd=ROOT,
@@ -182,7 +182,7 @@ def test_a_signal_at_an_unlucky_moment_ends_it_as_at_any_other(temporary: Path, 
 
 
 def test_started_by_nohup_it_outlives_its_terminal(start: Start, on_a_preset: OnAPreset) -> None:
-    process = start(*on_a_preset["run"], preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start(*on_a_preset["run"], by=["nohup"])
     wait_for_a_line(process, "starting")
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGUSR1)
