@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from daemon import ROOT, Places, clean_environment, run_command
+from trials import wait_until
 
 from sandbox_plugin.cli import demo as command
 from sandbox_plugin.fake.story import Story, Told
@@ -222,6 +223,44 @@ def test_sigterm_in_the_middle_leaves_nothing_behind(places: Places) -> None:
     assert process.returncode == 0
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []
+
+
+def test_a_signal_while_the_demo_waits_for_its_daemon_to_end_leaves_no_daemon(places: Places) -> None:
+    statuses = []
+
+    async def fail() -> None:
+        demo = asyncio.current_task()
+        assert demo is not None
+
+        async def signal_comes(pid: int) -> None:
+            asked = asyncio.to_thread(
+                wait_until, lambda: has_pending(pid, signal.SIGTERM), "the daemon is asked to end"
+            )
+            try:
+                await asked
+                demo.cancel()
+                await asyncio.sleep(0.1)  # the demo could leave now
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+        async with asyncio.TaskGroup() as group:
+            try:
+                async with command.running_daemon(places.top) as daemon:
+                    os.kill(daemon.process.pid, signal.SIGSTOP)
+                    group.create_task(signal_comes(daemon.process.pid))
+                    raise BrokenPipeError
+            finally:
+                statuses.append(daemon.process.returncode)
+
+    with pytest.raises(BaseExceptionGroup):
+        asyncio.run(fail())
+    assert None not in statuses
+
+
+def has_pending(pid: int, number: signal.Signals) -> bool:
+    """Whether this signal waits for a process that is stopped."""
+    (pending,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(pending, 16) >> (number - 1) & 1)
 
 
 def test_a_daemon_that_ends_ends_the_demo_with_its_reason(places: Places) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def _first(error: BaseException) -> BaseException:
 
 
 async def _play(preset: str, node: FakeNode, folder: Path) -> None:
-    async with FakeKubelet(folder / "kubelet", folder / "pod-resources.sock") as kubelet, _daemon(folder) as daemon:
+    fake_kubelet = FakeKubelet(folder / "kubelet", folder / "pod-resources.sock")
+    async with fake_kubelet as kubelet, running_daemon(folder) as daemon:
         story = Story(node=node, kubelet=kubelet, started_at=daemon.started_at, health_interval=_HEALTH_INTERVAL)
         console = plain_console()
         if is_terminal() and not console.is_dumb_terminal:
@@ -118,8 +119,11 @@ class _Daemon:
 
 
 @asynccontextmanager
-async def _daemon(folder: Path) -> AsyncIterator[_Daemon]:
-    """Runs `sandbox-plugin run` on the fake node, in a session of its own: Ctrl-C is for us to pass on."""
+async def running_daemon(folder: Path) -> AsyncIterator[_Daemon]:
+    """Runs `sandbox-plugin run` on the fake node, in a session of its own: Ctrl-C is for us to pass on.
+
+    It has ended when the context ends.
+    """
     started_at = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sandbox_plugin", "run", "--log-format", "json"),
@@ -139,7 +143,9 @@ async def _daemon(folder: Path) -> AsyncIterator[_Daemon]:
     finally:
         if process.returncode is None:
             process.terminate()
-        await process.wait()
+        while process.returncode is None:
+            with suppress(asyncio.CancelledError):  # a signal that comes now asks for no more than is being done
+                await process.wait()
 
 
 def _in_words(line: str) -> str:
