@@ -71,9 +71,9 @@ def test_a_device_that_answers_in_a_viable_group_with_a_node_is_healthy() -> Non
         {"link_speed": "Unknown", "link_width": 16},
         {"link_speed": "2.5 GT/s PCIe", "link_width": 63},
         {"link_speed": "2.5 GT/s PCIe", "link_width": 1},
-        {"power_state": "D3hot", "runtime_status": "suspended"},
-        {"power_state": "D3cold", "runtime_status": "suspended", "link_speed": None, "link_width": None},
-        {"power_state": "unknown", "runtime_status": None},
+        {"power_state": "D3hot"},
+        {"power_state": "D3cold", "link_speed": None, "link_width": None},
+        {"power_state": "unknown"},
         {"enable": None, "numa_node": None, "fatal_errors": 7},
     ],
 )

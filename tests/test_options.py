@@ -131,21 +131,21 @@ def test_no_folder_for_temporary_files_is_a_failure_in_one_line(said: Said, monk
 
 
 CLASHES = [
-    (["--gpu-alias=x", "--nvswitch-alias=x"], {}, "", "--gpu-alias and --nvswitch-alias are both 'x'"),
+    (["--gpu-alias=xx", "--nvswitch-alias=xx"], {}, "", "--gpu-alias and --nvswitch-alias are both 'xx'"),
     (["--gpu-alias=nvswitch"], {}, "", "--gpu-alias and the default of --nvswitch-alias are both 'nvswitch'"),
     ([], {"NVSWITCH_ALIAS": "pgpu"}, "", "the default of --gpu-alias and NVSWITCH_ALIAS are both 'pgpu'"),
-    (["--gpu-alias=x"], {"NVSWITCH_ALIAS": "x"}, "", "--gpu-alias and NVSWITCH_ALIAS are both 'x'"),
+    (["--gpu-alias=xx"], {"NVSWITCH_ALIAS": "xx"}, "", "--gpu-alias and NVSWITCH_ALIAS are both 'xx'"),
     (
         [],
-        {"NVSWITCH_ALIAS": "x"},
-        'gpu-alias = "x"',
-        "config file {file}: gpu-alias and NVSWITCH_ALIAS are both 'x'",
+        {"NVSWITCH_ALIAS": "xx"},
+        'gpu-alias = "xx"',
+        "config file {file}: gpu-alias and NVSWITCH_ALIAS are both 'xx'",
     ),
     (
         ["--gpu-alias=y"],
         {},
-        'gpu-alias = "x"\nnvswitch-alias = "x"',
-        "config file {file}: gpu-alias and config file {file}: nvswitch-alias are both 'x'",
+        'gpu-alias = "xx"\nnvswitch-alias = "xx"',
+        "config file {file}: gpu-alias and config file {file}: nvswitch-alias are both 'xx'",
     ),
 ]
 
@@ -173,7 +173,7 @@ def test_an_empty_name_of_a_config_file_is_refused_as_a_flag_and_is_none_as_a_va
     ("text", "flag", "environment", "why"),
     [
         ('gpu-alias = "9"', "--gpu-alias=x", {}, "gpu-alias: '9' is not a valid resource name"),
-        ('gpu-alias = "9"', "--all", {"P_GPU_ALIAS": "x"}, "gpu-alias: '9' is not a valid resource name"),
+        ('gpu-alias = "9"', "--all", {"P_GPU_ALIAS": "xx"}, "gpu-alias: '9' is not a valid resource name"),
         ('require-iommufd = "maybe"', "--require-iommufd", {}, "require-iommufd: 'maybe' is not one of"),
         ("health-interval = 0", "--all", {"SANDBOX_PLUGIN_HEALTH_INTERVAL": "1"}, "health-interval: '0' is not a"),
     ],
