@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import structlog
 
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.read import OutOfResources
-from sandbox_plugin.host.scan import HostScanner, why_not_bound
+from sandbox_plugin.host.scan import HostScanner, Recheck
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
@@ -44,8 +44,9 @@ _RETRY = 1.0
 """Seconds between attempts while there are no descriptors or no threads to scan with."""
 _QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
-_RECHECK_PATIENCE = 0.1
-"""Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer."""
+_RECHECK_PATIENCE = 0.08
+"""Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
+which is to come within 0.1 s."""
 _CDI_RECHECK = 5.0
 """Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0
@@ -59,7 +60,7 @@ async def run(settings: Settings) -> None:
     needs_cdi = settings.consumer is Consumer.KATA
     registry = Registry(settings, names, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(settings, registry, paths)
+    endpoints = Endpoints(settings, registry, Recheck(paths, _RECHECK_PATIENCE))
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
     cdi_writer = CdiWriter(
@@ -200,7 +201,8 @@ class Endpoints:
 
     settings: Settings
     registry: Registry
-    paths: HostPaths
+    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -231,7 +233,7 @@ class Endpoints:
             registry=self.registry,
             policy=self.settings.allocation_policy,
             consumer=self.settings.consumer,
-            why_not=lambda devices: why_not_bound(self.paths, devices, _RECHECK_PATIENCE),
+            why_not=self.why_not,
         )
         self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))
 

@@ -20,7 +20,7 @@ import pytest
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import read
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.scan import HostScanner, scan_now, why_not_bound
+from sandbox_plugin.host.scan import HostScanner, Recheck, scan_now
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Placement
 
 GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
@@ -629,19 +629,23 @@ def given(*addresses: str) -> list[Device]:
     ]
 
 
+async def recheck(paths: HostPaths, devices: list[Device], patience: float = LIMIT) -> dict[str, str]:
+    return await Recheck(paths, patience)(devices)
+
+
 def test_devices_that_are_as_they_should_be_have_nothing_against_them(paths: HostPaths) -> None:
-    assert run(why_not_bound(paths, given(GEFORCE, T4), LIMIT)) == {}
+    assert run(recheck(paths, given(GEFORCE, T4))) == {}
 
 
 def test_what_is_against_a_device_stands_at_its_id(node: FakeNode, paths: HostPaths) -> None:
     node.bind(T4, "nvidia")
-    assert run(why_not_bound(paths, given(GEFORCE, T4), LIMIT)) == {"13": f"{T4} is bound to nvidia now"}
+    assert run(recheck(paths, given(GEFORCE, T4))) == {"13": f"{T4} is bound to nvidia now"}
 
 
 def test_devices_that_do_not_answer_in_time_are_not_given_away(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = read.still_bound
+    real = read.why_not_bound
     opened = threading.Event()
 
     def look(paths: HostPaths, device: Device) -> str | None:
@@ -649,20 +653,48 @@ def test_devices_that_do_not_answer_in_time_are_not_given_away(
             assert opened.wait(LIMIT)
         return real(paths, device)
 
-    monkeypatch.setattr(read, "still_bound", look)
+    monkeypatch.setattr(read, "why_not_bound", look)
     try:
         begun = time.monotonic()
-        found = run(why_not_bound(paths, given(GEFORCE, T4), PATIENCE))
+        found = run(recheck(paths, given(GEFORCE, T4), PATIENCE))
         assert PATIENCE <= time.monotonic() - begun < LIMIT / 2
     finally:
         opened.set()
     assert found == {"13": f"sysfs has not answered for {PATIENCE:g} s"}
 
 
+def test_a_device_that_hangs_costs_one_thread_however_often_it_is_asked_for(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gate(monkeypatch, "why_not_bound") as hanging:
+
+        async def work() -> None:
+            once_more = Recheck(paths, PATIENCE)
+            for _ in range(3):
+                both = await asyncio.gather(once_more(given(T4)), once_more(given(T4)))
+                assert list(both) == 2 * [{"13": SILENCE}]
+            assert hanging.calls == 1
+            hanging.open()
+            while await once_more(given(T4)):
+                pass
+            assert await once_more(given(T4)) == {}
+            assert hanging.calls > 1, "an answer is given twice"
+
+        run(work())
+
+
 def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise read.OutOfResources("Too many open files")
 
-    monkeypatch.setattr(read, "still_bound", fail)
-    found = run(why_not_bound(paths, given(T4), LIMIT))
-    assert found == {"13": "it cannot be looked at: Too many open files"}
+    monkeypatch.setattr(read, "why_not_bound", fail)
+    assert run(recheck(paths, given(T4))) == {"13": "it cannot be looked at: Too many open files"}
+
+
+def test_a_fault_of_our_own_in_a_look_is_raised(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a fault of our own")
+
+    monkeypatch.setattr(read, "why_not_bound", fail)
+    with pytest.raises(RuntimeError, match="a fault of our own"):
+        run(recheck(paths, given(T4)))

@@ -215,7 +215,7 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
         raise FunctionUnreadable(str(error)) from None
 
 
-def still_bound(paths: HostPaths, device: Device) -> str | None:
+def why_not_bound(paths: HostPaths, device: Device) -> str | None:
     """Looks once more, at as little as possible, before a device is promised. Returns what is wrong, or None."""
     for placement in device.placements:
         folder = f"{paths.mdev_devices if device.mdev else paths.pci_devices}/{placement.address}"

@@ -105,32 +105,61 @@ class HostScanner:
         self._on_late()
 
 
-async def why_not_bound(paths: HostPaths, devices: Sequence[Device], patience: float) -> dict[str, str]:
-    """Looks at these devices once more. Returns, by ID, what speaks against giving them away now.
+class Recheck:
+    """Looks at devices once more, before they are given away.
 
-    Takes `patience` seconds at most; a device that has not answered by then is one of those.
+    Usage:
+
+        recheck = Recheck(paths, patience=0.08)
+        ill = await recheck(devices)
+
+    A device that hangs costs one thread, however often it is asked for: no look begins before the one before it ends.
     """
-    loop = asyncio.get_running_loop()
-    finished = asyncio.Event()
-    answers: dict[str, str | None] = {}
 
-    def look() -> None:
-        for device in devices:
+    def __init__(self, paths: HostPaths, patience: float) -> None:
+        self._paths = paths
+        self._patience = patience
+        self._looks: dict[str, asyncio.Future[str | None]] = {}
+        """Node -> the look that has not been answered yet."""
+
+    async def __call__(self, devices: Sequence[Device]) -> dict[str, str]:
+        """By ID, what speaks against giving these devices away now.
+
+        Takes `patience` seconds at most; a device that has not answered by then is one of those.
+        """
+        looks = {device.id: asyncio.ensure_future(self._look(device)) for device in devices}
+        try:
+            await asyncio.wait(looks.values(), timeout=self._patience)
+            silence = f"sysfs has not answered for {self._patience:g} s"
+            found = {device_id: look.result() if look.done() else silence for device_id, look in looks.items()}
+        finally:
+            for look in looks.values():
+                look.cancel()
+        return {device_id: why for device_id, why in found.items() if why is not None}
+
+    async def _look(self, device: Device) -> str | None:
+        """On a thread of its own, which goes on when nobody waits for it any more."""
+        while earlier := self._looks.get(device.node):
+            await asyncio.wait([earlier])
+        loop = asyncio.get_running_loop()
+        look: asyncio.Future[str | None] = loop.create_future()
+
+        def work() -> None:
             try:
-                answers[device.id] = read.still_bound(paths, device)
-            except read.OutOfResources as error:
-                answers[device.id] = f"it cannot be looked at: {error}"
-        _call_soon(loop, finished.set)
+                _call_soon(loop, look.set_result, self._ask(device))
+            except Exception as error:  # a fault of ours: it is for the caller to raise
+                _call_soon(loop, look.set_exception, error)
 
-    threading.Thread(target=look, name="recheck", daemon=True).start()
-    try:
-        async with asyncio.timeout(patience):
-            await finished.wait()
-    except TimeoutError:
-        pass
-    silence = f"sysfs has not answered for {patience:g} s"
-    found = {device.id: answers.get(device.id, silence) for device in devices}
-    return {device_id: why for device_id, why in found.items() if why is not None}
+        threading.Thread(target=work, name="recheck", daemon=True).start()
+        self._looks[device.node] = look
+        look.add_done_callback(lambda _: self._looks.pop(device.node))
+        return await asyncio.shield(look)
+
+    def _ask(self, device: Device) -> str | None:
+        try:
+            return read.why_not_bound(self._paths, device)
+        except read.OutOfResources as error:
+            return f"it cannot be looked at: {error}"
 
 
 @dataclass(kw_only=True)
