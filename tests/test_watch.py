@@ -6,6 +6,7 @@ That it hears of changes at all is shown by every test of the daemon that waits 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,34 @@ def test_a_watch_that_cannot_be_had_is_tried_again(tmp_path: Path, monkeypatch: 
 
     asyncio.run(body())
     assert tries == 3
+
+
+def test_changes_without_a_pause_are_told_of_while_they_go_on(tmp_path: Path) -> None:
+    """In the kubelet's folder others are busy too. watchfiles would gather such changes for 1.6 s."""
+
+    async def churn_until(enough: asyncio.Event) -> None:
+        for number in itertools.count():
+            if enough.is_set():
+                return
+            (tmp_path / f"file-{number}").touch()
+            (tmp_path / f"file-{number}").unlink()
+            await asyncio.sleep(0.002)
+
+    async def count() -> float:
+        loop = asyncio.get_running_loop()
+        told: list[float] = []
+        enough = asyncio.Event()
+
+        def on_change() -> None:
+            told.append(loop.time())
+            if len(told) > 5:
+                enough.set()
+
+        watcher = FolderWatcher(folders=lambda: [tmp_path], on_change=on_change, step=0.01)
+        async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
+            watching = group.create_task(watcher.run())
+            await churn_until(enough)
+            watching.cancel()
+        return told[5] - told[0]
+
+    assert asyncio.run(count()) < 4  # five times 0.1 s, not five times 1.6

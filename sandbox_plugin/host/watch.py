@@ -24,6 +24,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _RECHECK_MS = 5000
 """How often it is checked that the watched folders are still the ones at these paths."""
+_CHURN_MS = 100
+"""How long changes that follow each other without a pause are gathered: watchfiles' own 1600 would make "at once" so
+late in a folder where somebody else is busy."""
 
 
 @dataclass(kw_only=True)
@@ -56,13 +59,14 @@ class FolderWatcher:
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
-        """Watches until one of the folders is another one than it was."""
+        """Watches until one of the folders has been replaced."""
         targets = await on_thread(self._targets)()
         stop = asyncio.Event()
         watch = awatch(
             *targets,
             watch_filter=None,
             recursive=False,  # these folders hold links into all of sysfs, and a recursive watch follows them
+            debounce=_CHURN_MS,
             step=round(self.step * 1000),
             rust_timeout=_RECHECK_MS,
             yield_on_timeout=True,
