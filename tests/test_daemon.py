@@ -205,18 +205,18 @@ def test_allocated_devices_are_logged_with_their_pci_addresses(hgx: Hgx) -> None
 @pytest.mark.parametrize(
     ("containers", "status", "words"),
     [
-        ([], StatusCode.INVALID_ARGUMENT, "asks for no device"),
-        ([[]], StatusCode.INVALID_ARGUMENT, "asks for no device"),
-        ([["4"], []], StatusCode.INVALID_ARGUMENT, "asks for no device"),
-        ([["4", "5", "4"]], StatusCode.INVALID_ARGUMENT, "'4' is asked for twice"),
-        ([["4"], ["4"]], StatusCode.INVALID_ARGUMENT, "'4' is asked for twice"),
-        ([["99"]], StatusCode.NOT_FOUND, "no device '99'"),
-        ([["4", "99"]], StatusCode.NOT_FOUND, "no device '99'"),
-        ([["0"]], StatusCode.NOT_FOUND, "no device '0'"),
-        ([["04"]], StatusCode.NOT_FOUND, "no device '04'"),
-        ([[""]], StatusCode.NOT_FOUND, "no device ''"),
-        ([["x" * 100_000]], StatusCode.NOT_FOUND, "no device 'xxx"),
-        ([[str(n) for n in range(4, 10_000)]], StatusCode.NOT_FOUND, "no device '12'"),
+        ([], StatusCode.INVALID_ARGUMENT, "a container requests no devices"),
+        ([[]], StatusCode.INVALID_ARGUMENT, "a container requests no devices"),
+        ([["4"], []], StatusCode.INVALID_ARGUMENT, "a container requests no devices"),
+        ([["4", "5", "4"]], StatusCode.INVALID_ARGUMENT, "device '4' is requested twice"),
+        ([["4"], ["4"]], StatusCode.INVALID_ARGUMENT, "device '4' is requested twice"),
+        ([["99"]], StatusCode.NOT_FOUND, "unknown device '99'"),
+        ([["4", "99"]], StatusCode.NOT_FOUND, "unknown device '99'"),
+        ([["0"]], StatusCode.NOT_FOUND, "unknown device '0'"),
+        ([["04"]], StatusCode.NOT_FOUND, "unknown device '04'"),
+        ([[""]], StatusCode.NOT_FOUND, "unknown device ''"),
+        ([["x" * 60_000]], StatusCode.NOT_FOUND, "unknown device 'xxx"),
+        ([[str(n) for n in range(4, 10_000)]], StatusCode.NOT_FOUND, "unknown device '12'"),
     ],
     ids=[
         "no container",
@@ -726,11 +726,12 @@ def test_a_kubelet_folder_that_does_not_exist_is_waited_for_and_not_made(
     fake_node: MakeNode, absent_kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
     plugin = daemon(fake_node("workstation"))
-    plugin.wait_for("waiting for the kubelet's folder", reason="No such file")
+    plugin.wait_for("waiting for the kubelet directory", reason="No such file")
     assert not places.kubelet.exists()
     assert not places.cdi.exists()
     absent_kubelet.start()
     absent_kubelet.wait_for(lambda: len(absent_kubelet.healthy(PGPU)) == 2)
+    assert not plugin.events("taking over"), "from nobody"
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["no kubelet.sock", "a stale kubelet.sock"])

@@ -1,13 +1,18 @@
 """The life of one resource at the kubelet: serve, register, notice that the kubelet forgot us, register again.
 
     serving --> registering --> registered --> lost --> registering ...
-       ^                                        |
-       +-------- own socket gone ---------------+
+       ^             |                           |
+       +-------------+---- our socket is gone ---+
 
-What says that a registration is lost: kubelet.sock is another socket than the one we registered with, our own socket
-is gone, or the newest ListAndWatch stream ended. When any stream of a resource ends, the kubelet closes the connection
-of the client that is mapped at that moment (runClient in pkg/kubelet/cm/devicemanager/plugin/v1beta1/server.go), so the
-newest stream tells of the older ones as well; the kubelet never opens one again by itself.
+`Endpoint.run` goes from state to state. Each state is one method, which returns the next state.
+
+A registration is lost when kubelet.sock is another socket than the one we registered with, when our own socket is
+gone, or when one of the kubelet's ListAndWatch streams ended. When any stream of a resource ends, the kubelet closes
+the connection of the client that is mapped at that moment (runClient in server.go of
+pkg/kubelet/cm/devicemanager/plugin/v1beta1), and it never opens a stream again by itself.
+
+The kubelet connects to us because we register. So a connection that is made while we register is the kubelet's; streams
+over other connections are somebody else's and say nothing about the registration.
 
 Each resource has its own endpoint and its own trouble; one in trouble leaves the others alone.
 """
@@ -16,23 +21,24 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 
 import structlog
 from grpclib import GRPCError
-from grpclib.client import Channel
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.naming import socket_name
 from sandbox_plugin.kubelet import sockets
-from sandbox_plugin.kubelet.server import CONNECTION_LOST, PluginServer
+from sandbox_plugin.kubelet.client import NoAnswerError, call
+from sandbox_plugin.kubelet.server import PluginServer
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
-from sandbox_plugin.kubelet.wellformed import MessageCodec
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
@@ -57,9 +63,13 @@ class State(StrEnum):
     """Where an endpoint stands."""
 
     SERVING = "serving"
+    """Our socket is to be made, and listened at."""
     REGISTERING = "registering"
+    """It listens; the kubelet is to accept us and open a stream."""
     REGISTERED = "registered"
+    """It has."""
     LOST = "lost"
+    """The registration is worth nothing any more."""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +86,16 @@ class Backoff:
     def next(self) -> float:
         self._next = min(self.cap, self._next * 2) if self._next else self.first
         return self._next * random.uniform(0.75, 1.0)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Registration:
+    """One registration, from its first attempt on: the sockets it is for, and what became of the kubelet's streams."""
+
+    own: sockets.Identity
+    kubelet: sockets.Identity | None
+    opened: bool = False
+    ended: bool = False
 
 
 @dataclass(kw_only=True)
@@ -98,15 +118,16 @@ class Endpoint:
     consumer: Consumer
     why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
     """As in `DevicePluginServicer`."""
+    backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
-    _bell: asyncio.Event = field(default_factory=asyncio.Event)
-    """Rung by everything that is worth a look. Only `_wait` waits for it."""
-    _opened: int = 0
-    """ListAndWatch streams opened since the endpoint began: the number of the newest."""
-    _newest_is_open: bool = False
-    _backoff: Backoff = field(default_factory=Backoff)
+    _own: sockets.Identity | None = None
+    """Our socket, as we made it."""
+    _registration: _Registration | None = None
+    """The current one; before the first attempt there is none."""
     _registered_at: float = float("-inf")
     """Monotonic seconds."""
+    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+    """Rung by everything that is worth a look. Only `_wait` waits for it."""
     _trouble: str | None = None
     """The complaint that was logged last; None when all was well last."""
 
@@ -122,170 +143,179 @@ class Endpoint:
 
     async def run(self) -> None:
         """Runs until cancelled; then the streams are closed and the socket is removed."""
+        steps = {State.REGISTERING: self._register, State.REGISTERED: self._hold, State.LOST: self._recover}
         while True:
-            self.state = State.SERVING
-            try:
-                async with self._serving() as own:
-                    while sockets.identity(self.path) == own:
-                        kubelet = await self._register(own)
-                        await self._until_lost(own, kubelet)
-                        await self._pause_if_short(own, kubelet)
-            except OSError as error:
-                self._complain(f"cannot listen at {error.filename or self.path}: {error.strerror or error}")
-                await self._pause(own=None)
+            async with self._serving():
+                self.state = State.REGISTERING
+                while self.state in steps:
+                    self.state = await steps[self.state]()
+
+    # serving
 
     @asynccontextmanager
-    async def _serving(self) -> AsyncIterator[sockets.Identity]:
-        listener, own = sockets.listen_at(self.path)
+    async def _serving(self) -> AsyncIterator[None]:
+        listener, own = await self._listen()
+        self._own = own
         try:
-            servicer = DevicePluginServicer(
-                resource=self.resource,
-                registry=self.registry,
-                policy=self.policy,
-                consumer=self.consumer,
-                stream=self._stream,
-                why_not=self.why_not,
-            )
-            server = PluginServer([servicer], codec=MessageCodec())
-            await server.start(sock=listener)
+            server = PluginServer(listener, self._service)
+            server.start()
             try:
-                yield own
+                yield
             finally:
-                await server.end(listener)
+                await server.end()
         finally:
             listener.close()
             sockets.remove(self.path, own)
 
+    async def _listen(self) -> tuple[socket.socket, sockets.Identity]:
+        """Our socket, as soon as it can be made."""
+        while True:
+            kubelet = self._kubelet()
+            try:
+                return sockets.listen_at(self.path)
+            except OSError as error:
+                self._complain(f"cannot listen at {error.filename or self.path}: {error.strerror or error}")
+            await self._pause(partial(self._is_new, kubelet))
+
+    def _service(self) -> DevicePluginServicer:
+        """What answers on one connection. One that is made while we register is the kubelet's."""
+        registration = self._registration if self.state is State.REGISTERING else None
+        return DevicePluginServicer(
+            resource=self.resource,
+            registry=self.registry,
+            policy=self.policy,
+            consumer=self.consumer,
+            stream=lambda: self._stream(registration),
+            why_not=self.why_not,
+        )
+
     @contextmanager
-    def _stream(self) -> Iterator[None]:
-        """Around each ListAndWatch stream."""
-        self._opened += 1
-        number = self._opened
-        self._newest_is_open = True
+    def _stream(self, registration: _Registration | None) -> Iterator[None]:
+        """Around each ListAndWatch stream. `registration` led to it; None: it is not the kubelet's."""
+        if registration is None:
+            yield
+            return
+        registration.opened = True
         self._bell.set()
         try:
             yield
         finally:
-            if number == self._opened:
-                self._newest_is_open = False
+            current = self._registration
+            if current is not None and current.kubelet == registration.kubelet:
+                # Also when it is an older registration's: it is the current one that the same kubelet drops.
+                current.ended = True
                 self._bell.set()
 
-    async def _register(self, own: sockets.Identity) -> sockets.Identity | None:
-        """Tries until the kubelet has accepted us and opened a stream, or our own socket is gone.
+    # registering
 
-        Returns the kubelet.sock that this happened at.
-        """
-        self.state = State.REGISTERING
-        while sockets.identity(self.path) == own:
-            kubelet, opened = self._kubelet(), self._opened
-            why_not = await self._register_once(own) if kubelet else f"no socket {self.kubelet_dir / KUBELET_SOCKET}"
-            if why_not is None:
-                why_not = await self._until_asked(own, kubelet, opened)
-            if why_not is None:
-                self.state = State.REGISTERED
-                self._trouble = None
-                self._registered_at = time.monotonic()
-                log.info("registered", resource=self.resource, endpoint=self.path.name)
-                return kubelet
-            self._complain(f"not registered: {why_not}")
-            await self._pause(own)
-        return None
+    async def _register(self) -> State:
+        """One attempt: the kubelet accepts us and opens a stream; or a pause."""
+        assert self._own is not None
+        registration = self._registration = _Registration(own=self._own, kubelet=self._kubelet())
+        why_not = await self._call_register(registration) or await self._wait_for_stream(registration)
+        if why_not is None:
+            self._trouble = None
+            self._registered_at = time.monotonic()
+            log.info("registered", resource=self.resource, endpoint=self.path.name)
+            return State.REGISTERED
+        self._complain(f"not registered: {why_not}")
+        await self._pause(partial(self._is_replaced, registration))
+        return self._again()
 
-    async def _register_once(self, own: sockets.Identity) -> str | None:
-        """One Register call, given up when either socket changes meanwhile. Returns why it failed, or None.
+    async def _call_register(self, registration: _Registration) -> str | None:
+        """Register, given up when a socket changes meanwhile. Returns why it failed, or None.
 
         While it waits the kubelet dials our socket and asks for our options.
         """
-        kubelet = self._kubelet()
+        path = self.kubelet_dir / KUBELET_SOCKET
+        if registration.kubelet is None:
+            return f"no socket at {path}"
         request = v1beta1.RegisterRequest(
             version=API_VERSION,
             endpoint=self.path.name,
             resource_name=self.resource,
             options=v1beta1.DevicePluginOptions(get_preferred_allocation_available=True),
         )
-        channel = Channel(path=str(self.kubelet_dir / KUBELET_SOCKET))
-        try:
-            async with asyncio.TaskGroup() as group:
-                call = group.create_task(_outcome(channel, request))
-                call.add_done_callback(lambda _: self._bell.set())
-                await self._wait(
-                    lambda: call.done() or self._kubelet() != kubelet or sockets.identity(self.path) != own,
-                    _REGISTER_TIMEOUT,
-                )
-                if call.done():
-                    return call.result()
-                call.cancel()
-                changed = self._kubelet() != kubelet or sockets.identity(self.path) != own
-                return "a socket was replaced meanwhile" if changed else f"no answer in {_REGISTER_TIMEOUT:g} s"
-        finally:
-            channel.close()
+        async with asyncio.TaskGroup() as group:
+            outcome = group.create_task(_outcome(path, request))
+            outcome.add_done_callback(lambda _: self._bell.set())
+            await self._wait(lambda: outcome.done() or self._is_replaced(registration), _REGISTER_TIMEOUT)
+            if outcome.done():
+                return outcome.result()
+            outcome.cancel()
+            return _REPLACED if self._is_replaced(registration) else f"no answer in {_REGISTER_TIMEOUT:g} s"
 
-    async def _until_asked(self, own: sockets.Identity, kubelet: sockets.Identity | None, opened: int) -> str | None:
-        """Waits for a new stream; gives up when a socket changes, or too much time passes. Returns why, or None."""
-
-        def replaced() -> bool:
-            return self._kubelet() != kubelet or sockets.identity(self.path) != own
-
-        await self._wait(lambda: self._opened > opened or replaced(), _STREAM_TIMEOUT)
-        if self._opened > opened:
+    async def _wait_for_stream(self, registration: _Registration) -> str | None:
+        """Waits until the kubelet asks for the devices. Returns why it did not, or None."""
+        await self._wait(lambda: registration.opened or self._is_replaced(registration), _STREAM_TIMEOUT)
+        if registration.opened:
             return None
-        if replaced():
-            return "a socket was replaced meanwhile"
+        if self._is_replaced(registration):
+            return _REPLACED
         return "the kubelet accepted the registration but never asked for the devices"
 
-    async def _until_lost(self, own: sockets.Identity, kubelet: sockets.Identity | None) -> None:
+    # registered
+
+    async def _hold(self) -> State:
         """Waits until the registration is worth nothing any more, and says why."""
-        if self.state is not State.REGISTERED:
-            return
-        while True:
-            if sockets.identity(self.path) != own:
-                reason = "our socket is gone"
-            elif self._kubelet() not in (kubelet, None):
-                reason = f"{KUBELET_SOCKET} is a new one"
-            elif not self._newest_is_open:
-                reason = "the kubelet's stream ended"
-            else:
-                await self._wait(lambda: False, _RECHECK, once=True)
-                continue
-            self.state = State.LOST
-            log.warning("registration lost", resource=self.resource, reason=reason)
-            return
+        while (reason := self._why_lost()) is None:
+            await self._wait(lambda: self._why_lost() is not None, _RECHECK)
+        log.warning("registration lost", resource=self.resource, reason=reason)
+        return State.LOST
 
-    async def _pause_if_short(self, own: sockets.Identity, kubelet: sockets.Identity | None) -> None:
+    def _why_lost(self) -> str | None:
+        registration = self._registration
+        assert registration is not None
+        if sockets.identity(self.path) != registration.own:
+            return "our socket is gone"
+        if self._is_new(registration.kubelet):
+            return f"{KUBELET_SOCKET} was replaced"
+        return "the kubelet's stream ended" if registration.ended else None
+
+    # lost
+
+    async def _recover(self) -> State:
         """Before registering again: nothing, unless the same kubelet ends stream after stream as soon as they open."""
+        registration = self._registration
+        assert registration is not None
         if time.monotonic() - self._registered_at >= _SETTLED:
-            self._backoff.reset()
-        elif self.state is State.LOST and sockets.identity(self.path) == own and self._kubelet() in (kubelet, None):
-            await self._pause(own)
+            self.backoff.reset()
+        else:
+            await self._pause(partial(self._is_replaced, registration))
+        return self._again()
 
-    async def _pause(self, own: sockets.Identity | None) -> None:
-        """Until the next attempt: some time, or until kubelet.sock is made anew or our own socket changes."""
-        kubelet = self._kubelet()
+    # What several states need
 
-        def worth_an_attempt() -> bool:
-            return self._kubelet() not in (kubelet, None) or (own is not None and sockets.identity(self.path) != own)
+    def _again(self) -> State:
+        """Where the next attempt begins."""
+        return State.REGISTERING if sockets.identity(self.path) == self._own else State.SERVING
 
-        if await self._wait(worth_an_attempt, self._backoff.next()):
-            self._backoff.reset()
+    def _kubelet(self) -> sockets.Identity | None:
+        return sockets.identity(self.kubelet_dir / KUBELET_SOCKET)
 
-    async def _wait(self, predicate: Callable[[], bool], seconds: float, *, once: bool = False) -> bool:
-        """Waits until `predicate` holds, looking whenever the bell rings, for at most that long.
+    def _is_new(self, before: sockets.Identity | None) -> bool:
+        """Whether a kubelet.sock lies there that is not the one from before."""
+        return self._kubelet() not in (before, None)
 
-        With `once`, the first ring ends the wait. Returns whether the predicate holds.
-        """
+    def _is_replaced(self, registration: _Registration) -> bool:
+        """Whether the registration is for other sockets than lie there now."""
+        return self._is_new(registration.kubelet) or sockets.identity(self.path) != registration.own
+
+    async def _pause(self, worth_an_attempt: Callable[[], bool]) -> None:
+        """Until the next attempt: a while that grows from time to time, or until there is a reason for one."""
+        if await self._wait(worth_an_attempt, self.backoff.next()):
+            self.backoff.reset()
+
+    async def _wait(self, predicate: Callable[[], bool], seconds: float) -> bool:
+        """Waits until `predicate` holds, looking whenever the bell rings, for at most that long. Returns whether."""
         try:
             async with asyncio.timeout(seconds):
                 while not predicate():
                     self._bell.clear()
                     await self._bell.wait()
-                    if once:
-                        break
         except TimeoutError:
             pass
         return predicate()
-
-    def _kubelet(self) -> sockets.Identity | None:
-        return sockets.identity(self.kubelet_dir / KUBELET_SOCKET)
 
     def _complain(self, why: str) -> None:
         """Logs a trouble once, and not again before it changes."""
@@ -294,12 +324,15 @@ class Endpoint:
         self._trouble = why
 
 
-async def _outcome(channel: Channel, request: v1beta1.RegisterRequest) -> str | None:
+_REPLACED = f"{KUBELET_SOCKET} or our socket was replaced during the call"
+
+
+async def _outcome(kubelet: Path, request: v1beta1.RegisterRequest) -> str | None:
     """Makes a Register call. Returns why it failed, in words; None when it did not."""
     try:
-        await v1beta1.RegistrationStub(channel).register(request)
+        await call(kubelet, lambda channel: v1beta1.RegistrationStub(channel).register(request))
     except GRPCError as error:
         return f"the kubelet answered {error.status.name}: {error.message}"
-    except CONNECTION_LOST as error:
+    except (NoAnswerError, FileNotFoundError) as error:
         return f"the kubelet does not answer: {error}"
     return None

@@ -19,13 +19,12 @@ from pathlib import Path
 
 import structlog
 from grpclib import GRPCError
-from grpclib.client import Channel
 
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.state import Holdings
 from sandbox_plugin.kubelet import sockets
-from sandbox_plugin.kubelet.server import CONNECTION_LOST
-from sandbox_plugin.kubelet.wellformed import MalformedMessage, MessageCodec, check
+from sandbox_plugin.kubelet.client import NoAnswerError, call
+from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
 
 INTERVAL = 5.0
@@ -71,10 +70,10 @@ class HoldingsPoller:
             async with asyncio.timeout(patience):
                 learnt = holdings(await list_pods(self.socket), asked_at)
         except FileNotFoundError:
-            self._complain("there is no such socket")
+            self._complain("socket does not exist")
         except TimeoutError:
             self._complain(f"no answer in {patience:g} s")
-        except CONNECTION_LOST as error:
+        except NoAnswerError as error:
             self._complain(str(error))
         except GRPCError as error:
             self._complain(f"{error.status.name}: {error.message}")
@@ -96,17 +95,13 @@ class HoldingsPoller:
 
     def _complain(self, why: str) -> None:
         if why != self._trouble:
-            log.info("no pod resources", path=str(self.socket), reason=why)
+            log.info("PodResources unavailable", path=str(self.socket), reason=why)
         self._trouble = why
 
 
 async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
-    """PodResourcesLister.List. Raises GRPCError, or one of CONNECTION_LOST."""
-    channel = Channel(path=str(socket), codec=MessageCodec())
-    try:
-        return await v1.PodResourcesListerStub(channel).list(v1.ListPodResourcesRequest())
-    finally:
-        channel.close()
+    """PodResourcesLister.List. Raises as `call` does."""
+    return await call(socket, lambda channel: v1.PodResourcesListerStub(channel).list(v1.ListPodResourcesRequest()))
 
 
 def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:

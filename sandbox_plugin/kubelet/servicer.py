@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import betterproto
 import structlog
 from grpclib import GRPCError, Status
+from grpclib.server import Stream
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
@@ -90,7 +92,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         self._check(request)
         asked = [container.devices_ids for container in request.container_requests]
         chosen = self._choose(self.registry.current, asked)
-        self._refuse(await self.why_not(chosen))
+        self._refuse(chosen, await self.why_not(chosen))
         chosen = self._choose(self.registry.current, asked)
         by_id = {d.id: d for d in chosen}
         response = v1beta1.AllocateResponse(
@@ -105,6 +107,15 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         """Not asked for by our options; answered all the same."""
         return v1beta1.PreStartContainerResponse()
 
+    async def _call_rpc_handler_server_stream(self, handler: Any, stream: Stream[Any, Any], request: Any) -> None:
+        """As betterproto's own, but a stream that ends while something is sent over it ends `list_and_watch` at once.
+
+        betterproto leaves the generator to the garbage collector, and `stream()` would not end before that comes by.
+        """
+        async with aclosing(handler(request)) as answers:
+            async for answered in answers:
+                await stream.send_message(answered)
+
     def _check(self, request: betterproto.Message) -> None:
         try:
             check(request)
@@ -114,23 +125,25 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     def _choose(self, inventory: Inventory, asked: Sequence[Sequence[str]]) -> list[Device]:
         """The devices that these containers ask for, if all of them can be had. Raises GRPCError."""
         if not asked or not all(asked):
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: a container asks for no device")
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: a container requests no devices")
         counts = Counter(device_id for ids in asked for device_id in ids)
         if twice := [device_id for device_id, count in counts.items() if count > 1]:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice[0]!r} is asked for twice")
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice[0][:80]!r} is requested twice")
         devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
         if unknown := [device_id for device_id in counts if device_id not in devices]:
-            raise GRPCError(Status.NOT_FOUND, f"{self.resource}: there is no device {unknown[0][:80]!r}")
+            raise GRPCError(Status.NOT_FOUND, f"{self.resource}: unknown device {unknown[0][:80]!r}")
         chosen = [devices[device_id] for device_id in counts]
-        self._refuse({d.id: str(d.health) for d in chosen if not d.health.healthy})
+        self._refuse(chosen, {d.id: str(d.health) for d in chosen if not d.health.healthy})
         return chosen
 
-    def _refuse(self, ill: Mapping[str, str]) -> None:
-        for device_id, why in ill.items():
-            device = self.registry.current.device(self.resource, device_id)
-            where = f"{self.resource}: device {device_id} ({device.address if device else '-'})"
-            log.warning("allocation refused", resource=self.resource, device=device_id, reason=why)
-            raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {why}")
+    def _refuse(self, devices: Sequence[Device], ill: Mapping[str, str]) -> None:
+        """Raises GRPCError for the first of these devices of which `ill` says why it cannot be had."""
+        for device in devices:
+            if why := ill.get(device.id):
+                about = {"resource": self.resource, "device": device.id, "pci_address": device.address}
+                log.warning("allocation refused", **about, reason=why)
+                where = f"{self.resource}: device {device.id} ({device.address})"
+                raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {why}")
 
 
 def _listed(device: Device) -> v1beta1.Device:

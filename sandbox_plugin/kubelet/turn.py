@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 
 LOCK_NAME = ".sandbox-plugin.lock"
+_STANDING_BY = "standing by"
 _RETRY = 0.5
 """Seconds between attempts that no event asked for: a killed holder leaves no event."""
 _CHECK = 5.0
@@ -41,6 +42,7 @@ class Turn:
     folder: Path
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     _said: str | None = None
+    """The event that was logged last; None when there was nothing to wait for."""
     _held: int | None = None
     """Descriptor of the locked file."""
 
@@ -53,9 +55,9 @@ class Turn:
         """Waits as long as it takes, then holds the lock for as long as the context."""
         while (descriptor := self._try()) is None:
             await self._wait(_RETRY)
-        if self._said is not None:
+        if self._said == _STANDING_BY:  # and not after a wait for the folder, which nobody had
             log.info("taking over", path=str(self.folder / LOCK_NAME))
-            self._said = None
+        self._said = None
         self._held = descriptor
         try:
             yield
@@ -90,7 +92,7 @@ class Turn:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            self._say("waiting for the kubelet's folder", path, error.strerror)
+            self._say("waiting for the kubelet directory", path, error.strerror)
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,9 +100,9 @@ class Turn:
                 return descriptor
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                self._say("standing by", path, "another plugin serves this node; this one takes over when it ends")
+                self._say(_STANDING_BY, path, "another plugin serves this node; this one takes over when it ends")
             else:
-                self._say("waiting for the kubelet's folder", path, error.strerror)
+                self._say("waiting for the kubelet directory", path, error.strerror)
         os.close(descriptor)
         return None
 

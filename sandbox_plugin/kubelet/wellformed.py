@@ -21,17 +21,17 @@ class MalformedMessage(ValueError):
 
 
 class MessageCodec(ProtoCodec):
-    """Bytes that are no message at all are the fault of who sent them: GRPCError with INVALID_ARGUMENT.
+    """Bytes that are not a message at all are the fault of who sent them: GRPCError with INVALID_ARGUMENT.
 
     betterproto raises whatever it stumbles over, which grpclib's server would answer with UNKNOWN and a traceback in
-    the log, and a caller would die of.
+    the log.
     """
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:
             return super().decode(data, message_type)
         except Exception as error:
-            why = f"these bytes are no {message_type.__name__}: {error}"
+            why = f"not a valid {message_type.__name__}: {error}"
             raise GRPCError(Status.INVALID_ARGUMENT, why[:300]) from None
 
 
@@ -65,5 +65,5 @@ def _check_value(value: Any, declared: Any, where: str) -> None:
 
 def _expect(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind):
-        raise MalformedMessage(f"{where} is no {kind.__name__}")
+        raise MalformedMessage(f"{where} is not of type {kind.__name__}")
     return value

@@ -1,0 +1,90 @@
+"""The back-off between attempts to register, and what ends it early: on a loop of our own, with a kubelet that hangs.
+
+What a whole registration looks like is in test_daemon.py and test_faults.py, with the real process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from daemon import Places
+
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint
+from sandbox_plugin.model import Device
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Consumer, Policy, Settings
+
+LIMIT = 20.0
+"""Seconds that anything may take before a test gives up."""
+FOR_EVER = 3600.0
+
+
+def test_pauses_begin_short_double_and_end_at_five_seconds() -> None:
+    backoff = Backoff()
+    pauses = [backoff.next() for _ in range(12)]
+    for pause, most in zip(pauses, [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, *([5.0] * 6)], strict=True):
+        assert 0.75 * most <= pause <= most
+    backoff.reset()
+    assert backoff.next() <= 0.1
+
+
+def test_two_that_began_at_the_same_time_do_not_stay_in_step() -> None:
+    one, other = Backoff(), Backoff()
+    assert [one.next() for _ in range(20)] != [other.next() for _ in range(20)]
+    assert len({one.next() for _ in range(20)}) > 1, "nor does one with itself"
+
+
+class HangingKubelet:
+    """Listens, and answers nothing. `asked` counts who connected."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.asked = asyncio.Semaphore(0)
+
+    async def __aenter__(self) -> HangingKubelet:
+        self._server = await asyncio.start_unix_server(self._take, self.path)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+
+    async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked.release()
+        while await reader.read(1 << 16):
+            pass
+        writer.close()
+
+
+async def nothing_against(devices: Sequence[Device]) -> Mapping[str, str]:
+    return {}
+
+
+def test_a_kubelet_sock_that_is_replaced_while_register_hangs_is_tried_without_a_pause(places: Places) -> None:
+    async def work() -> None:
+        endpoint = Endpoint(
+            resource="nvidia.com/pgpu",
+            kubelet_dir=places.top,
+            registry=Registry(Settings(), ModelNames(), requires_cdi=False),
+            policy=Policy.PACKED,
+            consumer=Consumer.KATA,
+            why_not=nothing_against,
+            backoff=Backoff(first=FOR_EVER, cap=FOR_EVER),
+        )
+        kubelet = places.top / KUBELET_SOCKET
+        async with HangingKubelet(kubelet) as old, HangingKubelet(places.top / "new.sock") as new:
+            running = asyncio.create_task(endpoint.run())
+            await old.asked.acquire()
+            new.path.rename(kubelet)  # in one step: the attempt has not failed yet
+            endpoint.look()
+            await new.asked.acquire()
+            running.cancel()
+            await asyncio.wait([running])
+
+    async def bounded() -> None:
+        async with asyncio.timeout(LIMIT):
+            await work()
+
+    asyncio.run(bounded())
