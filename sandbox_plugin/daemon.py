@@ -1,4 +1,4 @@
-"""The daemon: where all parts meet. Settings in, a TaskGroup that runs until it is cancelled.
+"""The daemon: where all parts meet. Settings in, a group of parts that runs until it is cancelled.
 
     watchers --wake--> scan loop --facts--> registry --inventory--> CDI writer, one endpoint for each resource
                           ^                    |
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import structlog
 
+from sandbox_plugin.ending import Ending, Parts
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.read import OutOfResources
 from sandbox_plugin.host.scan import HostScanner, Recheck
@@ -53,14 +54,18 @@ _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 
 
-async def run(settings: Settings) -> None:
-    """Runs the daemon until it is cancelled. Raises an ExceptionGroup when a part of it fails unexpectedly."""
+async def run(settings: Settings, ending: Ending) -> None:
+    """Runs the daemon until it is cancelled.
+
+    Raises an ExceptionGroup when a part of it fails unexpectedly; `ending` has been told of that by then.
+    """
+    ending.watch(asyncio.get_running_loop())
     names = ModelNames.load()
     paths = HostPaths(settings.host_root)
     needs_cdi = settings.consumer is Consumer.KATA
     registry = Registry(settings, names, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(settings, registry, Recheck(paths, _RECHECK_PATIENCE))
+    endpoints = Endpoints(settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE))
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
     cdi_writer = CdiWriter(
@@ -74,8 +79,8 @@ async def run(settings: Settings) -> None:
         turn.look()
         endpoints.look()
 
-    await poller.ask(patience=_FIRST_ANSWER)
-    async with asyncio.TaskGroup() as group:
+    async with Parts(ending) as group:
+        await group.create_task(poller.ask(patience=_FIRST_ANSWER))
         is_real = settings.host_root == Path("/")
         if is_real:
             group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
@@ -90,19 +95,19 @@ async def run(settings: Settings) -> None:
         group.create_task(poller.run())
         group.create_task(report(registry))
         if needs_cdi:
-            group.create_task(watch_cdi_folders(settings, on_change=cdi_writer.look))
-        group.create_task(serve(turn, [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]))
+            group.create_task(watch_cdi_folders(settings, cdi_writer.look, ending))
+        group.create_task(serve(turn, [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run], ending))
 
 
-async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None]) -> None:
+async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], ending: Ending) -> None:
     """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
     recheck = min(settings.health_interval, _CDI_RECHECK)
-    async with asyncio.TaskGroup() as group:
+    async with Parts(ending) as group:
         for folder in await on_thread(cdi_folders)(settings):
-            group.create_task(watch_cdi_folder(folder, recheck, on_change))
+            group.create_task(watch_cdi_folder(folder, recheck, on_change, ending))
 
 
-async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[], None]) -> None:
+async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[], None], ending: Ending) -> None:
     """Looks after the specs of others in this folder."""
     neighbours = NeighbourWatch(folder=folder, recheck=recheck)
 
@@ -110,7 +115,7 @@ async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[],
         neighbours.look()
         on_change()
 
-    async with asyncio.TaskGroup() as group:
+    async with Parts(ending) as group:
         group.create_task(neighbours.run())
         group.create_task(FolderWatcher(folders=lambda: [folder], on_change=look, step=_UNHURRIED).run())
 
@@ -121,10 +126,10 @@ def cdi_folders(settings: Settings) -> tuple[Path, ...]:
     return tuple({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
 
 
-async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]]) -> None:
+async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]], ending: Ending) -> None:
     """Runs what others on this node must not do at the same time, whenever it is this plugin's turn."""
     while True:
-        async with turn.taken(), asyncio.TaskGroup() as group:
+        async with turn.taken(), Parts(ending) as group:
             tasks = [group.create_task(part()) for part in parts]
             await turn.lost()
             for task in tasks:
@@ -201,6 +206,7 @@ class Endpoints:
 
     settings: Settings
     registry: Registry
+    ending: Ending
     why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -213,7 +219,7 @@ class Endpoints:
     async def run(self) -> None:
         """Runs until cancelled."""
         try:
-            async with asyncio.TaskGroup() as group:
+            async with Parts(self.ending) as group:
                 inventory = self.registry.current
                 while True:
                     for resource in self._running.keys() - inventory.resources.keys():

@@ -104,7 +104,9 @@ class Daemon:
 
     def __init__(self, places: Places, node: FakeNode | str, *flags: str, **environment: str) -> None:
         self.noise: list[str] = []
-        """Lines on stderr that are no log line."""
+        """Lines on stderr that are not log lines."""
+        self.excused: set[str] = set()
+        """Events that `close` would take for a failure, and that a test has brought about on purpose."""
         self._places = places
         self._events: list[Event] = []
         self._changed = threading.Condition()
@@ -212,6 +214,10 @@ class Daemon:
         self._process.wait(TIMEOUT)
         return time.monotonic() - started
 
+    def wait(self, timeout: float = TIMEOUT) -> int:
+        """Until it has ended by itself. Returns its exit status."""
+        return self._process.wait(timeout)
+
     def kill(self) -> None:
         """SIGKILL: nothing is tidied up, and nothing is asked of it any more."""
         self._killed = True
@@ -221,8 +227,8 @@ class Daemon:
     def close(self) -> None:
         """Ends it, if it still runs, and sees that it ended in order.
 
-        In order: exit status 0, nothing on stderr but log lines, none of them about a failure of its own, and nothing
-        left that `leftovers` names.
+        In order: exit status 0, nothing on stderr but log lines, none of them about a failure of its own (critical,
+        or with a traceback), each device in them with its PCI address, and nothing left that `leftovers` names.
         """
         if self._killed:
             return
@@ -236,7 +242,8 @@ class Daemon:
         self._finish()
         assert status == 0, self.log()
         assert not self.noise, "\n".join(self.noise)
-        assert not [event for event in self._events if event["level"] == "critical"], self.log()
+        assert not [e for e in self._events if is_failure(e) and e["event"] not in self.excused], self.log()
+        assert not [event for event in self._events if "device" in event and "pci_address" not in event], self.log()
         assert leftovers(self._places) == [], self.log()
 
     def _finish(self) -> None:
@@ -244,6 +251,11 @@ class Daemon:
         self._reader.join(TIMEOUT)
         assert self._process.stderr is not None
         self._process.stderr.close()
+
+
+def is_failure(event: Event) -> bool:
+    """Whether it tells of a fault of the daemon's own."""
+    return event["level"] == "critical" or "exception" in event
 
 
 def sockets(folder: Path) -> set[str]:

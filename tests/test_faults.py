@@ -23,10 +23,14 @@ from pathlib import Path
 import daemon as daemon_process
 import psutil
 import pytest
+from attacker import Attacker, attacker
 from conftest import StartDaemon
 from daemon import Daemon, Places, sockets
 from grpc import StatusCode
-from kubelet import GrpcKubelet, Manners, Plugin, Watch, refusal
+from h2.settings import SettingCodes
+from kubelet import TIMEOUT, GrpcKubelet, Manners, Plugin, Watch, refusal
+from odd import ANSWERS, OddServer
+from pods import PodResources
 from trials import (
     NVSWITCH,
     PGPU,
@@ -89,6 +93,9 @@ def test_after_each_of_many_kubelet_restarts_the_view_is_whole_again(
     truth = Truth(node.root)
     plugin = daemon(node)
     wait_until_it_sees(kubelet, truth)
+    for name in (PGPU, NVSWITCH):
+        plugin.wait_for("registered", resource=name)
+    before = psutil.Process(plugin.pid).num_fds()
     chance = random.Random(4)
     took = []
     since = 0
@@ -106,7 +113,14 @@ def test_after_each_of_many_kubelet_restarts_the_view_is_whole_again(
         wait_until_it_sees(kubelet, truth)
         took.append(time.monotonic() - started)
     figures("from the start of a kubelet until it has the whole view", took)
-    assert len(psutil.Process(plugin.pid).open_files()) < 10
+    wait_until(lambda: psutil.Process(plugin.pid).num_fds() <= before, "files and sockets are left open")
+
+
+def remove(folder: Path) -> None:
+    """In one step: the daemon would make its sockets again in a folder that is being emptied."""
+    away = folder.with_name("away")
+    folder.rename(away)
+    shutil.rmtree(away)
 
 
 def test_a_kubelet_folder_that_is_deleted_and_made_again_is_served_again(
@@ -119,8 +133,8 @@ def test_a_kubelet_folder_that_is_deleted_and_made_again_is_served_again(
     for _ in range(2):
         kubelet.stop()
         since = plugin.mark()
-        shutil.rmtree(places.kubelet)
-        plugin.wait_for("waiting for the kubelet's folder", since=since, reason="No such file")
+        remove(places.kubelet)
+        plugin.wait_for("waiting for the kubelet directory", since=since, reason="No such file")
         kubelet.start()
         wait_until_it_sees(kubelet, truth)
 
@@ -133,7 +147,7 @@ def test_a_kubelet_folder_that_is_replaced_within_an_instant_is_served_again(
     daemon(node)
     wait_until_it_sees(kubelet, truth)
     kubelet.stop()
-    shutil.rmtree(places.kubelet)
+    remove(places.kubelet)
     kubelet.start()
     wait_until_it_sees(kubelet, truth)
 
@@ -205,7 +219,7 @@ def test_a_pod_resources_socket_that_hangs_up_costs_no_more_than_knowledge(
         node = fake_node("workstation")
         plugin = daemon(node)
         listening.result()
-    plugin.wait_for("no pod resources")
+    plugin.wait_for("PodResources unavailable")
     wait_until_it_sees(kubelet, Truth(node.root))
 
 
@@ -288,6 +302,93 @@ def other_client(places: Places, kubelet: GrpcKubelet) -> Iterator[Watch]:
         yield Watch(client, kubelet.changed, on_end=lambda: None)
     finally:
         client.close()
+
+
+def test_the_loss_of_the_kubelets_stream_is_seen_whatever_others_have_open(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("workstation"))
+    plugin.wait_for("registered", resource=PGPU)
+    with other_client(places, kubelet) as stranger:
+        kubelet.wait_for(lambda: stranger.received)
+        since = plugin.mark()
+        kubelet.plugin(PGPU).close()
+        plugin.wait_for("registration lost", since=since, resource=PGPU, reason="stream ended")
+        kubelet.wait_for(lambda: len(kubelet.registrations) == 2 and kubelet.resources() == {PGPU})
+        assert stranger.ended is None
+
+
+def test_streams_that_others_open_and_end_do_not_make_us_register(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    truth = Truth(node.root)
+    plugin = daemon(node)
+    wait_until_it_sees(kubelet, truth)
+    for _ in range(10):
+        with other_client(places, kubelet) as stranger:
+            kubelet.wait_for(lambda stranger=stranger: stranger.received)  # type: ignore[misc]
+    node.unbind(T4)
+    wait_until_it_sees(kubelet, truth)
+    assert not plugin.events("registration lost")
+    assert kubelet.calls == 1
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["connection cut", "stream reset"])
+def test_a_stream_that_ends_while_something_is_sent_over_it_is_lost_at_once(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places, cut: bool
+) -> None:
+    """Not only when the garbage collector comes by."""
+    kubelet.manners = Manners.FORGETS
+    with ExitStack() as stack:
+        clients: list[Attacker] = []
+
+        def connect(_: str) -> None:
+            if not clients:
+                clients.append(stack.enter_context(attacker(socket_of(places))))
+
+        kubelet.on_register = connect  # a connection that is made now counts as the kubelet's
+        plugin = daemon(fake_node("workstation"), PYTHONPATH=tampered(places, "import gc; gc.disable()"))
+        kubelet.wait_for(lambda: clients and kubelet.registrations)
+        (client,) = clients
+        client.http.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 5})  # for the list there is no room
+        stream = client.ask("ListAndWatch")
+        client.send()
+        plugin.wait_for("registered", resource=PGPU)
+        kubelet.manners = Manners.POLITE
+        if cut:
+            client.close()
+        else:
+            client.http.reset_stream(stream)
+            client.send()
+        plugin.wait_for("registration lost", resource=PGPU, reason="stream ended")
+        kubelet.wait_for(lambda: kubelet.resources() == {PGPU})
+
+
+def test_odd_answers_to_register_are_named_and_tried_again(
+    fake_node: MakeNode, absent_kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    odd = ["a prefix that ends too early", "status 0 without a message", "no :status", "a compressed message"]
+    places.kubelet.mkdir()
+    node = fake_node("workstation")
+    with OddServer(places.kubelet / "kubelet.sock", [ANSWERS[name] for name in odd]):
+        plugin = daemon(node)
+        for words in ("less data than expected", "AssertionError", ":status", "Compression"):
+            plugin.wait_for("endpoint trouble", reason=words)
+    absent_kubelet.start()
+    wait_until_it_sees(absent_kubelet, Truth(node.root))
+
+
+@pytest.mark.parametrize("odd", ["a message that ends too early", "status 0 and nothing else", "no :status"])
+def test_an_odd_answer_of_pod_resources_costs_no_more_than_knowledge(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places, odd: str
+) -> None:
+    (places.top / "pod-resources").mkdir()
+    node = fake_node("workstation")
+    with OddServer(places.top / "pod-resources/kubelet.sock", [ANSWERS[odd]]):
+        plugin = daemon(node)
+        plugin.wait_for("PodResources unavailable", reason="not a valid gRPC answer")
+        wait_until_it_sees(kubelet, Truth(node.root))
 
 
 def test_of_two_streams_on_one_connection_both_are_kept_up_to_date_and_either_may_end(
@@ -385,12 +486,28 @@ def test_connections_that_come_while_there_are_no_file_descriptors_are_served_wh
     client = Plugin(socket_of(places))
     with no_descriptors(plugin), socket.socket(socket.AF_UNIX) as waiting:
         waiting.connect(str(socket_of(places)))
-        plugin.wait_for("socket.accept() out of system resource", since=since)
-        assert len(plugin.events("socket.accept() out of system resource")) < 5
+        plugin.wait_for("no connection accepted", since=since, reason="Too many open files")
     try:
         assert client.options().get_preferred_allocation_available
     finally:
         client.close()
+
+
+def test_a_socket_of_ours_that_is_deleted_while_nobody_can_be_accepted_at_it_is_made_again_afterwards(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("workstation"), QUICK)
+    plugin.wait_for("registered", resource=PGPU)
+    with no_descriptors(plugin), socket.socket(socket.AF_UNIX) as waiting:
+        waiting.connect(str(socket_of(places)))
+        plugin.wait_for("no connection accepted")
+        since = plugin.mark()
+        socket_of(places).unlink()
+        plugin.wait_for("registration lost", since=since)
+        plugin.wait_for("endpoint trouble", since=since, reason="cannot listen")
+        with pytest.raises(AssertionError, match="no event"):  # it would come back to a listener that is closed
+            plugin.wait_for("registered", since=since, timeout=1.5)
+    plugin.wait_for("registered", since=since)
 
 
 @contextmanager
@@ -704,6 +821,8 @@ BREAKS = {
     "the CDI writer": "from sandbox_plugin.outputs import cdi\n{boom}\ncdi.render_specs = boom",
     "an endpoint": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint.PluginServer = boom",
     "a Register call": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint._outcome = boom",
+    "the question to PodResources": "from sandbox_plugin.kubelet import podresources\n{boom}\n"
+    "podresources.list_pods = boom",
     "the log of changes": "from sandbox_plugin import daemon\n{boom}\ndaemon._report_devices = boom",
     "the turn": "from sandbox_plugin.kubelet import turn\n{boom}\nturn._is_at = boom",
     "a watcher": "from sandbox_plugin.host import watch\n{boom}\nwatch.awatch = boom",
@@ -719,10 +838,29 @@ def test_a_part_that_fails_unexpectedly_ends_the_process_loudly_with_status_1(
     assert done.returncode == 1, done.stderr
     events = [json.loads(line) for line in done.stderr.splitlines()]
     (critical,) = [event for event in events if event["level"] == "critical"]
+    assert critical["event"] == "a part of the daemon failed"
     assert "a fault of our own" in critical["exception"]
-    assert events[-1] == critical
     assert sockets(places.kubelet) == set()
     kubelet.wait_for(lambda: not kubelet.resources())
+
+
+HOLDINGS_FAIL = """
+from sandbox_plugin.kubelet import podresources
+def boom(*args):
+    raise AttributeError("a fault of our own")
+podresources.holdings = boom
+"""
+
+
+def test_a_fault_of_our_own_in_what_pod_resources_said_is_not_taken_for_its_silence(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    with PodResources(places.top / "pod-resources/kubelet.sock") as pods:
+        pods.start(age=3600)
+        done = run_broken(places, fake_node("workstation"), HOLDINGS_FAIL)
+    assert done.returncode == 1, done.stderr
+    (critical,) = [e for e in map(json.loads, done.stderr.splitlines()) if e["level"] == "critical"]
+    assert "a fault of our own" in critical["exception"]
 
 
 BREAKS_LATER = """
@@ -765,6 +903,89 @@ servicer.answer = boom
 """
 
 
+CANNOT_REMOVE = """
+import errno
+from pathlib import Path
+unlink = Path.unlink
+def boom(path, missing_ok=False):
+    if path.suffix == ".sock":
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+    unlink(path, missing_ok)
+Path.unlink = boom
+"""
+"""As on a disk that turned read-only, or that fails."""
+
+
+def test_a_socket_that_cannot_be_removed_does_not_hold_up_the_end(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("hgx-h100"), PYTHONPATH=tampered(places, CANNOT_REMOVE))
+    for name in (PGPU, NVSWITCH):
+        plugin.wait_for("registered", resource=name)
+    assert plugin.terminate() < 1
+    for name in (PGPU, NVSWITCH):
+        path = socket_of(places, name)
+        plugin.wait_for("socket not removed", path=str(path), reason="Operation not permitted")
+        path.unlink()
+
+
+def test_nor_the_end_that_a_failing_part_begins(fake_node: MakeNode, kubelet: GrpcKubelet, places: Places) -> None:
+    node = fake_node("workstation")
+
+    def break_it() -> None:
+        kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+        node.unbind(T4)
+
+    with ThreadPoolExecutor(1) as pool:
+        broken = pool.submit(break_it)
+        done = run_broken(places, node, CANNOT_REMOVE + BREAKS_LATER.replace("boom", "boom_later"))
+        broken.result()
+    assert done.returncode == 1
+    assert "a fault of our own" in done.stderr
+    assert "ended by force" not in done.stderr
+    kubelet.wait_for(lambda: not kubelet.resources())
+
+
+DOES_NOT_END = """
+import asyncio, time
+from sandbox_plugin.kubelet.turn import Turn
+async def never(self):
+    while True:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            {then}
+Turn.lost = never
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "time.sleep(60)"], ids=["a task ignores it", "the loop hangs"])
+@pytest.mark.parametrize("fails", [False, True], ids=["SIGTERM", "a failing part"])
+def test_an_end_that_does_not_come_is_brought_about_by_force_and_the_log_says_what_still_ran(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places, then: str, fails: bool
+) -> None:
+    node = fake_node("workstation")
+    code = DOES_NOT_END.format(then=then) + (BREAKS_LATER if fails else "")
+    with ExitStack() as stack:
+        plugin = Daemon(places, node, PYTHONPATH=tampered(places, code))
+        stack.callback(plugin.kill)
+        plugin.wait_for("registered", resource=PGPU)
+        if fails:
+            node.unbind(T4)
+            since = plugin.mark()
+            failed = plugin.wait_for("a part of the daemon failed")  # at once, and not when all others have ended
+            assert "a fault of our own" in failed["exception"]
+            assert not plugin.events("ended by force", since=since)
+            took, status = 0.0, plugin.wait(TIMEOUT)
+        else:
+            took, status = plugin.terminate(), plugin.wait(TIMEOUT)
+        said = plugin.wait_for("ended by force")
+    assert status == (1 if fails else 0)
+    assert took < 5
+    assert "serve" in said["running"]
+    assert "sleep(60)" in said["main_thread"] or then == "pass"
+
+
 def test_a_fault_while_one_call_is_answered_costs_that_call_alone_and_is_told(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
@@ -775,5 +996,6 @@ def test_a_fault_while_one_call_is_answered_costs_that_call_alone_and_is_told(
     refused = refusal(lambda: kubelet.plugin(PGPU).allocate([device]))
     assert refused.status in (StatusCode.UNKNOWN, StatusCode.INTERNAL)
     assert "a fault of our own" in str(plugin.wait_for("Application error", logger="grpclib.server"))
+    plugin.excused.add("Application error")
     assert kubelet.plugin(PGPU).allocate([device]).container_responses
     assert len(kubelet.registrations) == 1

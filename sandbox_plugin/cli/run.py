@@ -17,6 +17,7 @@ from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
 from sandbox_plugin.configuration import OPTIONS, unknown_variables
+from sandbox_plugin.ending import Ending
 from sandbox_plugin.settings import Settings
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -43,17 +44,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_daemon(settings: Settings) -> int:
     """Runs the daemon; a signal is its graceful end, anything else that ends it is a failure."""
+    ending = Ending()
 
     async def work() -> None:
         log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
         for name in unknown_variables(os.environ):
             log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
-        await daemon.run(settings)
+        await daemon.run(settings, ending)
 
     try:
-        ended_by = run_until_signal(work, {signal.SIGUSR1: _log_tasks})
-    except ExceptionGroup as failures:
-        log.critical("a part of the daemon failed", exc_info=failures)
+        ended_by = run_until_signal(work, {signal.SIGUSR1: _log_tasks}, at_signal=lambda: ending.begin(0))
+    except ExceptionGroup:  # `ending` has logged it
         return 1
     log.info("stopped", reason=ended_by.name if ended_by else "")
     return 0

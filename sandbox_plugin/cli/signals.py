@@ -52,11 +52,14 @@ def interrupting() -> Iterator[None]:
 
 
 def run_until_signal(
-    work: Callable[[], Coroutine[Any, Any, None]], actions: Mapping[signal.Signals, Callable[[], None]]
+    work: Callable[[], Coroutine[Any, Any, None]],
+    actions: Mapping[signal.Signals, Callable[[], None]],
+    at_signal: Callable[[], None] = lambda: None,
 ) -> signal.Signals | None:
     """Runs `work` in a loop of its own until it ends, or until a signal cancels it. Returns that signal.
 
-    `actions` are called in the loop when their signals come. To be called within `interrupting`.
+    `actions` are called in the loop when their signals come. `at_signal` is called for each signal that ends the
+    program, at once, also while the loop hangs. To be called within `interrupting`.
     """
     import asyncio  # here, because it takes a while, in which `interrupting` should be at work already
 
@@ -85,13 +88,15 @@ def run_until_signal(
             loop.remove_reader(reader)
 
     try:
-        # The interpreter writes the number of each signal into the pipe: that wakes the loop, and handlers do nothing.
+        # The interpreter writes the number of each signal into the pipe: that wakes the loop.
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        _do_nothing_more()
+        for number in _ending():
+            signal.signal(number, lambda *_: at_signal())
         for number in actions:
             signal.signal(number, _nothing)
         asyncio.run(attended())
     finally:
+        _do_nothing_more()
         signal.set_wakeup_fd(-1)
         os.close(reader)
         os.close(writer)
