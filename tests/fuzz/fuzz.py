@@ -1,21 +1,26 @@
-"""Coverage-guided fuzzing of everything that reads foreign input: sysfs values, the config file, request messages.
+"""Coverage-guided fuzzing of what reads foreign input: sysfs, the config file, messages, kernel events, CDI specs.
 
     python tests/fuzz/fuzz.py TARGET [libFuzzer arguments] CORPUS...
 
-Targets: sysfs, config, messages. A target fails on any exception that the code under it does not promise. Apart from
-the tests because atheris takes over the process; `just fuzz` runs all targets for a while each.
+Targets: sysfs, config, messages, uevent, cdi. A target fails on any exception that the code under it does not
+promise. Apart from the tests because atheris takes over the process; `just fuzz` runs all targets for a while each.
+FUZZ_PLANT=TARGET plants an exception, which must be found: it shows that a failure is seen at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import atheris
+import betterproto
+import structlog
 
 with atheris.instrument_imports(include=["sandbox_plugin"]):
     from grpclib import GRPCError
@@ -32,6 +37,7 @@ with atheris.instrument_imports(include=["sandbox_plugin"]):
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.kubelet.wellformed import MalformedMessage
     from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, VfioDev
+    from sandbox_plugin.outputs.cdi_rules import read_spec
     from sandbox_plugin.registry import Registry
     from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
@@ -99,34 +105,49 @@ def config(_: Path) -> Callable[[bytes], None]:
 
 
 def messages(_: Path) -> Callable[[bytes], None]:
-    """Any request gets an answer or a status. What cannot be parsed is grpclib's to refuse."""
+    """Any request gets an answer or a status, and any answer of PodResources is understood or refused."""
     servicer = asyncio.run(_servicer())
 
     def one(data: bytes) -> None:
         kind, body = data[:1], data[1:]
-        try:
-            if kind < b"\x40":
-                request = v1beta1.PreferredAllocationRequest().parse(body)
-            elif kind < b"\x80":
-                asked = v1beta1.AllocateRequest().parse(body)
-            elif kind < b"\xc0":
-                answer = v1.ListPodResourcesResponse().parse(body)
-            else:
-                parse_uevent(body)
-                return
-        except Exception:  # betterproto raises whatever it likes on what is no message
-            return
-        try:
-            if kind < b"\x40":
-                asyncio.run(servicer.get_preferred_allocation(request))
-            elif kind < b"\x80":
-                asyncio.run(servicer.allocate(asked))
-            else:
-                holdings(answer, 0.0)
-        except (GRPCError, MalformedMessage):
-            return
+        if kind < b"\x55" and (asked := _parsed(v1beta1.PreferredAllocationRequest(), body)):
+            _try(lambda: asyncio.run(servicer.get_preferred_allocation(asked)))
+        elif kind < b"\xaa" and (request := _parsed(v1beta1.AllocateRequest(), body)):
+            _try(lambda: asyncio.run(servicer.allocate(request)))
+        elif answer := _parsed(v1.ListPodResourcesResponse(), body):
+            _try(lambda: holdings(answer, 0.0))
 
     return one
+
+
+_Message = TypeVar("_Message", bound=betterproto.Message)
+
+
+def _parsed(message: _Message, data: bytes) -> _Message | None:
+    """None for what is not a message: betterproto raises whatever it likes then, and `MessageCodec` says so."""
+    try:
+        return message.parse(data)
+    except Exception:
+        return None
+
+
+def _try(act: Callable[[], object]) -> None:
+    with suppress(GRPCError, MalformedMessage):
+        act()
+
+
+def uevent(_: Path) -> Callable[[bytes], None]:
+    """Any datagram is an event or none."""
+    return lambda data: _ignore(parse_uevent(data))
+
+
+def cdi(_: Path) -> Callable[[bytes], None]:
+    """Any file that others put into the CDI folder is a spec, or is said to be wrong."""
+    return lambda data: _ignore(read_spec(data))
+
+
+def _ignore(_: object) -> None:
+    return
 
 
 async def _servicer() -> DevicePluginServicer:
@@ -160,15 +181,28 @@ async def _servicer() -> DevicePluginServicer:
     )
 
 
-TARGETS = {"sysfs": sysfs, "config": config, "messages": messages}
+TARGETS = {"sysfs": sysfs, "config": config, "messages": messages, "uevent": uevent, "cdi": cdi}
+
+
+def planted(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """The same with a fault in it."""
+
+    def one(data: bytes) -> None:
+        run(data)
+        if len(data) > 3:
+            raise RuntimeError("a planted fault")
+
+    return one
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
         sys.exit(f"usage: fuzz.py {'|'.join(TARGETS)} [libFuzzer arguments] CORPUS...")
-    target = TARGETS[sys.argv.pop(1)]
+    name = sys.argv.pop(1)
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())  # a line for each Allocate is no help here
     with tempfile.TemporaryDirectory(prefix="sandbox-fuzz-") as folder:
-        atheris.Setup(sys.argv, target(Path(folder)))
+        run = TARGETS[name](Path(folder))
+        atheris.Setup(sys.argv, planted(run) if os.environ.get("FUZZ_PLANT") == name else run)
         atheris.Fuzz()
 
 
