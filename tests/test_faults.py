@@ -452,7 +452,7 @@ def test_without_file_descriptors_what_was_known_stays_and_afterwards_nothing_is
     before = view(kubelet)
     messages = len(kubelet.history(PGPU))
     with no_descriptors(plugin):
-        plugin.wait_for("no scan", reason="Too many open files")
+        plugin.wait_for("scan failed", reason="Too many open files")
         refused = refusal(lambda: kubelet.plugin(PGPU).allocate(["4"]))
         assert refused.status is StatusCode.FAILED_PRECONDITION, "what cannot be looked at is not promised"
         node.unbind(FIRST_GPU)

@@ -130,8 +130,7 @@ class Recheck:
         looks = {device.id: asyncio.ensure_future(self._look(device)) for device in devices}
         try:
             await asyncio.wait(looks.values(), timeout=self._patience)
-            silence = f"sysfs has not answered for {self._patience:g} s"
-            found = {device_id: look.result() if look.done() else silence for device_id, look in looks.items()}
+            found = {device_id: look.result() if look.done() else _SILENCE for device_id, look in looks.items()}
         finally:
             for look in looks.values():
                 look.cancel()
