@@ -22,7 +22,7 @@ import atheris
 import betterproto
 import structlog
 
-with atheris.instrument_imports(include=["sandbox_plugin"]):
+with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from grpclib import GRPCError
 
     from sandbox_plugin.api import v1, v1beta1
