@@ -113,7 +113,8 @@ def test_after_each_of_many_kubelet_restarts_the_view_is_whole_again(
         wait_until_it_sees(kubelet, truth)
         took.append(time.monotonic() - started)
     figures("from the start of a kubelet until it has the whole view", took)
-    wait_until(lambda: psutil.Process(plugin.pid).num_fds() <= before, "files and sockets are left open")
+    # A few more or less: folders are watched one after the other, and files are read all the time.
+    wait_until(lambda: psutil.Process(plugin.pid).num_fds() <= before + 4, "files and sockets are left open")
 
 
 def remove(folder: Path) -> None:

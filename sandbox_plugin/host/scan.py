@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from sandbox_plugin.host import read
 from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.model import Device, HostFacts, PciFunction
 
 _Known = tuple[read.Stamp, PciFunction]
@@ -140,17 +141,7 @@ class Recheck:
         """On a thread of its own, which goes on when nobody waits for it any more."""
         while earlier := self._looks.get(device.node):
             await asyncio.wait([earlier])
-        loop = asyncio.get_running_loop()
-        look: asyncio.Future[str | None] = loop.create_future()
-
-        def work() -> None:
-            try:
-                _call_soon(loop, look.set_result, self._ask(device))
-            except Exception as error:  # a fault of ours: it is for the caller to raise
-                _call_soon(loop, look.set_exception, error)
-
-        threading.Thread(target=work, name="recheck", daemon=True).start()
-        self._looks[device.node] = look
+        look = self._looks[device.node] = asyncio.ensure_future(on_thread(self._ask)(device))
         look.add_done_callback(lambda _: self._looks.pop(device.node))
         return await asyncio.shield(look)
 

@@ -11,8 +11,8 @@ gone, or when one of the kubelet's ListAndWatch streams ended. When any stream o
 the connection of the client that is mapped at that moment (runClient in server.go of
 pkg/kubelet/cm/devicemanager/plugin/v1beta1), and it never opens a stream again by itself.
 
-The kubelet connects to us because we register. So a connection that is made while we register is the kubelet's; streams
-over other connections are somebody else's and say nothing about the registration.
+The kubelet connects to us because we register. So a connection that is made while we register, and wait for the stream,
+is the kubelet's; streams over other connections are somebody else's and say nothing about the registration.
 
 Each resource has its own endpoint and its own trouble; one in trouble leaves the others alone.
 """
@@ -178,8 +178,10 @@ class Endpoint:
             await self._pause(partial(self._is_new, kubelet))
 
     def _service(self) -> DevicePluginServicer:
-        """What answers on one connection. One that is made while we register is the kubelet's."""
-        registration = self._registration if self.state is State.REGISTERING else None
+        """What answers on one connection. It is the kubelet's if it is made before a registration has its stream."""
+        registration = self._registration
+        if self.state is not State.REGISTERING or (registration is not None and registration.opened):
+            registration = None
         return DevicePluginServicer(
             resource=self.resource,
             registry=self.registry,
