@@ -11,6 +11,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,7 +19,6 @@ from types import MappingProxyType
 
 from sandbox_plugin.host import read
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.model import Device, HostFacts, PciFunction
 
 _Known = tuple[read.Stamp, PciFunction]
@@ -106,6 +106,15 @@ class HostScanner:
         self._on_late()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Look:
+    """One device is looked at once more, on a thread of its own."""
+
+    began_at: float
+    answer: Future[str | Exception | None]
+    """What is wrong with it, None for nothing; or a fault of ours."""
+
+
 class Recheck:
     """Looks at devices once more, before they are given away.
 
@@ -114,42 +123,57 @@ class Recheck:
         recheck = Recheck(paths, patience=0.08)
         ill = await recheck(devices)
 
-    A device that hangs costs one thread, however often it is asked for: no look begins before the one before it ends.
+    There is one look at a device at a time. Who asks while it goes on waits for its answer too; while it hangs, the
+    device is refused at once. So a device that hangs costs one thread, however often it is asked for.
     """
 
     def __init__(self, paths: HostPaths, patience: float) -> None:
         self._paths = paths
         self._patience = patience
-        self._looks: dict[str, asyncio.Future[str | None]] = {}
-        """Node -> the look that has not been answered yet."""
+        self._looks: dict[str, _Look] = {}
+        """Node -> the last look at it."""
 
     async def __call__(self, devices: Sequence[Device]) -> dict[str, str]:
         """By ID, what speaks against giving these devices away now.
 
         Takes `patience` seconds at most; a device that has not answered by then is one of those.
         """
-        looks = {device.id: asyncio.ensure_future(self._look(device)) for device in devices}
-        try:
-            await asyncio.wait(looks.values(), timeout=self._patience)
-            found = {device_id: look.result() if look.done() else _SILENCE for device_id, look in looks.items()}
-        finally:
-            for look in looks.values():
-                look.cancel()
-        return {device_id: why for device_id, why in found.items() if why is not None}
+        now = time.monotonic()
+        looks = {device.id: self._look(device, now) for device in devices}
+        fresh = [asyncio.wrap_future(look.answer) for look in looks.values() if now - look.began_at < self._patience]
+        if fresh:
+            await asyncio.wait(fresh, timeout=self._patience)
+        answers = {device_id: self._answer(look, now) for device_id, look in looks.items()}
+        return {device_id: why for device_id, why in answers.items() if why is not None}
 
-    async def _look(self, device: Device) -> str | None:
-        """On a thread of its own, which goes on when nobody waits for it any more."""
-        while earlier := self._looks.get(device.node):
-            await asyncio.wait([earlier])
-        look = self._looks[device.node] = asyncio.ensure_future(on_thread(self._ask)(device))
-        look.add_done_callback(lambda _: self._looks.pop(device.node))
-        return await asyncio.shield(look)
+    def _answer(self, look: _Look, now: float) -> str | None:
+        """The thread's own word: a loop that is busy hears of it later."""
+        if now - look.began_at >= self._patience or not look.answer.done():
+            return _SILENCE
+        answer = look.answer.result()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
-    def _ask(self, device: Device) -> str | None:
+    def _look(self, device: Device, now: float) -> _Look:
+        last = self._looks.get(device.node)
+        if last is not None and not last.answer.done():
+            return last
+        look = self._looks[device.node] = _Look(began_at=now, answer=Future())
+
+        def work() -> None:
+            look.answer.set_result(self._ask(device))
+
+        threading.Thread(target=work, name="recheck", daemon=True).start()
+        return look
+
+    def _ask(self, device: Device) -> str | Exception | None:
         try:
             return read.why_not_bound(self._paths, device)
         except read.OutOfResources as error:
             return f"it cannot be looked at: {error}"
+        except Exception as error:  # it is for the caller to raise
+            return error
 
 
 @dataclass(kw_only=True)
