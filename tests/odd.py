@@ -17,6 +17,7 @@ from typing import Any
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import StreamEnded
+from h2.exceptions import ProtocolError
 
 Answer = Callable[[H2Connection, int], bytes]
 """Puts an answer to this stream into the connection, or returns bytes to be sent as they are."""
@@ -111,7 +112,7 @@ class OddServer:
                 client, _ = self._listener.accept()
             except OSError:  # shut down
                 return
-            with client, suppress(OSError):
+            with client, suppress(OSError, ProtocolError):
                 self._answer_one(client)
 
     def _answer_one(self, client: socket.socket) -> None:
