@@ -987,6 +987,34 @@ def test_an_end_that_does_not_come_is_brought_about_by_force_and_the_log_says_wh
     assert "sleep(60)" in said["main_thread"] or then == "pass"
 
 
+HANGS_ALREADY = """
+import asyncio, os, time, structlog
+from sandbox_plugin.kubelet.turn import Turn
+async def hang(self):
+    while not os.path.exists(os.environ["HANG"]):
+        await asyncio.sleep(0.01)
+    structlog.get_logger().warning("hanging")
+    time.sleep(60)
+Turn.lost = hang
+"""
+
+
+def test_a_signal_that_comes_while_the_loop_hangs_ends_the_process_by_force(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    flag = places.top / "hang"
+    environment = {"PYTHONPATH": tampered(places, HANGS_ALREADY), "HANG": str(flag)}
+    with ExitStack() as stack:
+        plugin = Daemon(places, fake_node("workstation"), **environment)
+        stack.callback(plugin.kill)
+        plugin.wait_for("registered", resource=PGPU)
+        flag.touch()
+        plugin.wait_for("hanging")
+        assert plugin.terminate() < 5
+        assert plugin.wait() == 0
+        assert "time.sleep(60)" in plugin.wait_for("ended by force")["main_thread"]
+
+
 def test_a_fault_while_one_call_is_answered_costs_that_call_alone_and_is_told(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
