@@ -69,7 +69,7 @@ class State(StrEnum):
     REGISTERED = "registered"
     """It has."""
     LOST = "lost"
-    """The registration is worth nothing any more."""
+    """The registration does not count any more."""
 
 
 @dataclass(kw_only=True)
@@ -259,7 +259,7 @@ class Endpoint:
     # registered
 
     async def _hold(self) -> State:
-        """Waits until the registration is worth nothing any more, and says why."""
+        """Waits until the registration is lost, and says why."""
         while (reason := self._why_lost()) is None:
             await self._wait(lambda: self._why_lost() is not None, _RECHECK)
         log.warning("registration lost", resource=self.resource, reason=reason)

@@ -57,8 +57,8 @@ REQUEST_BYTES = 64 << 10
 _REQUEST_SECONDS = 10.0
 """In which a request must have come whole."""
 _WINDOW_BYTES = 256 << 10
-"""Of all requests on one connection that have not been answered. h2 may hold half of it back for a while, so it is
-more than twice what the longest request needs."""
+"""Of all requests on one connection that have not been answered. h2 may hold half of it back for a while, and the other
+half is enough for the longest request."""
 _DEAF_SECONDS = 10.0
 """For which a peer may leave unread what was sent to it, when there is no room for more."""
 _CHUNK_BYTES = 4 << 10
@@ -122,8 +122,11 @@ class PluginServer:
             log.error("calls did not end", reason=f"{len(self._connections)} connections after {_END_SECONDS:g} s")
 
     def _accept(self) -> None:
-        """Takes in who waits. Not asyncio's: that one logs a want of descriptors a hundred times in a row, and comes
-        back to a listener that was closed meanwhile."""
+        """Accepts connections that wait.
+
+        asyncio's own way logs a lack of descriptors a hundred times in a row, and later comes back to a listener that
+        may have been closed meanwhile.
+        """
         for _ in range(_BATCH):
             try:
                 client, _ = self._listener.accept()
@@ -140,12 +143,12 @@ class PluginServer:
 
     def _pause(self, error: OSError) -> None:
         if self._retry is None:
-            log.warning("no connection accepted", reason=f"{error.strerror}; tried again until there is one")
+            log.warning("no connection accepted", reason=f"{error.strerror}; tried again every second")
         self._loop.remove_reader(self._listener)
         self._retry = self._loop.call_later(_RETRY_SECONDS, self.start)
 
     def _why_not(self, client: socket.socket) -> str | None:
-        """Why nobody is served over this connection. Makes room for it, if that is what is needed."""
+        """Why this connection is not served. Makes room for it if needed."""
         _, user, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if user not in (0, os.geteuid()):
             expected = "0" if os.geteuid() == 0 else f"0 or {os.geteuid()}"
@@ -278,9 +281,9 @@ class _Http(H2Connection):
 
 
 class _Frames(FrameBuffer):
-    """Frames that are not longer than announced, and headers in few of them.
+    """Refuses a frame that is too long, and headers in more than two frames, as soon as they begin.
 
-    h2 refuses a frame that is too long when it has all of it, which is up to 16 MiB, and headers in up to 64 frames.
+    h2 takes in a frame of up to 16 MiB before it refuses it, and headers in up to 64 frames.
     """
 
     def add_data(self, data: Any) -> None:

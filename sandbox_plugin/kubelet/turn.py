@@ -30,7 +30,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 @dataclass(kw_only=True)
 class Turn:
-    """Waits for the lock in `folder`, and notices when it is worth nothing any more.
+    """Waits for the lock in `folder`, and notices when it does not count any more.
 
     Usage:
 
