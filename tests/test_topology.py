@@ -32,6 +32,20 @@ def test_functions_of_one_board_are_pix_behind_a_switch_port_a_root_port_and_ins
         assert between(function("0000:18:00.0", *bridges), function("0000:18:00.1", *bridges)) == "PIX"
 
 
+def test_a_mediated_device_is_where_the_function_is_that_carries_it() -> None:
+    def mediated(number: int, *bridges: str) -> Placement:
+        """Its own address is a UUID, and the last on its way down is the function that carries it."""
+        return function(f"00000000-0000-0000-0000-{number:012}", HOST, *bridges, numa=0)
+
+    gpu, other_gpu = (ROOT_PORT, UP, DOWN_0, "0000:18:00.0"), (ROOT_PORT, UP, DOWN_1, "0000:1b:00.0")
+    assert between(mediated(1, *gpu), mediated(2, *gpu)) == "PIX"
+    assert between(mediated(1, *gpu), mediated(2, *other_gpu)) == "PIX"
+    assert between(mediated(1, *gpu), function("0000:1d:00.0", HOST, ROOT_PORT, UP, DOWN_2, numa=0)) == "PIX"
+    assert between(mediated(1, *gpu), mediated(2, "0000:15:02.0", "0000:1e:00.0")) == "PHB"
+    assert between(mediated(1, "0000:15:04.0"), mediated(2, "0000:15:04.1")) == "PIX"
+    assert between(mediated(1, "0000:15:04.0"), mediated(2, "0000:15:05.0")) == "PHB"
+
+
 def test_a_switch_below_a_switch_makes_it_pxb() -> None:
     # As on a DGX H100: the NIC hangs on the first switch, the GPU on a second one below it.
     nic = function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0)
@@ -69,11 +83,11 @@ def test_between_host_bridges_the_numa_node_decides_and_an_unknown_one_proves_no
     assert between(left, right) == name
 
 
-def test_a_function_of_unknown_node_is_in_the_node_that_another_below_its_host_bridge_tells() -> None:
+def test_a_function_of_unknown_node_is_in_the_node_that_another_below_its_host_bridge_names() -> None:
     silent = device("0", function("0000:16:00.0", HOST, ROOT_PORT, numa=None))
-    telling = device("1", function("0000:1a:00.0", HOST, "0000:15:02.0", numa=1))
+    naming = device("1", function("0000:1a:00.0", HOST, "0000:15:02.0", numa=1))
     elsewhere = device("2", function("0000:3e:00.0", "pci0000:3d", "0000:3d:01.0", numa=1))
-    assert link(places([silent, telling, elsewhere])[0], places([silent, telling, elsewhere])[2]) is Link.NODE
+    assert link(places([silent, naming, elsewhere])[0], places([silent, naming, elsewhere])[2]) is Link.NODE
     assert link(*places([silent, elsewhere])) is Link.SYS
 
 

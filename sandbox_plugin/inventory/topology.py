@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
+from functools import cache
 from typing import NamedTuple
 
 from sandbox_plugin.model import Device, Placement
@@ -23,13 +24,13 @@ class Link(IntEnum):
     sysfs gives a function's bridges as `pci0000:15/0000:15:01.0/0000:16:00.0/0000:17:02.0`: host bridge, root port,
     then two for each switch, its upstream port and the downstream port that leads on. So:
 
-    - PIX: both hang on the same switch, whichever its ports (a switch is counted as the one bridge that it is, not as
-      the two or three port functions on the way), or they share a root port or a slot with no switch in between.
-      Functions of one board are PIX.
+    - PIX: both are below the same switch, at any of its ports (a switch counts as one bridge, although sysfs shows two
+      or three port functions of it on the way), or below the same root port or in the same slot with no switch in
+      between. Functions of one board are PIX, and so are mediated devices of one GPU.
     - PXB: the same root port, but more than one switch on the way.
     - PHB: the same host bridge, different root ports.
     - NODE: the same NUMA node, different host bridges.
-    - SYS: different NUMA nodes, or it is not known that they are the same.
+    - SYS: different NUMA nodes, or the NUMA node is unknown.
     """
 
     PIX = 1
@@ -40,11 +41,11 @@ class Link(IntEnum):
 
 
 LEGEND: Mapping[Link, str] = {
-    Link.PIX: "at most one PCIe switch between them",
-    Link.PXB: "several PCIe switches, below one root port",
-    Link.PHB: "the host bridge that both hang on",
-    Link.NODE: "the way between host bridges of one NUMA node",
-    Link.SYS: "the way between NUMA nodes, or it is not known that they share one",
+    Link.PIX: "at most one PCIe switch",
+    Link.PXB: "several PCIe switches, the same root port",
+    Link.PHB: "the same PCIe host bridge",
+    Link.NODE: "crosses host bridges within a NUMA node",
+    Link.SYS: "crosses NUMA nodes, or the NUMA node is unknown",
 }
 
 
@@ -55,7 +56,7 @@ class Step(NamedTuple):
     """How far apart two devices are whose places have this step in common, but none further down."""
     name: str
     group: bool = False
-    """This step is an IOMMU group of several devices. It is no place by itself: its level is that of the step above."""
+    """An IOMMU group of several devices. It is not a place by itself: its level is that of the step above."""
 
 
 Place = tuple[Step, ...]
@@ -76,12 +77,18 @@ def places(devices: Sequence[Device]) -> tuple[Place, ...]:
     on a kernel with cdevs, where a group is many devices, and on one without, where it is one.
 
     A host bridge belongs to one NUMA node (the kernel hands the bridge's down to every function below: pcibus_to_node
-    in drivers/pci/probe.c). A function whose node is unknown is therefore in the node that another below its host
-    bridge tells; where they contradict each other, which takes a write to `numa_node`, in the lowest. If none tells,
-    the way up to the host bridge is all that counts.
+    in drivers/pci/probe.c). So a function whose NUMA node is unknown is in the one that another function below the same
+    host bridge names. Where they contradict each other, which takes a write to `numa_node`, the lowest counts. If none
+    names one, only the way up to the host bridge counts.
     """
-    nodes = _nodes_of_host_bridges(devices)
-    own = [_common([_function_place(p, nodes) for p in device.placements]) for device in devices]
+    numa_of = _numa_of_host_bridges(devices)
+    upper_steps = cache(_upper_steps)
+
+    @cache
+    def function_place(numa: int | None, upper: tuple[str, ...], nearest: str) -> Place:
+        return (*upper_steps(numa, upper), Step(Link.PIX, nearest))
+
+    own = [_common([function_place(*_whereabouts(p, numa_of)) for p in device.placements]) for device in devices]
     mates: dict[int, list[Place]] = defaultdict(list)
     for device, place in zip(devices, own, strict=True):
         if device.mates:
@@ -120,38 +127,45 @@ def legend_lines() -> list[str]:
     return ["X     the device itself", *(f"{a.name:<4}  {words}" for a, words in LEGEND.items())]
 
 
-def _nodes_of_host_bridges(devices: Sequence[Device]) -> dict[str, int]:
-    nodes: dict[str, int] = {}
+def _numa_of_host_bridges(devices: Sequence[Device]) -> dict[str, int]:
+    numa_of: dict[str, int] = {}
     for device in devices:
         for placement in device.placements:
             if placement.bridges and placement.numa_node is not None:
                 bridge = placement.bridges[0]
-                nodes[bridge] = min(placement.numa_node, nodes.get(bridge, placement.numa_node))
-    return nodes
+                numa_of[bridge] = min(placement.numa_node, numa_of.get(bridge, placement.numa_node))
+    return numa_of
 
 
-def _function_place(placement: Placement, nodes: Mapping[str, int]) -> Place:
-    bridges = placement.bridges
-    node = nodes.get(bridges[0]) if bridges else placement.numa_node
-    steps = []
-    if node is not None:
-        steps.append(Step(Link.NODE, f"node {node}"))
-    if bridges:
-        steps.append(Step(Link.PHB, bridges[0]))
-    if len(bridges) > 1:
-        steps.append(Step(Link.PXB, bridges[1]))
-    steps.append(Step(Link.PIX, _switch(placement)))
-    return tuple(steps)
+def _whereabouts(placement: Placement, numa_of: Mapping[str, int]) -> tuple[int | None, tuple[str, ...], str]:
+    """NUMA node, host bridge and root port of a function, and what its neighbours at PIX share with it.
 
-
-def _switch(placement: Placement) -> str:
-    """What its neighbours at PIX share with it: the upstream port of its switch, or its root port, or its slot."""
-    bridges = placement.bridges
+    That is the upstream port of its switch, or its root port, or its slot.
+    """
+    address, bridges = _pci_function(placement)
+    numa = numa_of.get(bridges[0]) if bridges else placement.numa_node
     if len(bridges) > 2:
-        return bridges[-2]
+        return numa, bridges[:2], bridges[-2]
     if len(bridges) == 2:
-        return bridges[1]
-    return placement.address.rpartition(".")[0]
+        return numa, bridges, bridges[1]
+    return numa, bridges, address.rpartition(".")[0]
+
+
+def _pci_function(placement: Placement) -> tuple[str, tuple[str, ...]]:
+    """The address of the function and the bridges above it.
+
+    A mediated device is where the function is that carries it, the last on its way down. Its own address is a UUID.
+    """
+    address, bridges = placement.address, placement.bridges
+    if ":" in address or not bridges:
+        return address, bridges
+    return bridges[-1], bridges[:-1]
+
+
+def _upper_steps(numa: int | None, upper: tuple[str, ...]) -> Place:
+    """The steps of NUMA node, host bridge and root port, as far as there are any."""
+    steps = () if numa is None else (Step(Link.NODE, f"NUMA node {numa}"),)
+    return (*steps, *(Step(level, name) for level, name in zip((Link.PHB, Link.PXB), upper, strict=False)))
 
 
 def _group_place(number: int, mates: Sequence[Place]) -> Place:
