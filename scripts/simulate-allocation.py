@@ -70,10 +70,10 @@ class Outcome:
 
     distance: float
     """Mean over the VMs of 2 and 4 GPUs of the mean distance between their GPUs (8 GPUs are the whole node)."""
-    found_node: float
-    """Share of 4-GPU VMs that came when four GPUs of one NUMA node were free."""
-    on_one_node: float
-    """Share of 4-GPU VMs that got all four on one NUMA node."""
+    got_one_numa: float
+    """Share of 4-GPU VMs that got all four GPUs on one NUMA node."""
+    one_numa_free: float
+    """Share of 4-GPU VMs that came while four GPUs of one NUMA node were free, so that no more could get them."""
 
 
 Results = Mapping[tuple[str, float, str], Outcome]
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def simulate(loads: Sequence[float] = (TABLE_LOAD,), count: int = ARRIVALS, seed: int = SEED) -> Results:
-    """Each load of each node anew, so that its figures do not depend on which others are asked for."""
+    """Each load of each node has random numbers of its own, so its figures do not depend on the other loads."""
     results = {}
     for preset in NODES:
         devices = gpus_of(preset)
@@ -137,7 +137,7 @@ def replay(devices: Mapping[str, Device], vms: Sequence[Vm], policy: str, random
     order = {device_id: n for n, device_id in enumerate(devices)}
     free = set(devices)
     leaving: list[tuple[float, tuple[str, ...]]] = []
-    distances, found_node, on_one_node = [], [], []
+    distances, got, free_then = [], [], []
     for vm in vms:
         while leaving and leaving[0][0] <= vm.arrives:
             free.update(heapq.heappop(leaving)[1])
@@ -145,11 +145,11 @@ def replay(devices: Mapping[str, Device], vms: Sequence[Vm], policy: str, random
         if vm.size in (2, 4):
             distances.append(fmean(apart[a, b] for a, b in combinations(sorted(chosen, key=order.__getitem__), 2)))
         if vm.size == 4:
-            found_node.append(most_on_one_node(devices, free) >= 4)
-            on_one_node.append(most_on_one_node(devices, chosen) == 4)
+            got.append(most_on_one_numa(devices, chosen) == 4)
+            free_then.append(most_on_one_numa(devices, free) >= 4)
         free.difference_update(chosen)
         heapq.heappush(leaving, (vm.leaves, chosen))
-    return Outcome(fmean(distances), fmean(found_node), fmean(on_one_node))
+    return Outcome(fmean(distances), fmean(got), fmean(free_then))
 
 
 def chooser(devices: Mapping[str, Device], policy: str) -> Choose:
@@ -170,9 +170,9 @@ def pair_distances(devices: Mapping[str, Device]) -> dict[tuple[str, str], int]:
     return {(a, b): int(link) for a, row in rows for b, link in zip(devices, row, strict=True) if link is not None}
 
 
-def most_on_one_node(devices: Mapping[str, Device], ids: Sequence[str] | set[str]) -> int:
-    nodes = [devices[i].numa_nodes for i in ids]
-    return max((nodes.count(node) for node in nodes), default=0)
+def most_on_one_numa(devices: Mapping[str, Device], ids: Sequence[str] | set[str]) -> int:
+    numa = [devices[i].numa_nodes for i in ids]
+    return max((numa.count(each) for each in numa), default=0)
 
 
 def tables(results: Results) -> str:
@@ -180,12 +180,12 @@ def tables(results: Results) -> str:
     lines = []
     for preset in NODES:
         lines += [
-            f"| `{preset}` at load {TABLE_LOAD:g} | mean distance | four free on one node | and got |",
+            f"| `{preset}` at load {TABLE_LOAD:g} | mean distance | 4-GPU VMs on one NUMA node | possible |",
             "|---|---|---|---|",
         ]
         for policy in POLICIES:
             outcome = results[preset, TABLE_LOAD, policy]
-            shares = f"{outcome.found_node:.1%} | {outcome.on_one_node:.1%}"
+            shares = f"{outcome.got_one_numa:.1%} | {outcome.one_numa_free:.1%}"
             lines.append(f"| {policy} | {outcome.distance:.2f} | {shares} |")
         lines.append("")
     return "\n".join(lines)
@@ -205,15 +205,20 @@ def plot(results: Results) -> str:
         'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#24292f">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         text(24, 34, "The same VMs, placed by four policies", size=18, bold=True),
-        text(24, 55, "VMs of 1, 2, 4 and 8 GPUs come and go; x: GPUs asked for, as a share of the node's", grey=True),
+        text(
+            24,
+            55,
+            "VMs of 1, 2, 4 and 8 GPUs come and go, at loads from 0.2 to 1.2 (GPUs asked for, as a share of all)",
+            grey=True,
+        ),
         *legend(WIDTH - 24 - 4 * 92, 29),
         text(LEFT - 40, TOP - 42, "Mean distance inside VMs (lower is better)", bold=True),
-        text(LEFT - 40 + COLUMN, TOP - 42, "4-GPU VMs that got one NUMA node (higher is better)", bold=True),
+        text(LEFT - 40 + COLUMN, TOP - 42, "4-GPU VMs on one NUMA node (higher is better)", bold=True),
     ]
     for row, preset in enumerate(NODES):
         y = TOP + row * ROW
         distances = {p: [results[preset, load, p].distance for load in LOADS] for p in POLICIES}
-        shares = {p: [results[preset, load, p].on_one_node for load in LOADS] for p in POLICIES}
+        shares = {p: [results[preset, load, p].got_one_numa for load in LOADS] for p in POLICIES}
         parts += chart(LEFT, y, preset, distances, 1, 5, {1: "1 PIX", 2: "2 PXB", 3: "3 PHB", 4: "4 NODE", 5: "5 SYS"})
         parts += chart(LEFT + COLUMN, y, preset, shares, 0, 1, {n / 4: f"{n * 25} %" for n in range(5)})
     return "\n".join([*parts, "</svg>", ""])

@@ -6,40 +6,36 @@ The answer is the set, of the devices asked for, that is first by these, in this
 2. It splits the fewest IOMMU groups. A group is split when some of its available devices are taken, but not all: the
    kernel gives a group to one VM, so the others would be of no use to anybody.
 3. `packed`: the least sum of distances (`topology.Link`) over all its pairs. `spread`: the greatest.
-4. It leaves the best remainder: the fewest devices stranded in split groups; then, for `packed`, among the devices left
-   the fewest pairs that are SYS, then NODE, then PHB, then PXB. That is best fit on each level: a node or switch that
-   is nearly used up is finished before a whole one is broken into. For `spread` it is the most such pairs: what is left
-   is evenly spread too.
-5. The lowest numbers: of the sorted IDs, the first that differ.
+4. `spread`: the greatest sum of distances to the devices in use, which are the healthy ones that are not available.
+   (An unhealthy one does not count: the kubelet does not say whether a pod has it, and it may be gone.)
+5. It leaves the best remainder: the fewest devices stranded in split groups; then, for `packed`, among the devices left
+   the most pairs that are PIX, then PXB, then PHB, then NODE. That is best fit: a device whose neighbours are taken is
+   used up before a pair on a switch is broken up. For `spread` it is the fewest such pairs, so that what is left is far
+   apart too.
+6. The lowest numbers: of the sorted IDs, the first that differ.
 
 Devices that cannot be given to a VM now are no part of this. Where there are not enough others, the answer is filled up
 with them: the kubelet may know less than we do for a moment, and fills an answer that is too short at random.
 
-How it is found: all of this is one number, a sum over the parts of the PCIe tree (`topology.places`), to which each
-part contributes by how many of its devices are taken, and by nothing else. So the best set follows from the leaves up:
-for each part, the best way to take one, two, three devices there. Nothing is left out and nothing is tried twice.
-That is optimal for any request on up to 362 devices, and on 1,024 for those that take, or leave, at most 33 of them.
-Beyond, two large parts share devices in one of three ways only (see `_merge_roughly`), which never comes out worse than
-a greedy search that starts from the lowest number and takes the nearest device next (`spread`: the farthest).
+How it is found: all of this is one number, a sum over the devices taken and over the parts of the PCIe tree
+(`topology.places`), to which each part contributes by how many of its devices are taken, and by nothing else. So the
+best set follows from the leaves up: for each part, the least cost of taking one, two, three devices there. Parts side
+by side share them in the cheapest way (`least_sums`). So the answer is the best of all sets, of any number of devices.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from bisect import insort
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from operator import add
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from sandbox_plugin.inventory.least_sums import is_convex, least_sums, of_all_or_none, of_convex
 from sandbox_plugin.inventory.topology import Link, Place, places
 from sandbox_plugin.model import Device, id_order
 from sandbox_plugin.settings import Policy
-
-EXACT = 1 << 15
-"""Up to this product of devices taken and devices left the search is exact; it bounds the number of sums."""
-_SMALL = 16
-"""Beyond that, parts still share their devices exactly where one of them has at most so many costs to try."""
 
 
 class InvalidRequest(ValueError):
@@ -60,6 +56,8 @@ def prefer(
     forced = frozenset(must_include)
     candidates = sorted(forced.union(available), key=id_order)
     must = [i for i in candidates if i in forced]
+    if size < 0:
+        raise InvalidRequest(f"{size} devices are asked for: the size is negative")
     if size < len(must):
         raise InvalidRequest(f"{size} devices are asked for, but {len(must)} must be included")
     if size > len(candidates):
@@ -80,56 +78,78 @@ def _choose(
 
     A device that must be included and that we do not know is as far from one as from the other: it has no say.
     """
-    ids = [i for i in usable if i in devices]
     place_of = dict(zip(devices, places(list(devices.values())), strict=True))
+    ids = [i for i in usable if i in devices]
+    weights = _weights(len(ids), len(devices), policy)
+    own = [0] * len(ids)
+    if weights.near_in_use:
+        offered = set(ids)
+        in_use = [place_of[i] for i, device in devices.items() if device.health.healthy and i not in offered]
+        own = [weights.near_in_use * near for near in _nearness([place_of[i] for i in ids], in_use)]
     members = [
-        _Member(1 << bit, place_of[i], i in forced) for bit, i in zip(reversed(range(len(ids))), ids, strict=True)
+        _Member(place_of[i], i in forced, cost - (1 << bit))
+        for i, cost, bit in zip(ids, own, reversed(range(len(ids))), strict=True)
     ]
     search = _Search(
         count=len(ids),
+        forced=sum(member.forced for member in members),
         size=size - (len(usable) - len(ids)),
-        weights=_weights(len(ids), policy),
+        weights=weights,
         pairs=list(accumulate(range(len(ids)), initial=0)),
     )
     taken = search.best(members)
-    return [i for i, member in zip(ids, members, strict=True) if member.bit & taken]
+    return [i for i, bit in zip(ids, reversed(range(len(ids))), strict=True) if taken >> bit & 1]
+
+
+def _nearness(asked: Sequence[Place], others: Sequence[Place]) -> list[int]:
+    """For each place asked for: how much nearer than SYS the others are to it, all together."""
+    inside = Counter(place[:depth] for place in others for depth in range(1, len(place) + 1))
+
+    def nearness(place: Place) -> int:
+        links = [Link.SYS, *(step.level for step in place)]
+        return sum((outer - inner) * inside[place[:depth]] for depth, (outer, inner) in enumerate(pairwise(links), 1))
+
+    return [nearness(place) for place in asked]
 
 
 class _Member(NamedTuple):
-    """A device that may be taken. Of two, the greater is the one with the lower ID."""
+    """A device that may be taken."""
 
-    bit: int
-    """Its place in the number of a set, the lowest ID highest: of two sets of a size, the greater number goes first."""
     place: Place
     forced: bool
+    cost: int
+    """What it costs wherever it is: its nearness to the devices in use, less its place in the number of a set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Weights:
     """What makes a set worse, as numbers so far apart that no amount of one outweighs a single one of the one before.
 
-    What a set costs is the sum of these, less the set's own number, which thereby can be read from the cost.
+    What a set costs is the sum of these, less the set's own number, which thereby can be read from the cost. In that
+    number the lowest ID is the highest bit: of two sets of one size, the one with the greater number goes first.
     """
 
     split: int
     near: Sequence[int]
     """For each pair taken, by its link."""
+    near_in_use: int
+    """For each link that a device taken is nearer to one in use than SYS."""
     stranded: int
     left: Sequence[int]
     """For each pair left, by its link."""
 
 
-def _weights(count: int, policy: Policy) -> _Weights:
-    # No sum that the search compares, of any of these, differs by more than 10 * count**2.
-    digit = (32 * count * count).bit_length()
-    split, distance, stranded, sys, node, phb, pxb = (1 << (count + digit * n) for n in reversed(range(7)))
+def _weights(count: int, everything: int, policy: Policy) -> _Weights:
+    # No sum that the search compares, of any of these, differs by more than 10 * everything**2.
+    digit = (32 * everything * everything).bit_length()
+    split, distance, in_use, stranded, *left = (1 << (count + digit * n) for n in reversed(range(8)))
     sign = 1 if policy is Policy.PACKED else -1
     return _Weights(
         split=split,
         near=[sign * distance * level for level in range(max(Link) + 1)],
+        near_in_use=0 if policy is Policy.PACKED else in_use,
         stranded=stranded,
-        # The number of all pairs left is given, so that of the nearest follows from the others. There is no link 0.
-        left=[0, 0, sign * pxb, sign * phb, sign * node, sign * sys],
+        left=[0, *(-sign * weight for weight in left), 0],
     )
 
 
@@ -142,21 +162,22 @@ class _Table(NamedTuple):
     """of which so many must be taken."""
     first: int
     """How many devices the first cost is for; each of the next is for one more."""
-    costs: list[int]
+    costs: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Search:
-    """One search: how many there are, how many are wanted, and what counts."""
+    """One search: how many there are, how many of them must be taken, how many are wanted, and what counts."""
 
     count: int
+    forced: int
     size: int
     weights: _Weights
     pairs: Sequence[int]
     """How many pairs there are of so many devices, up to all of them."""
 
     def best(self, members: Sequence[_Member]) -> int:
-        """The number of the best set. The members are in the order of their IDs."""
+        """The number of the best set."""
         (cost,) = self._inside(members, 0, Link.SYS).costs  # exactly `size` of them all is all that may be taken
         return -cost & ((1 << self.count) - 1)
 
@@ -176,12 +197,8 @@ class _Search:
             else:
                 loose += inside
         if loose:
-            tables.append(self._alike(sorted(loose, reverse=True)))
-        tables.sort(key=lambda t: not t.forced)
-        while len(tables) > 1:
-            merged = [self._merge(one, other) for one, other in zip(tables[::2], tables[1::2], strict=False)]
-            tables = [*merged, *tables[len(merged) * 2 :]]
-        return tables[0]
+            tables.append(self._single(loose))
+        return self._side_by_side(tables)
 
     def _part(self, members: Sequence[_Member], depth: int, outer: Link) -> _Table:
         """The table of one part with its own cost: how much nearer than in the part around it the pairs within are.
@@ -201,57 +218,53 @@ class _Search:
             whole = [c + near * pairs[n] + left * pairs[total - n] for n, c in enumerate(costs, first)]
         return _Table(total, forced, first, whole)
 
-    def _alike(self, members: Sequence[_Member]) -> _Table:
-        """Devices that differ in nothing but their number: those that must be taken first, then the lowest."""
-        forced = [-m.bit for m in members if m.forced]
-        costs = list(accumulate([*forced, *(-m.bit for m in members if not m.forced)], initial=0))
-        wanted = self._wanted(len(members), len(forced))
-        return _Table(len(members), len(forced), wanted.start, costs[wanted.start : wanted.stop])
+    def _single(self, members: Sequence[_Member]) -> _Table:
+        """Devices that share no part with each other: those that must be taken, then always the cheapest."""
+        forced = [m.cost for m in members if m.forced]
+        free = sorted(m.cost for m in members if not m.forced)
+        return self._table(len(members), len(forced), len(forced), list(accumulate(free, initial=sum(forced))))
 
-    def _merge(self, one: _Table, other: _Table) -> _Table:
-        """Two parts side by side: for each number, the cheapest way to share it between them."""
-        total, forced = one.total + other.total, one.forced + other.forced
+    def _side_by_side(self, tables: Sequence[_Table]) -> _Table:
+        """Several parts: for each number, the cheapest way to share it between them."""
+        if len(tables) == 1:
+            return tables[0]
+        convex, alike = [], defaultdict(list)
+        for table in tables:
+            if is_convex(table.costs):
+                convex.append(table)
+            else:
+                alike[len(table.costs)].append(table)
+        rest = [self._sum(convex, of_convex([t.costs for t in convex]))] if convex else []
+        for similar in alike.values():
+            # Two are shared as quickly by `least_sums`.
+            costs = of_all_or_none([t.costs for t in similar]) if len(similar) > 2 else None
+            rest += similar if costs is None else [self._sum(similar, costs)]
+        rest.sort(key=_length)
+        while len(rest) > 1:
+            one, other, *rest = rest
+            insort(rest, self._merge_two(one, other), key=_length)
+        return rest[0]
+
+    def _sum(self, tables: Sequence[_Table], costs: Sequence[int]) -> _Table:
+        totals, forced, firsts, _ = zip(*tables, strict=True)
+        return self._table(sum(totals), sum(forced), sum(firsts), costs)
+
+    def _merge_two(self, one: _Table, other: _Table) -> _Table:
+        total, forced, first = one.total + other.total, one.forced + other.forced, one.first + other.first
         wanted = self._wanted(total, forced)
-        rough = self.size * (self.count - self.size) > EXACT and min(len(one.costs), len(other.costs)) > _SMALL
-        share = _merge_roughly if rough else _merge_exactly
-        return _Table(total, forced, wanted.start, share(one, other, wanted))
+        costs = least_sums(one.costs, other.costs, range(wanted.start - first, wanted.stop - first))
+        return _Table(total, forced, wanted.start, costs)
+
+    def _table(self, total: int, forced: int, first: int, costs: Sequence[int]) -> _Table:
+        """Only what the answer may take of these costs, of which the first is for so many devices."""
+        wanted = self._wanted(total, forced)
+        return _Table(total, forced, wanted.start, costs[wanted.start - first : wanted.stop - first])
 
     def _wanted(self, total: int, forced: int) -> range:
-        """How many devices of a part the answer may take, as far as what is elsewhere has to make up for the rest."""
-        return range(max(forced, self.size - (self.count - total)), min(total, self.size) + 1)
+        """How many devices of a part the answer may take, so that elsewhere there are enough, and not too many."""
+        least, most = self.size - (self.count - total), self.size - (self.forced - forced)
+        return range(max(forced, least), min(total, most) + 1)
 
 
-def _merge_exactly(one: _Table, other: _Table, wanted: range) -> list[int]:
-    """For each number the least of all sums: of the first part so many, of the other the rest."""
-    costs, rests = one.costs, other.costs[::-1]
-    end, span = len(costs), len(rests)
-    merged = []
-    # `more` devices beyond the first costs of both: costs[n] goes with that of the other part for `more - n`.
-    for more in range(wanted.start - one.first - other.first, wanted.stop - one.first - other.first):
-        low, high = more + 1 - span, more + 1
-        skip = -low
-        low, high = low if low > 0 else 0, high if high < end else end
-        merged.append(min(map(add, costs[low:high], rests[low + skip : high + skip])))
-    return merged
-
-
-def _merge_roughly(one: _Table, other: _Table, wanted: range) -> list[int]:
-    """For each number the least of three sums: as few of the first part as can be, as many, or what greedy takes.
-
-    Greedy goes from each number to the next by the cheaper device. Where tables are convex, as in `spread` without
-    groups, that is the least of all sums. In `packed` greedy fills one part before it begins the next, and then it is
-    among the first two.
-    """
-    costs, rests = one.costs, other.costs
-    end, span = len(costs) - 1, len(rests) - 1
-    start = wanted.start - one.first - other.first
-    greedy = min(range(max(0, start - span), min(end, start) + 1), key=lambda n: costs[n] + rests[start - n])
-    merged = []
-    for more in range(start, start + len(wanted)):
-        low, high = more - span if more > span else 0, more if more < end else end
-        greedy = greedy if greedy > low else low
-        taken = costs[greedy] + rests[more - greedy]
-        if greedy < high and (further := costs[greedy + 1] + rests[more - greedy - 1]) < taken:
-            greedy, taken = greedy + 1, further
-        merged.append(min(costs[low] + rests[more - low], costs[high] + rests[more - high], taken))
-    return merged
+def _length(table: _Table) -> int:
+    return len(table.costs)
