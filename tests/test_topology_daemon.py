@@ -1,4 +1,4 @@
-"""The running daemon, asked by grpcio, gives the sets that docs/topology.md shows."""
+"""Topology on the wire: the running daemon, asked by grpcio, gives the sets that docs/topology.md shows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 from conftest import StartDaemon
-from kubelet import GrpcKubelet
+from kubelet import GrpcKubelet, Listed
 
 from examples import Example, examples
+from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 
 PGPU = "nvidia.com/pgpu"
@@ -28,3 +30,19 @@ def test_the_daemon_prefers_what_the_doc_shows(
         available = sorted(row.available or every, reverse=True)
         answer = kubelet.plugin(PGPU).prefer(available, row.size, row.must_include)
         assert tuple(answer) == row.answers[policy], str(row)
+
+
+def test_a_group_whose_gpus_are_on_two_numa_nodes_is_listed_with_both(
+    fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    """On a kernel without cdevs, where a group is one device."""
+    node = fake_node("workstation")
+    first, second = "0000:02:00.0", "0000:02:01.0"
+    group = node.function(first).iommu_group
+    node.add(FunctionSpec(address=second, model=models.T4, parent="0000:00:1b.0", iommu_group=group))
+    node.bind(second)
+    node.set_attribute(first, "numa_node", "1")
+    node.set_attribute(second, "numa_node", "0")
+    daemon(node)
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+    assert kubelet.devices(PGPU)[str(group)] == Listed(id=str(group), health="Healthy", numa=(0, 1))
