@@ -29,7 +29,7 @@ from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 from sandbox_plugin.inventory.least_sums import is_convex, least_sums, of_all_or_none, of_convex
@@ -82,9 +82,9 @@ def _choose(
     ids = [i for i in usable if i in devices]
     weights = _weights(len(ids), len(devices), policy)
     own = [0] * len(ids)
-    if weights.near_in_use:
-        offered = set(ids)
-        in_use = [place_of[i] for i, device in devices.items() if device.health.healthy and i not in offered]
+    offered = set(ids)
+    in_use = [place_of[i] for i, device in devices.items() if device.health.healthy and i not in offered]
+    if weights.near_in_use and in_use:
         own = [weights.near_in_use * near for near in _nearness([place_of[i] for i in ids], in_use)]
     members = [
         _Member(place_of[i], i in forced, cost - (1 << bit))
@@ -106,8 +106,13 @@ def _nearness(asked: Sequence[Place], others: Sequence[Place]) -> list[int]:
     inside = Counter(place[:depth] for place in others for depth in range(1, len(place) + 1))
 
     def nearness(place: Place) -> int:
-        links = [Link.SYS, *(step.level for step in place)]
-        return sum((outer - inner) * inside[place[:depth]] for depth, (outer, inner) in enumerate(pairwise(links), 1))
+        total, outer = 0, Link.SYS
+        for depth, step in enumerate(place, 1):
+            if not (count := inside[place[:depth]]):
+                break
+            total += (outer - step.level) * count
+            outer = step.level
+        return total
 
     return [nearness(place) for place in asked]
 
@@ -186,8 +191,9 @@ class _Search:
         loose = []
         parts: dict[str, list[_Member]] = defaultdict(list)
         for member in members:
-            if len(member.place) > depth:
-                parts[member.place[depth].name].append(member)
+            place = member.place
+            if len(place) > depth:
+                parts[place[depth].name].append(member)
             else:
                 loose.append(member)
         tables = []

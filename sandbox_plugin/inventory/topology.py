@@ -131,9 +131,9 @@ def _numa_of_host_bridges(devices: Sequence[Device]) -> dict[str, int]:
     numa_of: dict[str, int] = {}
     for device in devices:
         for placement in device.placements:
-            if placement.bridges and placement.numa_node is not None:
-                bridge = placement.bridges[0]
-                numa_of[bridge] = min(placement.numa_node, numa_of.get(bridge, placement.numa_node))
+            bridges, numa = placement.bridges, placement.numa_node
+            if bridges and numa is not None and numa <= numa_of.get(bridges[0], numa):
+                numa_of[bridges[0]] = numa
     return numa_of
 
 
