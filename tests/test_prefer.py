@@ -19,7 +19,7 @@ from machines import DEAD, device, eight_over_two_sockets, function, on_switch, 
 
 from sandbox_plugin.inventory import prefer as search
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
-from sandbox_plugin.inventory.topology import Place, link, places
+from sandbox_plugin.inventory.topology import Place, link, places_by_id
 from sandbox_plugin.model import Device, Placement
 from sandbox_plugin.settings import Policy
 
@@ -515,7 +515,7 @@ def test_of_a_thousand_devices_the_choice_is_never_worse_than_greedy(
     group: int, must: list[str], policy: Policy
 ) -> None:
     devices = thousand(group=group)
-    place_of = dict(zip(devices, places(list(devices.values())), strict=True))
+    place_of = places_by_id(devices.values())
     sign = 1 if policy is PACKED else -1
     links: dict[tuple[Place, Place], int] = {}
 

@@ -32,6 +32,20 @@ def test_the_daemon_prefers_what_the_doc_shows(
         assert tuple(answer) == row.answers[policy], str(row)
 
 
+def test_a_gpu_that_is_found_on_another_numa_node_is_preferred_with_those_there(
+    fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("hgx-h100")
+    daemon(node, "--health-interval=0.2")
+    every = sorted(kubelet.wait_for(lambda: kubelet.healthy(PGPU)))
+    assert kubelet.plugin(PGPU).prefer(every, 4) == ["4", "5", "6", "7"]
+    node.set_attribute("0000:1b:00.0", "numa_node", "1")
+    node.set_attribute("0000:9d:00.0", "numa_node", "0")
+    kubelet.wait_for(lambda: (kubelet.devices(PGPU)["4"].numa, kubelet.devices(PGPU)["8"].numa) == ((1,), (0,)))
+    assert kubelet.plugin(PGPU).prefer(every, 4) == ["4", "9", "10", "11"]
+    assert kubelet.plugin(PGPU).prefer(every, 4, ["5"]) == ["5", "6", "7", "8"]
+
+
 def test_a_group_whose_gpus_are_on_two_numa_nodes_is_listed_with_both(
     fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:

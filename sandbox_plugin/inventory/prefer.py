@@ -33,7 +33,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from sandbox_plugin.inventory.least_sums import is_convex, least_sums, of_all_or_none, of_convex
-from sandbox_plugin.inventory.topology import Link, Place, places
+from sandbox_plugin.inventory.topology import Link, Place, places_by_id
 from sandbox_plugin.model import Device, id_order
 from sandbox_plugin.settings import Policy
 
@@ -43,12 +43,19 @@ class InvalidRequest(ValueError):
 
 
 def prefer(
-    devices: Mapping[str, Device], *, available: Sequence[str], must_include: Sequence[str], size: int, policy: Policy
+    devices: Mapping[str, Device],
+    *,
+    available: Sequence[str],
+    must_include: Sequence[str],
+    size: int,
+    policy: Policy,
+    place_of: Mapping[str, Place] | None = None,
 ) -> tuple[str, ...]:
     """The IDs of the `size` devices to take: those of `must_include` first, both parts in the order of their IDs.
 
-    `devices` are all devices of the resource by their ID. An ID that stands twice counts once; one in `must_include`
-    counts as available; one that is not in `devices` is taken like an unhealthy one, after those.
+    `devices` are all devices of the resource by their ID, and `place_of` what `places_by_id` says of them, for who has
+    it already. An ID that stands twice counts once; one in `must_include` counts as available; one that is not in
+    `devices` is taken like an unhealthy one, after those.
 
     Raises `InvalidRequest` when there is no set of that size that holds `must_include`. The kubelet rejects the pod on
     an error, so whatever else may be wrong with the request is answered as well as can be.
@@ -65,20 +72,24 @@ def prefer(
     usable = [i for i in candidates if i in forced or (i in devices and devices[i].health.healthy)]
     missing = size - len(usable)
     if missing < 0:
-        best = _choose(devices, usable, forced, size, policy)
+        best = _choose(devices, place_of or places_by_id(devices.values()), usable, forced, size, policy)
         return (*must, *(i for i in best if i not in forced))
     last_resort = sorted(set(candidates).difference(usable), key=lambda i: (i not in devices, id_order(i)))
     return (*must, *(i for i in usable if i not in forced), *last_resort[:missing])
 
 
 def _choose(
-    devices: Mapping[str, Device], usable: Sequence[str], forced: frozenset[str], size: int, policy: Policy
+    devices: Mapping[str, Device],
+    place_of: Mapping[str, Place],
+    usable: Sequence[str],
+    forced: frozenset[str],
+    size: int,
+    policy: Policy,
 ) -> list[str]:
     """The best `size` of the usable devices, which are in the order of their IDs; less those that we do not know.
 
     A device that must be included and that we do not know is as far from one as from the other: it has no say.
     """
-    place_of = dict(zip(devices, places(list(devices.values())), strict=True))
     ids = [i for i in usable if i in devices]
     weights = _weights(len(ids), len(devices), policy)
     own = [0] * len(ids)

@@ -10,7 +10,7 @@ from C than the worse of the two. `prefer` rests on that.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
@@ -101,6 +101,12 @@ def places(devices: Sequence[Device]) -> tuple[Place, ...]:
         else place
         for device, place in zip(devices, own, strict=True)
     )
+
+
+def places_by_id(devices: Iterable[Device]) -> dict[str, Place]:
+    """The place of each device, by its ID."""
+    listed = list(devices)
+    return {device.id: place for device, place in zip(listed, places(listed), strict=True)}
 
 
 def matrix(devices: Sequence[Device]) -> tuple[tuple[Link | None, ...], ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import betterproto
@@ -20,6 +20,7 @@ from grpclib.server import Stream
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.inventory.state import Inventory
+from sandbox_plugin.inventory.topology import Place, places_by_id
 from sandbox_plugin.kubelet.answers import answer
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.model import Device
@@ -43,6 +44,8 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     stream: Callable[[], AbstractContextManager[None]]
     why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
     """Looks at these devices once more: device ID -> why it must not be given away now. Answers soon."""
+    _places: tuple[int, Mapping[str, Place]] | None = field(default=None, init=False)
+    """The version of the inventory that was last asked about, and the places of its devices."""
 
     async def get_device_plugin_options(self, empty: v1beta1.Empty) -> v1beta1.DevicePluginOptions:
         return v1beta1.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
@@ -67,7 +70,10 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     ) -> v1beta1.PreferredAllocationResponse:
         """One answer for each container. An error rejects the pod, so only a question without any answer gets one."""
         self._check(request)
-        devices = {d.id: d for d in self.registry.current.resources.get(self.resource, ())}
+        inventory = self.registry.current
+        devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
+        if self._places is None or self._places[0] != inventory.version:
+            self._places = inventory.version, places_by_id(devices.values())
         answers = []
         for asked in request.container_requests:
             try:
@@ -77,6 +83,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
                     must_include=asked.must_include_device_i_ds,
                     size=asked.allocation_size,
                     policy=self.policy,
+                    place_of=self._places[1],
                 )
             except InvalidRequest as error:
                 raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
