@@ -26,6 +26,7 @@ from typing import Any, cast
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.inventory.advance import Inventory
 from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.topology import places_by_id
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
 from sandbox_plugin.kubelet.wellformed import MessageCodec
 from sandbox_plugin.model import Device, Placement
@@ -76,6 +77,7 @@ def sizes(count: int) -> list[int]:
 async def timed(devices: Mapping[str, Device], policy: Policy, calls: int) -> dict[int, list[tuple[float, float]]]:
     """Size -> the milliseconds of each answer and of the choice alone. Busy moments are shared: sizes take turns."""
     plugin, codec, available = servicer(devices, policy), MessageCodec(), list(devices)
+    place_of = places_by_id(devices.values())
     times: dict[int, list[tuple[float, float]]] = {size: [] for size in sizes(len(devices))}
     for size in [*times] * calls:
         container = v1beta1.ContainerPreferredAllocationRequest(available_device_i_ds=available, allocation_size=size)
@@ -84,7 +86,7 @@ async def timed(devices: Mapping[str, Device], policy: Policy, calls: int) -> di
         asked = codec.decode(request, v1beta1.PreferredAllocationRequest)
         codec.encode(await plugin.get_preferred_allocation(asked), v1beta1.PreferredAllocationResponse)
         answered = time.perf_counter()
-        prefer(devices, available=available, must_include=(), size=size, policy=policy)
+        prefer(devices, available=available, must_include=(), size=size, policy=policy, place_of=place_of)
         times[size].append(((answered - started) * 1000, (time.perf_counter() - answered) * 1000))
     return times
 

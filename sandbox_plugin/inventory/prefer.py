@@ -53,8 +53,8 @@ def prefer(
 ) -> tuple[str, ...]:
     """The IDs of the `size` devices to take: those of `must_include` first, both parts in the order of their IDs.
 
-    `devices` are all devices of the resource by their ID, and `place_of` what `places_by_id` says of them, for who has
-    it already. An ID that stands twice counts once; one in `must_include` counts as available; one that is not in
+    `devices` are all devices of the resource by their ID, and `place_of` are their places, if the caller has them
+    already. An ID that stands twice counts once; one in `must_include` counts as available; one that is not in
     `devices` is taken like an unhealthy one, after those.
 
     Raises `InvalidRequest` when there is no set of that size that holds `must_include`. The kubelet rejects the pod on
