@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from sandbox_plugin.api import v1beta1
-from sandbox_plugin.inventory.advance import Inventory
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.inventory.topology import places_by_id
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
