@@ -81,7 +81,7 @@ truth examples="100" steps="100": setup
 
 # the tests that `just test` leaves out because they take long, and 100 kubelet restarts
 test-slow: setup
-    pytest -m slow
+    pytest -n 2 -m slow
     KUBELET_RESTARTS=100 pytest -k many_kubelet_restarts
 
 # restarts, flapping devices and Allocates at random; at the end nothing may have grown

@@ -54,6 +54,9 @@ CHECKS = [
     ["python", "scripts/generate-api.py", "--check"],
 ]
 
+PYTEST = ["pytest", "-n", "4", "--dist", "worksteal"]
+"""Most tests wait for a process or a timer, so more run at a time than there are cores."""
+
 
 class SetupError(Exception):
     """Something that a person has to put right. The message is one line."""
@@ -229,7 +232,7 @@ def main(arguments: list[str]) -> int:
         os.execve(program, [program, "demo", *rest], environment())
     if command == "test":
         ensure("tools")
-        return run([*CHECKS, ["pytest", *rest]])
+        return run([*CHECKS, [*PYTEST, *rest]])
     if command == "fuzz-setup" and not rest:
         ensure("fuzz")
         return 0

@@ -743,6 +743,7 @@ def let_go(pipe: Path) -> None:
     gone.unlink()
 
 
+@pytest.mark.slow
 def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_always(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:

@@ -458,6 +458,7 @@ def test_against_another_writer_of_our_spec_ours_wins_and_the_fight_is_named_onc
     assert [len(received.unhealthy) for received in kubelet.history(PGPU)] == [0] * len(kubelet.history(PGPU))
 
 
+@pytest.mark.slow
 def test_against_a_rival_that_writes_every_second_our_spec_is_there_most_of_the_time_whatever_the_interval(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:

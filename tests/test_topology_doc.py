@@ -59,6 +59,7 @@ def results() -> Any:
     return simulation().simulate(simulation().LOADS)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_simulation_gives_the_figures_of_the_doc_and_packed_wins() -> None:
     module = simulation()
@@ -69,6 +70,7 @@ def test_the_simulation_gives_the_figures_of_the_doc_and_packed_wins() -> None:
         assert packed.got_one_numa > 2 * max(other.got_one_numa for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_plot_in_the_doc_is_the_one_that_the_simulation_draws() -> None:
     module = simulation()

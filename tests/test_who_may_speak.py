@@ -355,6 +355,7 @@ def test_connections_with_a_call_on_each_are_held_up_to_a_limit(victim: Victim) 
         victim.judge("32 connections with a call on each")
 
 
+@pytest.mark.slow
 def test_a_peer_that_never_reads_does_not_make_the_daemon_keep_what_it_would_send(victim: Victim) -> None:
     with ExitStack() as stack:
         for _ in range(server.CONNECTIONS - 1):
@@ -376,6 +377,7 @@ def fill(deaf: Attacker) -> None:
             deaf.socket.sendall(deaf.http.data_to_send() + 200 * PING)
 
 
+@pytest.mark.slow
 def test_a_deaf_peer_is_read_no_more_and_its_connection_cut_and_its_calls_end(victim: Victim) -> None:
     def calls() -> int:
         asked = victim.plugin.mark()
@@ -420,6 +422,7 @@ def test_a_message_that_announces_more_than_a_request_may_have_is_refused_at_onc
         victim.judge("messages that announce too much")
 
 
+@pytest.mark.slow
 def test_a_request_that_does_not_end_costs_ten_seconds_and_its_window(victim: Victim) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(attacker(victim.path)) for _ in range(server.CONNECTIONS - 1)]

@@ -193,7 +193,7 @@ def write_bytes(path: str, data: bytes) -> None:
         os.close(descriptor)
 
 
-def wait_until(predicate: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+def wait_until(predicate: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
     """For what the kernel does in its own time. Raises AssertionError."""
     deadline = time.monotonic() + seconds
     while not predicate():
