@@ -224,7 +224,7 @@ def _devices_table(kubelet: FakeKubelet) -> Table:
         cells = Text()
         nodes = sorted({d.numa_nodes for d in devices.values()})
         for node in nodes:
-            cells.append(f"{'node ' + ','.join(map(str, node)) if node else 'no node'}: ", style="dim")
+            cells.append(f"{'NUMA ' + ','.join(map(str, node)) if node else 'no NUMA node'}: ", style="dim")
             for device in sorted((d for d in devices.values() if d.numa_nodes == node), key=lambda d: int(d.id)):
                 cells.append_text(_device_cell(device, is_held=kubelet.holder(resource, device.id) is not None))
                 cells.append(" ")
