@@ -10,6 +10,7 @@ from pathlib import Path
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import ResponseReceived, SettingsAcknowledged, TrailersReceived
+from kubelet import TIMEOUT
 
 PING = b"\0\0\x08\x06\0\0\0\0\0" + b"12345678"
 
@@ -20,7 +21,7 @@ class Attacker:
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.connect(str(path))
-        self.socket.settimeout(10)
+        self.socket.settimeout(TIMEOUT)
         self.http = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         self.http.initiate_connection()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Protocol
@@ -12,6 +13,12 @@ from daemon import places as make_places
 from kubelet import GrpcKubelet
 
 from sandbox_plugin.fake.node import FakeNode
+
+
+def pytest_configure() -> None:
+    """A test run under `nohup` is one as any other: what it starts would inherit that SIGHUP is ignored."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class StartDaemon(Protocol):

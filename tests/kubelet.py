@@ -30,7 +30,7 @@ import grpc
 import pytest
 from wire import load_wire
 
-TIMEOUT = 15.0
+TIMEOUT = 30.0
 """Seconds that a test waits for what should come within a few milliseconds: only machines under load need them."""
 _DIAL_TIMEOUT = 10.0
 """Seconds that the kubelet dials a plugin."""

@@ -18,6 +18,7 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import StreamEnded
 from h2.exceptions import ProtocolError
+from kubelet import TIMEOUT
 
 Answer = Callable[[H2Connection, int], bytes]
 """Puts an answer to this stream into the connection, or returns bytes to be sent as they are."""
@@ -116,7 +117,7 @@ class OddServer:
                 self._answer_one(client)
 
     def _answer_one(self, client: socket.socket) -> None:
-        client.settimeout(10)
+        client.settimeout(TIMEOUT)
         http = H2Connection(
             H2Configuration(client_side=False, validate_outbound_headers=False, normalize_outbound_headers=False)
         )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from daemon import ROOT, Places, clean_environment, run_command
+from kubelet import TIMEOUT
 from trials import wait_until
 
 from sandbox_plugin.cli import demo as command
@@ -183,7 +184,7 @@ def test_the_times_that_are_printed_are_those_that_were_measured(capsys: pytest.
 def test_on_a_terminal_that_cannot_draw_the_story_is_told_in_plain_lines(places: Places) -> None:
     with on_terminal(places.top, "--preset=gh200", term="dumb") as terminal:
         text = "".join(terminal.screens)
-        assert terminal.process.wait(timeout=15) == 0
+        assert terminal.process.wait(timeout=TIMEOUT) == 0
     assert "\x1b" not in text
     assert told_in(text)[1] == OUTCOMES["gh200"]
 
@@ -199,7 +200,7 @@ def test_on_a_terminal_it_shows_the_devices_the_story_and_the_log_until_ctrl_c(
         assert shown.rstrip().endswith("╯"), "the screen is longer than the terminal"
         terminal.process.send_signal(signal.SIGINT)
         assert list(terminal.screens)
-        assert terminal.process.wait(timeout=15) == 0
+        assert terminal.process.wait(timeout=TIMEOUT) == 0
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []
 
@@ -208,7 +209,7 @@ def test_a_terminal_that_is_closed_ends_it_and_leaves_nothing(places: Places) ->
     with on_terminal(places.top) as terminal:
         next(screen for screen in terminal.screens if "nvidia.com/pgpu" in screen)
         terminal.shown.close()
-        assert terminal.process.wait(timeout=15) in (0, 1)  # 1 if writing fails before the signal comes
+        assert terminal.process.wait(timeout=TIMEOUT) in (0, 1)  # 1 if writing fails before the signal comes
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []
 
@@ -219,7 +220,7 @@ def test_sigterm_in_the_middle_leaves_nothing_behind(places: Places) -> None:
     while "A pod asks" not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=15)
+    process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
     assert list(places.top.iterdir()) == []
     assert processes_in(places.top) == []

@@ -46,6 +46,7 @@ from trials import (
 )
 from truth import Truth
 
+from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.fake.node import FakeNode
 
 GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
@@ -188,7 +189,7 @@ def hang_up_on_everybody(path: Path, times: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen()
-        listener.settimeout(10)
+        listener.settimeout(TIMEOUT)
         for _ in range(times):
             connection, _ = listener.accept()
             connection.close()
@@ -924,7 +925,7 @@ def test_a_socket_that_cannot_be_removed_does_not_hold_up_the_end(
     plugin = daemon(fake_node("hgx-h100"), PYTHONPATH=tampered(places, CANNOT_REMOVE))
     for name in (PGPU, NVSWITCH):
         plugin.wait_for("registered", resource=name)
-    assert plugin.terminate() < 1
+    assert plugin.terminate() < PATIENCE
     for name in (PGPU, NVSWITCH):
         path = socket_of(places, name)
         plugin.wait_for("socket not removed", path=str(path), reason="Operation not permitted")

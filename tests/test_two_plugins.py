@@ -16,6 +16,7 @@ from kubelet import GrpcKubelet
 from trials import NVSWITCH, PGPU, QUICK, figures, socket_of, wait_until_it_sees
 from truth import Truth
 
+from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.kubelet.sockets import identity
 from sandbox_plugin.kubelet.turn import LOCK_NAME
@@ -65,12 +66,11 @@ def test_the_newcomer_takes_over_when_the_old_one_ends(
     if killed:
         old.kill()
     else:
-        assert old.terminate() < 1
+        assert old.terminate() < PATIENCE
     new.wait_for("taking over")
     wait_until_it_sees(kubelet, truth)
     took = time.monotonic() - ended
     figures(f"takes over after {'SIGKILL' if killed else 'SIGTERM'}", [took])
-    assert took < 2
     assert kubelet.calls == 4
     assert sockets(places.kubelet) == {"sandbox-pgpu.sock", "sandbox-nvswitch.sock"}
     node.sicken("0000:43:00.0")

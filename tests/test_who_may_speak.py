@@ -36,6 +36,7 @@ from trials import PGPU, QUICK, as_root, figures, memory, socket_of, wait_until,
 from truth import Truth
 
 from sandbox_plugin.api.v1beta1 import DevicePluginBase
+from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet import server, sockets
@@ -209,7 +210,7 @@ def test_the_daemons_socket_is_never_seen_with_another_mode_however_often_it_is_
 def connected(path: Path) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))  # waits while the queue is full
-        client.settimeout(10)
+        client.settimeout(TIMEOUT)
         yield client
 
 
@@ -403,7 +404,7 @@ def test_a_deaf_peer_neither_holds_up_the_end_nor_the_next_socket(victim: Victim
         wait_until_it_sees(victim.kubelet, victim.truth)
     with attacker(victim.path) as deaf:
         fill(deaf)
-        assert victim.plugin.terminate() < 1
+        assert victim.plugin.terminate() < PATIENCE
 
 
 RESOURCE_EXHAUSTED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = "8", "3", "4", "5"
