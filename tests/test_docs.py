@@ -17,9 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("reason", list(Reason))
-def test_operations_tells_what_to_do_about_every_reason(reason: Reason) -> None:
-    assert f"| `{reason}` |" in (ROOT / "docs/operations.md").read_text()
+def test_operations_tells_what_every_reason_means_and_what_to_do_and_knows_no_other_reason() -> None:
+    section = (ROOT / "docs/operations.md").read_text().partition("\n## Unhealthy\n")[2].partition("\n## ")[0]
+    rows = [row.strip("| ").split(" | ") for row in section.splitlines() if row.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`{reason}`" for reason in Reason]
+    assert all(len(row) == 3 and all(row) for row in rows)
+
+
+def test_every_reason_can_be_given_by_the_code() -> None:
+    sources = [path.read_text() for path in (ROOT / "sandbox_plugin/inventory").glob("*.py")]
+    given = set(re.findall(r"reason=Reason\.(\w+)", "".join(sources)))
+    assert given == {reason.name for reason in Reason}
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option.name)
@@ -54,6 +62,14 @@ def test_reliability_names_tests_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
-def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
-        assert (document.parent / target).exists(), target
+def test_links_lead_to_files_and_headings_that_there_are(document: Path) -> None:
+    for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
+        target = document.parent / name if name else document
+        assert target.exists(), name
+        assert not anchor or anchor in _anchors(target), f"{name}#{anchor}"
+
+
+def _anchors(document: Path) -> set[str]:
+    """Of each heading, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
