@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import permutations
@@ -183,7 +184,7 @@ def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster(
         assert not one["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it would select the other's pods"
 
 
-def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads(tmp_path: Path) -> None:
+def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_with_and_without_its_comments(tmp_path: Path) -> None:
     manifests = {manifest["kind"]: manifest for manifest in build(ADMINISTRATORS)}
     pod = manifests["DaemonSet"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
@@ -195,9 +196,15 @@ def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads(
     assert unknown_variables(variables) == []
     config = Path(variables.pop("SANDBOX_PLUGIN_CONFIG"))
     assert config.parent == Path(mount["mountPath"])
-    (tmp_path / config.name).write_text(manifests["ConfigMap"]["data"][config.name])
+    text = manifests["ConfigMap"]["data"][config.name]
+    (tmp_path / config.name).write_text(text)
     settings = load_settings({"config": str(tmp_path / config.name)}, variables)
-    assert settings != Settings()
+    assert settings == Settings(), "the example pods would not find the resource that they ask for"
+    (tmp_path / config.name).write_text(re.sub(r"^#(?! )", "", text, flags=re.MULTILINE))
+    everything = load_settings({"config": str(tmp_path / config.name)}, variables)
+    assert everything.gpu_alias == ""
+    assert everything.model_names
+    assert everything.resources
 
 
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
