@@ -29,11 +29,11 @@ test *arguments:
 pytest *arguments: setup
     pytest "$@"
 
-# ruff, mypy, the layers of the house, and whether the generated code is current
+# ruff, mypy, the layers, and whether the generated code is current
 lint:
     @{{ python }} scripts/dev.py lint
 
-# bring the code into its form and mend what ruff can mend
+# format the code and fix what ruff can fix
 format: setup
     ruff check --fix-only --quiet .
     ruff format .
@@ -42,23 +42,23 @@ format: setup
 ci:
     .ci/run
 
-# make requirements/*.txt anew from pyproject.toml, keeping versions where they still fit
+# make requirements/*.txt again from pyproject.toml, keeping versions where they still fit
 lock: setup
     scripts/lock.sh
 
-# make requirements/*.txt anew with the newest versions
+# make requirements/*.txt again with the newest versions
 upgrade: setup
     UPGRADE=1 scripts/lock.sh
 
-# make sandbox_plugin/api anew from protos/
+# make sandbox_plugin/api again from protos/
 generate-api: setup
     python scripts/generate-api.py
 
-# make the table of model names anew from Debian's newest pci.ids, or from a file
+# make the table of model names again from Debian's newest pci.ids, or from a file
 pci-names *file: setup
     python scripts/generate-pci-names.py "$@"
 
-# take what docs/consumers.md shows from runs
+# make the tables of docs/consumers.md from runs
 consumers: setup
     python scripts/show-consumers.py
 

@@ -1,4 +1,4 @@
-"""The nouns that every room uses: what a host shows, and what we make of it.
+"""The data types that every part uses: what a host shows, and what we make of it.
 
 All of them are frozen values that do no I/O, so a snapshot may be handed to any reader and kept for as long as the
 reader likes. Host facts (`PciFunction`, `IommuGroup`, `HostFacts`) say what sysfs says and nothing more; `Device` and

@@ -1,4 +1,4 @@
-"""The only room that touches sysfs, /dev and the kernel's events.
+"""The only part that touches sysfs, /dev and the kernel's events.
 
 Everything is read below one `HostPaths` root, so that a fake tree is just another root.
 """
