@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,24 @@ def test_reliability_names_tests_that_there_are() -> None:
     for file, name, is_cut in names:
         there = tests[file] if file else list(itertools.chain(*tests.values()))
         assert any(each.startswith(f"{name}_") if is_cut else each == name for each in there), f"{file}::{name}"
+
+
+def test_the_architecture_page_has_the_rooms_of_the_import_contract_on_the_same_floors() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["id"] == "house")
+    assert layers[0] == "__main__", "the door, and not a room"
+    held = {(floor, room) for floor, layer in enumerate(layers[1:], 1) for room in layer.split(" | ")}
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)(?:/|\.py)` \|", page, re.MULTILINE)
+    assert len(rows) == len(held)
+    assert {(int(floor), room) for floor, room in rows} == held
+
+
+def test_the_architecture_page_names_files_that_there_are() -> None:
+    named = re.findall(r"`(\w[\w/]*(?:\.py|/))`", (ROOT / "docs/architecture.md").read_text())
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / "sandbox_plugin" / name).exists() or (ROOT / name).exists(), name
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
