@@ -20,8 +20,8 @@ import structlog
 
 from sandbox_plugin.ending import Ending, Parts
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.read import OutOfResources
 from sandbox_plugin.host.scan import HostScanner, Recheck
+from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders

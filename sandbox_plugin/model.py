@@ -220,6 +220,11 @@ class Device:
         return tuple(sorted({p.numa_node for p in self.placements if p.numa_node is not None}))
 
 
+def is_vfio_driver(driver: str | None) -> bool:
+    """Whether a driver of this name gives functions to VMs: vfio-pci, and those of vendors have `vfio` in it too."""
+    return driver is not None and "vfio" in driver
+
+
 def id_order(device_id: str) -> tuple[int, int, str]:
     """Sort key for device IDs: by number where it is one, then by text. Those of others may be of any length."""
     is_number = device_id.isdecimal() and len(device_id) < 20

@@ -819,7 +819,7 @@ def test_while_the_other_cdi_folder_hangs_ours_is_looked_after_and_sigterm_ends_
 
 
 BREAKS = {
-    "a scan": "from sandbox_plugin.host import read\n{boom}\nread.read_groups = boom",
+    "a scan": "from sandbox_plugin.host import bus\n{boom}\nbus.read_groups = boom",
     "a step of the registry": "from sandbox_plugin import registry\n{boom}\nregistry.advance = boom",
     "the CDI writer": "from sandbox_plugin.outputs import cdi\n{boom}\ncdi.render_specs = boom",
     "an endpoint": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint.PluginServer = boom",

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.host import read
+from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import Bar, Device, PciFunction, Placement, VfioDev
 
@@ -36,7 +36,7 @@ class Tree:
         self.paths = HostPaths(node.root)
 
     def read(self, address: str = T4) -> PciFunction:
-        return read.read_function(self.paths, address)
+        return pci_function.read_function(self.paths, address)
 
     def file(self, name: str, address: str = T4) -> Path:
         return self.node.folder(address) / name
@@ -52,7 +52,7 @@ class Tree:
         self.file(name, address).mkdir()
 
     def functions(self) -> dict[str, PciFunction]:
-        return {address: self.read(address) for address in read.list_addresses(self.paths)}
+        return {address: self.read(address) for address in bus.list_addresses(self.paths)}
 
 
 @pytest.fixture
@@ -133,12 +133,12 @@ def test_a_function_that_was_unbound_under_a_vm_is_watched_until_the_vm_lets_go(
     tree.node.set_enable(T4, 1)
     held = tree.read()
     tree.node.unbind(T4)
-    unbound = read.read_function(tree.paths, T4, held)
+    unbound = pci_function.read_function(tree.paths, T4, held)
     assert (unbound.driver, unbound.enable) == (None, 1)
     tree.node.set_enable(T4, 0)
-    free = read.read_function(tree.paths, T4, unbound)
+    free = pci_function.read_function(tree.paths, T4, unbound)
     assert (free.driver, free.enable) == (None, 0)
-    assert read.read_function(tree.paths, T4, free).enable is None
+    assert pci_function.read_function(tree.paths, T4, free).enable is None
 
 
 def test_binding_a_function_again_gives_it_another_binding(tree: Tree) -> None:
@@ -167,7 +167,7 @@ def test_the_node_of_a_device_is_never_opened(tree: Tree) -> None:
         (tree.paths.dev_vfio / node).unlink()
         os.mkfifo(tree.paths.dev_vfio / node)
     assert tree.read().driver == "vfio-pci"
-    assert read.read_dev_nodes(tree.paths) == frozenset({"/dev/vfio/11", "/dev/vfio/13"})
+    assert bus.read_dev_nodes(tree.paths) == frozenset({"/dev/vfio/11", "/dev/vfio/13"})
 
 
 def asleep(tree: Tree) -> None:
@@ -218,27 +218,27 @@ def test_a_link_of_a_device_that_merely_sleeps_lightly_is_read(tree: Tree) -> No
 @pytest.mark.parametrize("content", ["", "10de", "0x", "0xg0", "0x1234567", "-1", "0x10de 0x10de", "\udcff"])
 def test_a_function_that_makes_no_sense_is_refused_in_words(tree: Tree, name: str, content: str) -> None:
     tree.node.set_attribute(T4, name, content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(read.FunctionUnreadable, match=f"^{name} is '.*', not a hexadecimal number$"):
+    with pytest.raises(pci_function.FunctionUnreadable, match=f"^{name} is '.*', not a hexadecimal number$"):
         tree.read()
 
 
 @pytest.mark.parametrize("name", ["vendor", "device", "class"])
 def test_a_function_that_vanishes_is_refused_in_words(tree: Tree, name: str) -> None:
     tree.file(name).unlink()
-    with pytest.raises(read.FunctionUnreadable, match=f"^{name} is missing "):
+    with pytest.raises(pci_function.FunctionUnreadable, match=f"^{name} is missing "):
         tree.read()
 
 
 def test_a_function_that_cannot_be_read_is_refused_with_the_kernels_words(tree: Tree) -> None:
     tree.put_folder("vendor")
-    with pytest.raises(read.FunctionUnreadable, match=r"^vendor cannot be read: Is a directory$"):
+    with pytest.raises(pci_function.FunctionUnreadable, match=r"^vendor cannot be read: Is a directory$"):
         tree.read()
 
 
 def test_a_driver_that_is_no_link_costs_the_function(tree: Tree) -> None:
     tree.file("driver").unlink()
     tree.file("driver").touch()
-    with pytest.raises(read.FunctionUnreadable, match=r"^driver cannot be read: "):
+    with pytest.raises(pci_function.FunctionUnreadable, match=r"^driver cannot be read: "):
         tree.read()
 
 
@@ -246,7 +246,7 @@ def test_a_driver_that_is_no_link_costs_the_function(tree: Tree) -> None:
 def test_a_group_without_a_number_costs_the_function(tree: Tree, target: str) -> None:
     tree.file("iommu_group").unlink()
     tree.file("iommu_group").symlink_to(target)
-    with pytest.raises(read.FunctionUnreadable, match="not to a numbered group"):
+    with pytest.raises(pci_function.FunctionUnreadable, match="not to a numbered group"):
         tree.read()
 
 
@@ -257,13 +257,13 @@ def test_a_function_that_hangs_below_nothing_is_refused(tree: Tree) -> None:
     tree.file(".").rename(elsewhere)
     link.unlink()
     link.symlink_to(elsewhere)
-    with pytest.raises(read.FunctionUnreadable, match="below a PCI host bridge"):
+    with pytest.raises(pci_function.FunctionUnreadable, match="below a PCI host bridge"):
         tree.read()
 
 
 @pytest.mark.parametrize("address", ["", "junk", "0000:01:00.8", "0000:01:20.0", "0000:1:00.0", "../x", "0000:0A:00.0"])
 def test_what_is_no_address_is_refused(tree: Tree, address: str) -> None:
-    with pytest.raises(read.FunctionUnreadable, match="is not a PCI address"):
+    with pytest.raises(pci_function.FunctionUnreadable, match="is not a PCI address"):
         tree.read(address)
 
 
@@ -380,7 +380,7 @@ def test_whatever_sysfs_says_a_function_is_read_or_refused(battered: Tree, conte
         battered.node.set_attribute(GRACE_GPU, name, content)
     try:
         found = battered.read(GRACE_GPU)
-    except read.FunctionUnreadable:
+    except pci_function.FunctionUnreadable:
         assert {"vendor", "device", "class"} & contents.keys()
     else:
         assert 0 <= found.vendor <= 0xFFFF
@@ -401,37 +401,37 @@ def test_what_can_never_change_is_taken_from_before(tree: Tree) -> None:
     before = tree.read()
     for name in ("vendor", "device", "class", "subsystem_vendor", "subsystem_device", "revision"):
         tree.put_fifo(name)
-    assert read.read_function(tree.paths, T4, before) == before
+    assert pci_function.read_function(tree.paths, T4, before) == before
 
 
 def test_what_changes_is_never_taken_from_before(tree: Tree) -> None:
     before = tree.read()
     tree.node.bind(T4, "nvidia")
-    after = read.read_function(tree.paths, T4, before)
+    after = pci_function.read_function(tree.paths, T4, before)
     assert (after.driver, after.vfio, after.enable) == ("nvidia", None, None)
     tree.node.bind(T4)
     tree.node.set_enable(T4, 1)
     tree.node.sicken(T4)
-    again = read.read_function(tree.paths, T4, after)
+    again = pci_function.read_function(tree.paths, T4, after)
     assert again == tree.read()
     assert (again.vfio, again.enable, again.link_width) == (VfioDev(number=4, cdev=None), 1, 63)
 
 
 def test_another_function_in_its_place_has_another_stamp(tree: Tree) -> None:
-    before = read.stamp(tree.paths, T4)
-    assert before == read.stamp(tree.paths, T4)
+    before = pci_function.stamp(tree.paths, T4)
+    assert before == pci_function.stamp(tree.paths, T4)
     tree.node.remove(T4)
-    assert read.stamp(tree.paths, T4) is None
+    assert pci_function.stamp(tree.paths, T4) is None
     tree.node.add(T4)
-    assert read.stamp(tree.paths, T4) not in (None, before)
+    assert pci_function.stamp(tree.paths, T4) not in (None, before)
 
 
 def test_the_driver_of_a_function_can_be_asked_for_alone(tree: Tree) -> None:
-    assert read.driver_of(tree.paths, T4) == "vfio-pci"
+    assert pci_function.driver_of(tree.paths, T4) == "vfio-pci"
     tree.node.unbind(T4)
-    assert read.driver_of(tree.paths, T4) is None
+    assert pci_function.driver_of(tree.paths, T4) is None
     tree.file("driver").touch()
-    assert read.driver_of(tree.paths, T4) is None
+    assert pci_function.driver_of(tree.paths, T4) is None
 
 
 # Mediated devices
@@ -470,21 +470,21 @@ def test_a_mediated_device_whose_type_has_no_name_is_of_the_types_folder(tree: T
 
 
 def test_mediated_devices_are_listed_after_the_functions(tree: Tree) -> None:
-    functions = read.list_addresses(tree.paths)
+    functions = bus.list_addresses(tree.paths)
     add_mdev(tree)
     assert functions == sorted(functions)
-    assert read.list_addresses(tree.paths) == [*functions, UUID]
+    assert bus.list_addresses(tree.paths) == [*functions, UUID]
 
 
 def test_a_mediated_device_whose_carrier_is_unreadable_is_refused(tree: Tree) -> None:
     add_mdev(tree)
     tree.node.set_attribute(T4, "vendor", "none")
-    with pytest.raises(read.FunctionUnreadable, match="vendor"):
+    with pytest.raises(pci_function.FunctionUnreadable, match="vendor"):
         tree.read(UUID)
 
 
 def test_a_mediated_device_that_is_not_there_is_refused(tree: Tree) -> None:
-    with pytest.raises(read.FunctionUnreadable):
+    with pytest.raises(pci_function.FunctionUnreadable):
         tree.read(UUID)
 
 
@@ -494,7 +494,7 @@ def test_a_mediated_device_that_is_not_there_is_refused(tree: Tree) -> None:
 def test_a_group_has_all_its_members_whether_they_can_be_read_or_not(tree: Tree) -> None:
     functions = tree.functions()
     del functions[SOUND]
-    groups = read.read_groups(tree.paths, functions)
+    groups = bus.read_groups(tree.paths, functions)
     assert groups.keys() == {GEFORCE_GROUP, T4_GROUP}
     assert groups[GEFORCE_GROUP].members == GEFORCE_MEMBERS
     assert not groups[GEFORCE_GROUP].noiommu
@@ -504,39 +504,39 @@ def test_a_group_whose_folder_is_gone_has_the_members_that_were_seen(tree: Tree)
     functions = tree.functions()
     folder = tree.paths.iommu_groups / str(GEFORCE_GROUP) / "devices"
     folder.rename(folder.with_name("away"))
-    members = read.read_groups(tree.paths, functions)[GEFORCE_GROUP].members
+    members = bus.read_groups(tree.paths, functions)[GEFORCE_GROUP].members
     assert members == GEFORCE_MEMBERS
 
 
 def test_a_group_that_no_vfio_driver_has_a_part_of_is_not_read(tree: Tree) -> None:
     tree.node.bind(T4, "nvidia")
-    assert read.read_groups(tree.paths, tree.functions()).keys() == {GEFORCE_GROUP}
+    assert bus.read_groups(tree.paths, tree.functions()).keys() == {GEFORCE_GROUP}
 
 
 def test_a_group_without_an_iommu_is_told_from_others(tree: Tree) -> None:
-    groups = read.read_groups(tree.paths, tree.functions(), frozenset({T4_GROUP}))
+    groups = bus.read_groups(tree.paths, tree.functions(), frozenset({T4_GROUP}))
     assert (groups[T4_GROUP].noiommu, groups[GEFORCE_GROUP].noiommu) == (True, False)
 
 
 def test_group_nodes_are_those_that_the_class_shows_as_numbers_with_an_iommu_or_without(tree: Tree) -> None:
     for name in ("noiommu-3", "noiommu-x", "vfio", "\u00b2", "\u0661"):
         (tree.paths.vfio_class / name).mkdir()
-    assert read.read_group_nodes(tree.paths) == (frozenset({GEFORCE_GROUP, T4_GROUP}), frozenset({3}))
+    assert bus.read_group_nodes(tree.paths) == (frozenset({GEFORCE_GROUP, T4_GROUP}), frozenset({3}))
     tree.node.unbind(T4)
-    assert read.read_group_nodes(tree.paths) == (frozenset({GEFORCE_GROUP}), frozenset({3}))
+    assert bus.read_group_nodes(tree.paths) == (frozenset({GEFORCE_GROUP}), frozenset({3}))
 
 
 def test_without_vfio_there_are_no_group_nodes(tmp_path: Path) -> None:
-    assert read.read_group_nodes(HostPaths(tmp_path)) == (frozenset(), frozenset())
+    assert bus.read_group_nodes(HostPaths(tmp_path)) == (frozenset(), frozenset())
 
 
 def test_functions_with_a_vfio_device_are_listed_by_the_class(tree: Tree) -> None:
     vfio = frozenset(f.address for f in tree.node.functions() if f.vfio)
-    assert read.list_vfio_devices(tree.paths) == vfio
+    assert bus.list_vfio_devices(tree.paths) == vfio
     tree.node.unbind(T4)
-    assert read.list_vfio_devices(tree.paths) == vfio - {T4}
+    assert bus.list_vfio_devices(tree.paths) == vfio - {T4}
     shutil.rmtree(tree.paths.vfio_dev_class)
-    assert read.list_vfio_devices(tree.paths) is None
+    assert bus.list_vfio_devices(tree.paths) is None
 
 
 @pytest.mark.parametrize(
@@ -554,17 +554,17 @@ def test_proc_devices_tells_whether_there_are_cdevs(tmp_path: Path, majors: str 
     if majors is not None:
         paths.devices_list.parent.mkdir()
         paths.devices_list.write_text(f"Character devices:\n{majors}\nBlock devices:\n  8 sd\n")
-    assert read.read_kernel_has_cdevs(paths) is has_cdevs
+    assert bus.read_kernel_has_cdevs(paths) is has_cdevs
 
 
 def test_dev_nodes_are_groups_and_cdevs_and_nothing_else(grace: Tree) -> None:
     (grace.paths.dev_vfio / "noiommu-3").touch()
     (grace.paths.dev_vfio / "devices/other").touch()
-    assert read.read_dev_nodes(grace.paths) == frozenset({"/dev/vfio/13", "/dev/vfio/devices/vfio0"})
+    assert bus.read_dev_nodes(grace.paths) == frozenset({"/dev/vfio/13", "/dev/vfio/devices/vfio0"})
 
 
 def test_a_made_up_host_without_dev_says_nothing_of_nodes(tmp_path: Path) -> None:
-    assert read.read_dev_nodes(HostPaths(tmp_path)) is None
+    assert bus.read_dev_nodes(HostPaths(tmp_path)) is None
 
 
 ROOT_MOUNT = "22 1 254:0 / / rw - ext4 /dev/root rw"
@@ -597,7 +597,7 @@ def test_only_the_kernels_own_dev_is_evidence(
     (tmp_path / "vfio/12").touch()
     monkeypatch.setattr(HostPaths, "mountinfo", tmp_path / "mountinfo")
     monkeypatch.setattr(HostPaths, "dev_vfio", tmp_path / "vfio")
-    assert read.read_dev_nodes(HostPaths(Path("/"))) == (frozenset({"/dev/vfio/12"}) if is_live else None)
+    assert bus.read_dev_nodes(HostPaths(Path("/"))) == (frozenset({"/dev/vfio/12"}) if is_live else None)
 
 
 # The last look before a device is given away
@@ -616,55 +616,56 @@ def device(tree: Tree, *addresses: str, node: str, mdev: bool = False) -> Device
 
 
 def test_a_device_that_is_still_bound_may_be_given_away(tree: Tree) -> None:
-    assert read.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) is None
+    assert pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) is None
 
 
 def test_a_cdev_that_is_still_bound_may_be_given_away(grace: Tree) -> None:
-    assert read.why_not_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
+    assert pci_function.why_not_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
 
 
 def test_a_device_on_another_driver_or_none_may_not(tree: Tree) -> None:
     given = device(tree, T4, node="/dev/vfio/13")
     tree.node.bind(T4, "nvidia")
-    assert read.why_not_bound(tree.paths, given) == f"{T4} is bound to nvidia now"
+    assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to nvidia now"
     tree.node.unbind(T4)
-    assert read.why_not_bound(tree.paths, given) == f"{T4} is bound to no driver now"
+    assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to no driver now"
 
 
 def test_a_device_with_another_number_may_not(grace: Tree) -> None:
-    why = read.why_not_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio3"))
+    why = pci_function.why_not_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio3"))
     assert why == "/dev/vfio/devices/vfio3 is gone"
 
 
 def test_a_cdev_whose_dev_file_went_may_not(grace: Tree) -> None:
     grace.file("vfio-dev/vfio0/dev", GRACE_GPU).unlink()
     given = device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")
-    assert read.why_not_bound(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
+    assert pci_function.why_not_bound(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
 
 
 def test_a_group_whose_node_went_may_not(tree: Tree) -> None:
     (tree.paths.vfio_class / "13").unlink()
-    assert read.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
+    assert pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
 
 
 def test_every_function_of_the_device_counts(tree: Tree) -> None:
     tree.node.bind(T4, "nvidia")
-    why = read.why_not_bound(tree.paths, device(tree, GEFORCE, T4, node="/dev/vfio/11"))
+    why = pci_function.why_not_bound(tree.paths, device(tree, GEFORCE, T4, node="/dev/vfio/11"))
     assert why == f"{T4} is bound to nvidia now"
 
 
 def test_a_device_that_left_may_not(tree: Tree) -> None:
     tree.node.remove(T4)
-    assert read.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) == f"{T4} is bound to no driver now"
+    why = pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13"))
+    assert why == f"{T4} is bound to no driver now"
 
 
 def test_a_mediated_device_is_looked_for_where_it_is(tree: Tree) -> None:
     add_mdev(tree)
     (tree.paths.vfio_class / "70").mkdir()
     given = device(tree, UUID, node="/dev/vfio/70", mdev=True)
-    assert read.why_not_bound(tree.paths, given) is None
+    assert pci_function.why_not_bound(tree.paths, given) is None
     (tree.paths.mdev_devices / UUID).unlink()
-    assert read.why_not_bound(tree.paths, given) is not None
+    assert pci_function.why_not_bound(tree.paths, given) is not None
 
 
 # When this process is at its own end
@@ -679,29 +680,29 @@ def test_a_want_of_descriptors_or_memory_is_no_word_about_the_host(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", fail)
-        with pytest.raises(read.OutOfResources, match=os.strerror(number)):
+        with pytest.raises(sysfs.OutOfResources, match=os.strerror(number)):
             tree.read()
-        with pytest.raises(read.OutOfResources):
-            read.read_kernel_has_cdevs(tree.paths)
+        with pytest.raises(sysfs.OutOfResources):
+            bus.read_kernel_has_cdevs(tree.paths)
     with monkeypatch.context() as patched:
         patched.setattr(os, "listdir", fail)
         patched.setattr(os, "scandir", fail)
-        with pytest.raises(read.OutOfResources):
-            read.list_addresses(tree.paths)
-        with pytest.raises(read.OutOfResources):
-            read.read_group_nodes(tree.paths)
-        with pytest.raises(read.OutOfResources):
-            read.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13"))
+        with pytest.raises(sysfs.OutOfResources):
+            bus.list_addresses(tree.paths)
+        with pytest.raises(sysfs.OutOfResources):
+            bus.read_group_nodes(tree.paths)
+        with pytest.raises(sysfs.OutOfResources):
+            pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13"))
 
 
 def test_a_bus_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        read.list_addresses(HostPaths(tmp_path))
+        bus.list_addresses(HostPaths(tmp_path))
 
 
 @pytest.mark.parametrize("preset", ["hgx-h100", "workstation", "gh200"])
 def test_nothing_stays_open(fake_node: MakeNode, preset: str) -> None:
     tree = Tree(fake_node(preset))
     before = len(os.listdir("/proc/self/fd"))
-    read.read_groups(tree.paths, tree.functions())
+    bus.read_groups(tree.paths, tree.functions())
     assert len(os.listdir("/proc/self/fd")) == before

@@ -13,12 +13,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
 
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.host import read
+from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import HostScanner, Recheck, scan_now
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Placement
@@ -42,13 +43,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Address and thread of every function whose reading has begun, in order."""
     reads: list[tuple[str, int]] = []
-    real = read.read_function
+    real = pci_function.read_function
 
     def spy(paths: HostPaths, address: str, *more: Any) -> PciFunction:
         reads.append((address, threading.get_ident()))
         return real(paths, address, *more)
 
-    monkeypatch.setattr(read, "read_function", spy)
+    monkeypatch.setattr(pci_function, "read_function", spy)
     return reads
 
 
@@ -182,8 +183,8 @@ def test_an_entry_that_is_no_function_costs_itself_alone(paths: HostPaths) -> No
 def test_a_function_that_vanishes_while_it_is_read_costs_itself_alone(
     node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = read.list_addresses(paths)
-    monkeypatch.setattr(read, "list_addresses", lambda _: listed)
+    listed = bus.list_addresses(paths)
+    monkeypatch.setattr(bus, "list_addresses", lambda _: listed)
     node.remove(T4)
     facts = run(HostScanner(paths, on_late=ignore).scan())
     assert list(facts.unreadable) == [T4]
@@ -254,18 +255,18 @@ def test_many_functions_that_hang_at_once_do_not_add_up(paths: HostPaths, trap: 
 STOPS_ITSELF = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from sandbox_plugin.host import read
+from sandbox_plugin.host import pci_function
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import HostScanner
 
-real = read.read_function
+real = pci_function.read_function
 
 def stop_at(paths, address, *more):
     if address == sys.argv[2]:
         os.kill(os.getpid(), signal.SIGSTOP)
     return real(paths, address, *more)
 
-read.read_function = stop_at
+pci_function.read_function = stop_at
 scanner = HostScanner(HostPaths(Path(sys.argv[1])), on_late=lambda: None, patience=float(sys.argv[3]))
 facts = asyncio.run(scanner.scan())
 print(dict(facts.unreadable), facts.unreachable)
@@ -293,7 +294,7 @@ def test_where_no_thread_can_be_had_nothing_is_said_about_the_host(
     scanner = HostScanner(paths, on_late=ignore, patience=PATIENCE)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(read.OutOfResources, match="thread"):
+        with pytest.raises(sysfs.OutOfResources, match="thread"):
             run(scanner.scan())
     assert T4 in run(scanner.scan()).functions
 
@@ -387,10 +388,10 @@ class Gate:
 
 
 @contextmanager
-def gate(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Gate]:
-    """Makes `read.<name>` hang; open at the latest when the test ends."""
-    made = Gate(getattr(read, name))
-    monkeypatch.setattr(read, name, made)
+def gate(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> Iterator[Gate]:
+    """Makes this function hang; open at the latest when the test ends."""
+    made = Gate(getattr(module, name))
+    monkeypatch.setattr(module, name, made)
     try:
         yield made
     finally:
@@ -401,7 +402,7 @@ def gate(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[Gate]:
 def test_a_bus_that_hangs_is_unreachable_and_asked_again_when_it_answers(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    with gate(monkeypatch, name) as hanging:
+    with gate(monkeypatch, bus, name) as hanging:
 
         async def work() -> tuple[list[HostFacts], HostFacts]:
             late = Late()
@@ -421,13 +422,13 @@ def test_a_bus_that_hangs_is_unreachable_and_asked_again_when_it_answers(
 
 
 def test_a_scan_that_is_slow_but_goes_on_is_not_given_up(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = read.read_function
+    real = pci_function.read_function
 
     def slow(*args: Any, **more: Any) -> PciFunction:
         threading.Event().wait(PATIENCE / 5)
         return real(*args, **more)
 
-    monkeypatch.setattr(read, "read_function", slow)
+    monkeypatch.setattr(pci_function, "read_function", slow)
     facts = run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
     assert (len(facts.functions), facts.unreadable) == (12, {})
 
@@ -438,7 +439,7 @@ def test_a_scan_that_is_slow_but_goes_on_is_not_given_up(paths: HostPaths, monke
 def test_a_scan_that_is_cancelled_ends_at_once_and_its_thread_after_the_read_it_is_at(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with gate(monkeypatch, "read_function") as hanging:
+    with gate(monkeypatch, pci_function, "read_function") as hanging:
 
         async def work() -> float:
             late = Late()
@@ -477,7 +478,7 @@ def test_a_fault_of_ours_in_the_scan_thread_reaches_the_caller(
     def fail(*_: object) -> PciFunction:
         raise LookupError("a fault of ours")
 
-    monkeypatch.setattr(read, "read_function", fail)
+    monkeypatch.setattr(pci_function, "read_function", fail)
     with pytest.raises(LookupError, match="a fault of ours"):
         scan_now(paths)
 
@@ -490,22 +491,26 @@ def test_a_fault_of_ours_after_something_hung_reaches_the_caller_too(
     def fail(*_: object) -> frozenset[int]:
         raise LookupError("a fault of ours")
 
-    monkeypatch.setattr(read, "read_group_nodes", fail)
+    monkeypatch.setattr(bus, "read_group_nodes", fail)
     with pytest.raises(LookupError, match="a fault of ours"):
         run(HostScanner(paths, on_late=ignore, patience=PATIENCE).scan())
 
 
-@pytest.mark.parametrize("name", ["list_addresses", "read_function", "read_groups", "read_group_nodes"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(bus, "list_addresses"), (pci_function, "read_function"), (bus, "read_groups"), (bus, "read_group_nodes")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_a_want_of_descriptors_is_no_word_about_the_host(
-    paths: HostPaths, monkeypatch: pytest.MonkeyPatch, name: str
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
     def fail(*_: object) -> None:
-        raise read.OutOfResources("Too many open files")
+        raise sysfs.OutOfResources("Too many open files")
 
     with monkeypatch.context() as patched:
-        patched.setattr(read, name, fail)
+        patched.setattr(module, name, fail)
         scanner = HostScanner(paths, on_late=ignore)
-        with pytest.raises(read.OutOfResources, match="Too many open files"):
+        with pytest.raises(sysfs.OutOfResources, match="Too many open files"):
             run(scanner.scan())
     assert len(run(scanner.scan()).functions) == 12
 
@@ -516,7 +521,7 @@ def test_a_want_of_descriptors_is_no_word_about_the_host(
 def test_a_function_that_is_unbound_while_the_rest_is_read_is_read_again(
     node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = read.read_groups
+    real = bus.read_groups
     calls = 0
 
     def meanwhile(*given: Any) -> Any:
@@ -526,7 +531,7 @@ def test_a_function_that_is_unbound_while_the_rest_is_read_is_read_again(
             node.unbind(T4)
         return real(*given)
 
-    monkeypatch.setattr(read, "read_groups", meanwhile)
+    monkeypatch.setattr(bus, "read_groups", meanwhile)
     facts = run(HostScanner(paths, on_late=ignore).scan())
     assert (facts.functions[T4].driver, facts.functions[T4].vfio) == (None, None)
     assert facts.group_nodes == {11}
@@ -536,14 +541,14 @@ def test_a_function_that_is_unbound_while_the_rest_is_read_is_read_again(
 def test_a_function_that_leaves_while_the_rest_is_read_is_told_of(
     node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = read.read_groups
+    real = bus.read_groups
 
     def meanwhile(*given: Any) -> Any:
         if T4 in [f.address for f in node.functions()]:
             node.remove(T4)
         return real(*given)
 
-    monkeypatch.setattr(read, "read_groups", meanwhile)
+    monkeypatch.setattr(bus, "read_groups", meanwhile)
     facts = run(HostScanner(paths, on_late=ignore).scan())
     assert T4 not in facts.functions
     assert list(facts.unreadable) == [T4]
@@ -552,7 +557,7 @@ def test_a_function_that_leaves_while_the_rest_is_read_is_told_of(
 def test_a_function_that_never_rests_does_not_keep_the_scan(
     node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = read.read_groups
+    real = bus.read_groups
 
     def meanwhile(*given: Any) -> Any:
         if node.function(T4).driver == "vfio-pci":
@@ -561,7 +566,7 @@ def test_a_function_that_never_rests_does_not_keep_the_scan(
             node.bind(T4)
         return real(*given)
 
-    monkeypatch.setattr(read, "read_groups", meanwhile)
+    monkeypatch.setattr(bus, "read_groups", meanwhile)
     assert len(run(HostScanner(paths, on_late=ignore).scan()).functions) == 12
 
 
@@ -569,13 +574,13 @@ def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
     node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known: dict[str, bool] = {}
-    real = read.read_function
+    real = pci_function.read_function
 
     def spy(paths: HostPaths, address: str, before: PciFunction | None, *more: Any) -> PciFunction:
         known[address] = before is not None
         return real(paths, address, before)
 
-    monkeypatch.setattr(read, "read_function", spy)
+    monkeypatch.setattr(pci_function, "read_function", spy)
 
     async def work() -> None:
         scanner = HostScanner(paths, on_late=ignore)
@@ -645,7 +650,7 @@ def test_what_is_against_a_device_stands_at_its_id(node: FakeNode, paths: HostPa
 def test_devices_that_do_not_answer_in_time_are_not_given_away(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = read.why_not_bound
+    real = pci_function.why_not_bound
     opened = threading.Event()
 
     def look(paths: HostPaths, device: Device) -> str | None:
@@ -653,7 +658,7 @@ def test_devices_that_do_not_answer_in_time_are_not_given_away(
             assert opened.wait(LIMIT)
         return real(paths, device)
 
-    monkeypatch.setattr(read, "why_not_bound", look)
+    monkeypatch.setattr(pci_function, "why_not_bound", look)
     try:
         begun = time.monotonic()
         found = run(recheck(paths, given(GEFORCE, T4), PATIENCE))
@@ -666,7 +671,7 @@ def test_devices_that_do_not_answer_in_time_are_not_given_away(
 def test_a_device_that_hangs_costs_one_thread_however_often_it_is_asked_for(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with gate(monkeypatch, "why_not_bound") as hanging:
+    with gate(monkeypatch, pci_function, "why_not_bound") as hanging:
 
         async def work() -> None:
             once_more = Recheck(paths, PATIENCE)
@@ -685,9 +690,9 @@ def test_a_device_that_hangs_costs_one_thread_however_often_it_is_asked_for(
 
 def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise read.OutOfResources("Too many open files")
+        raise sysfs.OutOfResources("Too many open files")
 
-    monkeypatch.setattr(read, "why_not_bound", fail)
+    monkeypatch.setattr(pci_function, "why_not_bound", fail)
     assert run(recheck(paths, given(T4))) == {"13": "it cannot be looked at: Too many open files"}
 
 
@@ -695,6 +700,6 @@ def test_a_fault_of_our_own_in_a_look_is_raised(paths: HostPaths, monkeypatch: p
     def fail(*_: object) -> None:
         raise RuntimeError("a fault of our own")
 
-    monkeypatch.setattr(read, "why_not_bound", fail)
+    monkeypatch.setattr(pci_function, "why_not_bound", fail)
     with pytest.raises(RuntimeError, match="a fault of our own"):
         run(recheck(paths, given(T4)))

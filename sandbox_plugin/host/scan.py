@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
-from sandbox_plugin.host import read
+from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Device, HostFacts, PciFunction
+from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
 
-_Known = tuple[read.Stamp, PciFunction]
+_Known = tuple[pci_function.Stamp, PciFunction]
 """A function as it was read, and what tells it from another in its place."""
 _TRIES = 3
 """How often a sweep mends what changed under it; the event of the change asks for the next one anyway."""
@@ -35,7 +35,7 @@ _BUS = "the PCI bus"
 
 
 def scan_now(paths: HostPaths) -> HostFacts:
-    """One look at the whole host: for commands that have no loop. Raises `read.OutOfResources`."""
+    """One look at the whole host: for commands that have no loop. Raises `sysfs.OutOfResources`."""
     return asyncio.run(HostScanner(paths, on_late=lambda: None).scan())
 
 
@@ -61,7 +61,7 @@ class HostScanner:
         """One look at everything.
 
         Takes at most about twice `patience`, and `_IMPATIENCE` for each function beyond the second that newly hangs.
-        Raises `read.OutOfResources` when this process could not look at all.
+        Raises `sysfs.OutOfResources` when this process could not look at all.
         """
         began_at = time.monotonic()
         if _BUS in self._hanging:
@@ -169,8 +169,8 @@ class Recheck:
 
     def _ask(self, device: Device) -> str | Exception | None:
         try:
-            return read.why_not_bound(self._paths, device)
-        except read.OutOfResources as error:
+            return pci_function.why_not_bound(self._paths, device)
+        except sysfs.OutOfResources as error:
             return f"it cannot be looked at: {error}"
         except Exception as error:  # it is for the caller to raise
             return error
@@ -199,7 +199,7 @@ class _Sweep:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self, when_done: Callable[[], None]) -> None:
-        """Raises `read.OutOfResources` where no thread can be had."""
+        """Raises `sysfs.OutOfResources` where no thread can be had."""
         self._at(_BUS)
         _start_thread("host-scan", partial(self._work, when_done))
 
@@ -243,8 +243,8 @@ class _Sweep:
 
     def run(self) -> None:
         try:
-            self.vfio_devices = read.list_vfio_devices(self.paths)
-            addresses = read.list_addresses(self.paths)
+            self.vfio_devices = bus.list_vfio_devices(self.paths)
+            addresses = bus.list_addresses(self.paths)
         except OSError as error:
             self.unreachable = f"{error.filename}: {error.strerror}"
             return
@@ -269,37 +269,37 @@ class _Sweep:
         self.functions.pop(address, None)
         try:
             self.functions[address] = self._read(address)
-        except read.FunctionUnreadable as error:
+        except pci_function.FunctionUnreadable as error:
             self.unreadable[address] = str(error)
 
     def _read_bus(self, addresses: Sequence[str]) -> HostFacts:
         """What is not read function by function."""
         skipped = {a: self.skipped[a] for a in addresses if a in self.skipped}
-        group_nodes, without_iommu = read.read_group_nodes(self.paths)
+        group_nodes, without_iommu = bus.read_group_nodes(self.paths)
         has_cdevs = any(f.vfio is not None and f.vfio.cdev for f in self.functions.values())
         return HostFacts(
             functions=MappingProxyType({a: self.functions[a] for a in addresses if a in self.functions}),
             unreadable=MappingProxyType(self.unreadable | skipped),
-            groups=MappingProxyType(read.read_groups(self.paths, self.functions, without_iommu)),
+            groups=MappingProxyType(bus.read_groups(self.paths, self.functions, without_iommu)),
             group_nodes=group_nodes,
-            kernel_has_cdevs=has_cdevs or read.read_kernel_has_cdevs(self.paths),
-            dev_nodes=read.read_dev_nodes(self.paths),
+            kernel_has_cdevs=has_cdevs or bus.read_kernel_has_cdevs(self.paths),
+            dev_nodes=bus.read_dev_nodes(self.paths),
         )
 
     def _changed_meanwhile(self) -> list[str]:
         """Functions that have been unbound since they were read: their nodes, read later, do not fit to that."""
         if self._left is not None:
             return []
-        functions = [f for f in self.functions.values() if f.driver and "vfio" in f.driver and f.mdev_type is None]
-        return [f.address for f in functions if read.driver_of(self.paths, f.address) != f.driver]
+        functions = [f for f in self.functions.values() if is_vfio_driver(f.driver) and f.mdev_type is None]
+        return [f.address for f in functions if pci_function.driver_of(self.paths, f.address) != f.driver]
 
     def _read(self, address: str) -> PciFunction:
         """Reads one function, and of one that is still the same only what may have changed."""
-        stamp = read.stamp(self.paths, address)
+        stamp = pci_function.stamp(self.paths, address)
         before = self.known.get(address)
         is_same = before is not None and stamp is not None and before[0] == stamp
         known = before[1] if before is not None and is_same else None
-        function = read.read_function(self.paths, address, known, self.vfio_devices)
+        function = pci_function.read_function(self.paths, address, known, self.vfio_devices)
         if stamp is not None:
             self.learnt[address] = (stamp, function)
         return function
@@ -309,11 +309,11 @@ class _Sweep:
 
 
 def _start_thread(name: str, work: Callable[[], None]) -> None:
-    """A thread that nothing joins. Raises `read.OutOfResources`."""
+    """A thread that nothing joins. Raises `sysfs.OutOfResources`."""
     try:
         threading.Thread(target=work, name=name, daemon=True).start()
     except RuntimeError as error:  # "can't start new thread": the limit of a container's pids, for one
-        raise read.OutOfResources(str(error)) from None
+        raise sysfs.OutOfResources(str(error)) from None
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

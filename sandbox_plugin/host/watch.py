@@ -19,6 +19,7 @@ from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.threads import on_thread
+from sandbox_plugin.model import is_vfio_driver
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -117,5 +118,5 @@ def host_folders(paths: HostPaths) -> list[Path]:
     """
     drivers = [paths.pci_drivers / "vfio-pci"]
     with suppress(OSError):
-        drivers += [d for d in sorted(paths.pci_drivers.iterdir()) if "vfio" in d.name and d.name != "vfio-pci"]
+        drivers += [d for d in sorted(paths.pci_drivers.iterdir()) if is_vfio_driver(d.name) and d.name != "vfio-pci"]
     return [*drivers, paths.dev_vfio, paths.dev_vfio / "devices"]

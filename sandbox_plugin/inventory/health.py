@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, PciFunction, Reason
+from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
 
 _OFF_THE_BUS_SPEED = "Unknown"
 _OFF_THE_BUS_WIDTH = 63
@@ -32,7 +32,7 @@ def is_vfio_bound(function: PciFunction, facts: HostFacts) -> bool:
     """
     if function.driver is None:
         return False
-    return function.vfio is not None or ("vfio" in function.driver and function.iommu_group in facts.group_nodes)
+    return function.vfio is not None or (is_vfio_driver(function.driver) and function.iommu_group in facts.group_nodes)
 
 
 def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -> Health:
@@ -89,7 +89,7 @@ def _viable(device: Device, facts: HostFacts) -> Health:
 
 
 def _leaves_group_viable(member: PciFunction) -> bool:
-    if member.driver is None or member.vfio is not None or "vfio" in member.driver or member.driver == "pci-stub":
+    if member.driver in (None, "pci-stub") or member.vfio is not None or is_vfio_driver(member.driver):
         return True
     return member.driver == "pcieport" and is_bridge(member)
 

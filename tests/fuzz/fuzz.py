@@ -27,7 +27,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
 
     from sandbox_plugin.api import v1, v1beta1
     from sandbox_plugin.config_file import parse_config
-    from sandbox_plugin.host import read
+    from sandbox_plugin.host import bus, pci_function
     from sandbox_plugin.host.paths import HostPaths
     from sandbox_plugin.host.uevents import parse_uevent
     from sandbox_plugin.inventory.advance import advance
@@ -82,10 +82,10 @@ def sysfs(folder: Path) -> Callable[[bytes], None]:
         for name in ATTRIBUTES:
             (real / name).write_bytes(data[1:] if name == attribute else SENSIBLE.get(name, "0").encode())
         try:
-            function = read.read_function(paths, ADDRESS)
-        except read.FunctionUnreadable:
+            function = pci_function.read_function(paths, ADDRESS)
+        except pci_function.FunctionUnreadable:
             return
-        facts = HostFacts(functions={ADDRESS: function}, groups=read.read_groups(paths, {ADDRESS: function}))
+        facts = HostFacts(functions={ADDRESS: function}, groups=bus.read_groups(paths, {ADDRESS: function}))
         advance(Inventory(), facts, Signals(), 0.0, settings, names)
 
     return one

@@ -1,4 +1,4 @@
-"""Reading one PCI function, and what belongs to all of them: blocking, small, and careful about what it touches.
+"""Reading one PCI function: blocking, small, and careful about what it touches.
 
 Never read: `config` (blocks, unkillably, while the kernel resets the device), `uevent` and `driver_override` (block
 likewise on Linux 6.1), `sriov_numvfs` (takes the device's lock, which a reset and an unbind that waits for a VM hold:
@@ -9,25 +9,21 @@ any sysfs read can hang in the kernel.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
+from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, Device, IommuGroup, PciFunction, VfioDev
+from sandbox_plugin.model import Bar, Device, PciFunction, VfioDev, is_vfio_driver
 
-PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
-UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+VFIO_DEV = re.compile(r"vfio(\d{1,9})")
+"""Name of a cdev, and of its folder in sysfs."""
+_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
-_VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
-_ATTRIBUTE_LIMIT = 4096
-"""Bytes: a sysfs attribute is one page at most (Documentation/filesystems/sysfs.rst)."""
-
 _IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 """IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
 _REGIONS_OF_FUNCTION = 7
@@ -36,27 +32,6 @@ _REGIONS_OF_FUNCTION = 7
 
 class FunctionUnreadable(Exception):
     """One PCI function cannot be used, and why; it costs that function alone."""
-
-
-class OutOfResources(Exception):
-    """This process, or the machine, has no file descriptors or no memory left: it says nothing about the host."""
-
-
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-def list_addresses(paths: HostPaths) -> list[str]:
-    """Addresses of all PCI functions, then UUIDs of all mediated devices, sorted.
-
-    Raises OSError when the folder of the PCI bus cannot be listed; most machines have no mediated devices. Raises
-    `OutOfResources`.
-    """
-    try:
-        names = sorted(os.listdir(paths.pci_devices))
-    except OSError as error:
-        _refuse_if_out_of_resources(error)
-        raise
-    return names + sorted(_listed(paths.mdev_devices))
 
 
 Stamp = tuple[int, int]
@@ -75,26 +50,9 @@ def stamp(paths: HostPaths, address: str) -> Stamp | None:
 def driver_of(paths: HostPaths, address: str) -> str | None:
     """The driver that holds a function now; None for none, and where that cannot be told."""
     try:
-        return _link_name(f"{paths.pci_devices}/{address}/driver")
+        return sysfs.link_name(f"{paths.pci_devices}/{address}/driver")
     except OSError:
         return None
-
-
-def list_vfio_devices(paths: HostPaths) -> frozenset[str] | None:
-    """Addresses, and UUIDs, of all functions that have a `vfio-dev` folder now; None before Linux 6.1.
-
-    `/sys/class/vfio-dev/vfioN` leads to `.../<address>/vfio-dev/vfioN`. Raises `OutOfResources`.
-    """
-    try:
-        names = os.listdir(paths.vfio_dev_class)
-    except OSError as error:
-        _refuse_if_out_of_resources(error)
-        return None
-    devices = set()
-    for name in names:
-        with suppress(OSError):  # it went at this moment
-            devices.add(os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")[-3])
-    return frozenset(devices)
 
 
 def read_function(
@@ -106,20 +64,19 @@ def read_function(
     holds, since nothing else is ever offered. `before` is the same function as it was read earlier: what can never
     change while it is there is taken from that. `vfio_devices` are the functions that have a `vfio-dev` folder;
     without it each folder is looked into. Raises `FunctionUnreadable` when what it is cannot be read or makes no sense,
-    and `OutOfResources`.
+    and `sysfs.OutOfResources`.
     """
-    if UUID.fullmatch(address):
+    if _UUID.fullmatch(address):
         return _read_mdev(paths, address)
-    if not PCI_ADDRESS.fullmatch(address):
+    if not _PCI_ADDRESS.fullmatch(address):
         raise FunctionUnreadable(f"{address!r} is not a PCI address")
     folder = f"{paths.pci_devices}/{address}"
     try:
         function = _identify(folder, address) if before is None else before
-        driver = _link_name(f"{folder}/driver")
-        is_vfio_driver = driver is not None and "vfio" in driver
-        may_be_for_vms = is_vfio_driver or vfio_devices is None or address in vfio_devices
+        driver = sysfs.link_name(f"{folder}/driver")
+        may_be_for_vms = is_vfio_driver(driver) or vfio_devices is None or address in vfio_devices
         vfio = _vfio_dev(folder) if may_be_for_vms else None
-        is_for_vms = is_vfio_driver or vfio is not None
+        is_for_vms = is_vfio_driver(driver) or vfio is not None
         # A group is for as long as the function is there; only vfio may make one, for a function that has none.
         group = function.iommu_group
         if group is None or is_for_vms:
@@ -144,7 +101,7 @@ def _identify(folder: str, address: str) -> PciFunction:
     What it can do without is read once more, with a word about what fails, when a vfio driver holds it.
     """
     names = (("vendor", 4), ("device", 4), ("class", 6))
-    vendor, device, class_code = (_hex(_text(f"{folder}/{name}"), name, digits) for name, digits in names)
+    vendor, device, class_code = (_hex(sysfs.text(f"{folder}/{name}"), name, digits) for name, digits in names)
     optional = _Optional(folder)
     return PciFunction(
         address=address,
@@ -202,12 +159,12 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
             vendor=parent.vendor,
             device=parent.device,
             class_code=parent.class_code,
-            driver=_link_name(f"{folder}/driver"),
+            driver=sysfs.link_name(f"{folder}/driver"),
             iommu_group=_group_number(folder),
             vfio=_vfio_dev(folder),
             numa_node=_known_node(_Optional(f"{paths.pci_devices}/{carrier}").number("numa_node")),
             bridges=(*parent.bridges, carrier),
-            mdev_type=_text_or_none(f"{folder}/mdev_type/name") or _link_name(f"{folder}/mdev_type"),
+            mdev_type=sysfs.text_or_none(f"{folder}/mdev_type/name") or sysfs.link_name(f"{folder}/mdev_type"),
         )
     except OSError as error:
         raise FunctionUnreadable(_why(error)) from None
@@ -220,86 +177,15 @@ def why_not_bound(paths: HostPaths, device: Device) -> str | None:
     for placement in device.placements:
         folder = f"{paths.mdev_devices if device.mdev else paths.pci_devices}/{placement.address}"
         try:
-            driver, vfio = _link_name(f"{folder}/driver"), _vfio_dev(folder)
+            driver, vfio = sysfs.link_name(f"{folder}/driver"), _vfio_dev(folder)
         except OSError as error:
             return f"{placement.address}: {_why(error)}"
-        if driver is None or (vfio is None and "vfio" not in driver):
+        if driver is None or (vfio is None and not is_vfio_driver(driver)):
             return f"{placement.address} is bound to {driver or 'no driver'} now"
         node = f"/dev/vfio/devices/vfio{vfio.number}" if vfio is not None and vfio.cdev else None
         if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
             return f"{device.node} is gone"
     return None
-
-
-def read_groups(
-    paths: HostPaths, functions: Mapping[str, PciFunction], without_iommu: frozenset[int] = frozenset()
-) -> dict[int, IommuGroup]:
-    """The IOMMU groups of all functions that a vfio driver holds, with every member that sysfs lists.
-
-    A group whose folder cannot be read has the members that `functions` shows.
-    """
-    wanted = {f.iommu_group for f in functions.values() if f.vfio or (f.driver and "vfio" in f.driver)}
-    groups = {}
-    for number in sorted(n for n in wanted if n is not None):
-        folder = f"{paths.iommu_groups}/{number}"
-        seen = {f.address for f in functions.values() if f.iommu_group == number}
-        groups[number] = IommuGroup(
-            number=number,
-            members=tuple(sorted(seen | set(_listed(f"{folder}/devices")))),
-            noiommu=number in without_iommu,
-        )
-    return groups
-
-
-def read_group_nodes(paths: HostPaths) -> tuple[frozenset[int], frozenset[int]]:
-    """Numbers of the groups that have a node /dev/vfio/N now, and of those that have a node /dev/vfio/noiommu-N.
-
-    vfio_group_alloc in drivers/vfio/group.c names the nodes so.
-    """
-    names = [name for name in _listed(paths.vfio_class) if name.isascii()]
-    with_iommu = frozenset(int(name) for name in names if name.isdecimal())
-    rest = [name.removeprefix("noiommu-") for name in names if name.startswith("noiommu-")]
-    return with_iommu, frozenset(int(number) for number in rest if number.isdecimal())
-
-
-def read_kernel_has_cdevs(paths: HostPaths) -> bool:
-    """Whether /proc/devices shows that this kernel makes VFIO cdevs.
-
-    vfio_cdev_init in drivers/vfio/device_cdev.c registers the character devices named `vfio-dev`. /proc/devices is not
-    namespaced, so a container sees the host's.
-    """
-    text = _text_or_none(str(paths.devices_list), limit=65536) or ""
-    return any(line.split()[1:] == ["vfio-dev"] for line in text.splitlines())
-
-
-def read_dev_nodes(paths: HostPaths) -> frozenset[str] | None:
-    """VFIO nodes that the host's live /dev shows, or None where only a copy of it, or nothing, is visible."""
-    if not _dev_vfio_is_live(paths):
-        return None
-    names = [name for name in _listed(paths.dev_vfio) if name.isdecimal()]
-    names += [f"devices/{name}" for name in _listed(paths.dev_vfio / "devices") if _VFIO_DEV.fullmatch(name)]
-    return frozenset(f"/dev/vfio/{name}" for name in names)
-
-
-def _dev_vfio_is_live(paths: HostPaths) -> bool:
-    """A container's own /dev is a copy made at its start and proves nothing; a devtmpfs is the kernel's own.
-
-    A bind mount of a /dev/vfio that was removed and made anew (rmmod vfio) stays empty for ever; mountinfo marks its
-    root as deleted (Documentation/filesystems/proc.rst, section 3.5).
-    """
-    if paths.root != Path("/"):
-        return paths.dev.is_dir()
-    best = ""
-    live = False
-    for line in (_text_or_none(str(paths.mountinfo), limit=1 << 20) or "").splitlines():
-        fields, _, tail = line.partition(" - ")
-        parts = fields.split()
-        if len(parts) < 5 or not tail:
-            continue
-        mount_root, mount_point = parts[3], parts[4]
-        if mount_point in ("/", "/dev", "/dev/vfio") and len(mount_point) >= len(best):
-            best, live = mount_point, tail.split()[0] == "devtmpfs" and not mount_root.endswith("//deleted")
-    return live
 
 
 class _Optional:
@@ -311,7 +197,7 @@ class _Optional:
 
     def text(self, name: str) -> str | None:
         try:
-            return _text(f"{self._folder}/{name}")
+            return sysfs.text(f"{self._folder}/{name}")
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -340,7 +226,7 @@ class _Optional:
 
     def link_name(self, name: str) -> str | None:
         try:
-            return _link_name(f"{self._folder}/{name}")
+            return sysfs.link_name(f"{self._folder}/{name}")
         except OSError as error:
             self.unread.append(f"{name}: {error.strerror}")
             return None
@@ -377,14 +263,14 @@ def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
 
 def _is_awake(bridge: str) -> bool:
     """Whether reading through this bridge wakes nothing. A bridge that cannot say so counts as asleep."""
-    state = _text_or_none(f"{bridge}/power_state")
+    state = sysfs.text_or_none(f"{bridge}/power_state")
     if state is None:  # before Linux 5.11 there is no power_state
-        return _text_or_none(f"{bridge}/power/runtime_status") == "active"
+        return sysfs.text_or_none(f"{bridge}/power/runtime_status") == "active"
     return state == "D0"
 
 
 def _group_number(folder: str) -> int | None:
-    name = _link_name(f"{folder}/iommu_group")
+    name = sysfs.link_name(f"{folder}/iommu_group")
     if name is None:
         return None
     if not (name.isascii() and name.isdecimal()):
@@ -396,14 +282,14 @@ def _vfio_dev(folder: str) -> VfioDev | None:
     """The first `vfio-dev/vfioN`. Other names there (noiommu ones) stand for no node that could be offered."""
     try:
         with os.scandir(f"{folder}/vfio-dev") as entries:
-            found = sorted((e.name, e.inode()) for e in entries if _VFIO_DEV.fullmatch(e.name))
+            found = sorted((e.name, e.inode()) for e in entries if VFIO_DEV.fullmatch(e.name))
     except OSError as error:
-        _refuse_if_out_of_resources(error)
+        sysfs.refuse_if_out_of_resources(error)
         return None
     if not found:
         return None
     name, inode = found[0]
-    numbers = _text_or_none(f"{folder}/vfio-dev/{name}/dev")
+    numbers = sysfs.text_or_none(f"{folder}/vfio-dev/{name}/dev")
     cdev = numbers if numbers is not None and _DEV_NUMBERS.fullmatch(numbers) else None
     return VfioDev(number=int(name.removeprefix("vfio")), cdev=cdev, binding=inode)
 
@@ -412,7 +298,7 @@ def _virtual_functions(folder: str) -> int:
     """How many SR-IOV virtual functions are enabled; they count from 0 (pci_iov_sysfs_link in drivers/pci/iov.c)."""
     if not os.path.lexists(f"{folder}/virtfn0"):
         return 0
-    return sum(name.startswith("virtfn") for name in _listed(folder))
+    return sum(name.startswith("virtfn") for name in sysfs.listed(folder))
 
 
 def _bridges(folder: str, address: str) -> tuple[str, ...]:
@@ -420,7 +306,7 @@ def _bridges(folder: str, address: str) -> tuple[str, ...]:
     parts = os.readlink(folder).split("/")
     for index, part in enumerate(parts):
         if _HOST_BRIDGE.fullmatch(part):
-            return tuple(p for p in parts[index:-1] if p == part or PCI_ADDRESS.fullmatch(p))
+            return tuple(p for p in parts[index:-1] if p == part or _PCI_ADDRESS.fullmatch(p))
     raise ValueError(f"{address} does not lie below a PCI host bridge")
 
 
@@ -433,52 +319,6 @@ def _hex(text: str, name: str, digits: int) -> int:
     if not re.fullmatch(rf"0x[0-9a-fA-F]{{1,{digits}}}", text):
         raise ValueError(f"{name} is {text[:40]!r}, not a hexadecimal number")
     return int(text, 16)
-
-
-def _link_name(link: str) -> str | None:
-    try:
-        return os.path.basename(os.readlink(link))
-    except FileNotFoundError:
-        return None
-
-
-def _listed(folder: str | Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError as error:
-        _refuse_if_out_of_resources(error)
-        return []
-
-
-def _text(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str:
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        _refuse_if_out_of_resources(error)
-        raise
-    try:
-        text = chunk = os.read(descriptor, limit)
-        # An attribute comes whole, in one page; a longer file, such as mountinfo, comes in pieces.
-        while limit > _ATTRIBUTE_LIMIT and chunk and len(text) < limit:
-            chunk = os.read(descriptor, limit - len(text))
-            text += chunk
-        return text.decode("utf-8", "replace").strip()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, file) from None  # read(2) fails without a name
-    finally:
-        os.close(descriptor)
-
-
-def _text_or_none(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
-    try:
-        return _text(file, limit)
-    except OSError:
-        return None
-
-
-def _refuse_if_out_of_resources(error: OSError) -> None:
-    if error.errno in _OUT_OF_RESOURCES:
-        raise OutOfResources(error.strerror) from None
 
 
 def _why(error: OSError) -> str:

@@ -1,0 +1,118 @@
+"""Reading what belongs to no single PCI function: which there are, the IOMMU groups, and the VFIO nodes.
+
+Everything here runs on a scan thread (`host.scan`), because any sysfs read can hang in the kernel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from sandbox_plugin.host import sysfs
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.pci_function import VFIO_DEV
+from sandbox_plugin.model import IommuGroup, PciFunction, is_vfio_driver
+
+
+def list_addresses(paths: HostPaths) -> list[str]:
+    """Addresses of all PCI functions, then UUIDs of all mediated devices, sorted.
+
+    Raises OSError when the folder of the PCI bus cannot be listed; most machines have no mediated devices. Raises
+    `sysfs.OutOfResources`.
+    """
+    try:
+        names = sorted(os.listdir(paths.pci_devices))
+    except OSError as error:
+        sysfs.refuse_if_out_of_resources(error)
+        raise
+    return names + sorted(sysfs.listed(paths.mdev_devices))
+
+
+def list_vfio_devices(paths: HostPaths) -> frozenset[str] | None:
+    """Addresses, and UUIDs, of all functions that have a `vfio-dev` folder now; None before Linux 6.1.
+
+    `/sys/class/vfio-dev/vfioN` leads to `.../<address>/vfio-dev/vfioN`. Raises `sysfs.OutOfResources`.
+    """
+    try:
+        names = os.listdir(paths.vfio_dev_class)
+    except OSError as error:
+        sysfs.refuse_if_out_of_resources(error)
+        return None
+    devices = set()
+    for name in names:
+        with suppress(OSError):  # it went at this moment
+            devices.add(os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")[-3])
+    return frozenset(devices)
+
+
+def read_groups(
+    paths: HostPaths, functions: Mapping[str, PciFunction], without_iommu: frozenset[int] = frozenset()
+) -> dict[int, IommuGroup]:
+    """The IOMMU groups of all functions that a vfio driver holds, with every member that sysfs lists.
+
+    A group whose folder cannot be read has the members that `functions` shows.
+    """
+    wanted = {f.iommu_group for f in functions.values() if f.vfio or is_vfio_driver(f.driver)}
+    groups = {}
+    for number in sorted(n for n in wanted if n is not None):
+        folder = f"{paths.iommu_groups}/{number}"
+        seen = {f.address for f in functions.values() if f.iommu_group == number}
+        groups[number] = IommuGroup(
+            number=number,
+            members=tuple(sorted(seen | set(sysfs.listed(f"{folder}/devices")))),
+            noiommu=number in without_iommu,
+        )
+    return groups
+
+
+def read_group_nodes(paths: HostPaths) -> tuple[frozenset[int], frozenset[int]]:
+    """Numbers of the groups that have a node /dev/vfio/N now, and of those that have a node /dev/vfio/noiommu-N.
+
+    vfio_group_alloc in drivers/vfio/group.c names the nodes so.
+    """
+    names = [name for name in sysfs.listed(paths.vfio_class) if name.isascii()]
+    with_iommu = frozenset(int(name) for name in names if name.isdecimal())
+    rest = [name.removeprefix("noiommu-") for name in names if name.startswith("noiommu-")]
+    return with_iommu, frozenset(int(number) for number in rest if number.isdecimal())
+
+
+def read_kernel_has_cdevs(paths: HostPaths) -> bool:
+    """Whether /proc/devices shows that this kernel makes VFIO cdevs.
+
+    vfio_cdev_init in drivers/vfio/device_cdev.c registers the character devices named `vfio-dev`. /proc/devices is not
+    namespaced, so a container sees the host's.
+    """
+    text = sysfs.text_or_none(str(paths.devices_list), limit=65536) or ""
+    return any(line.split()[1:] == ["vfio-dev"] for line in text.splitlines())
+
+
+def read_dev_nodes(paths: HostPaths) -> frozenset[str] | None:
+    """VFIO nodes that the host's live /dev shows, or None where only a copy of it, or nothing, is visible."""
+    if not _dev_vfio_is_live(paths):
+        return None
+    names = [name for name in sysfs.listed(paths.dev_vfio) if name.isdecimal()]
+    names += [f"devices/{name}" for name in sysfs.listed(paths.dev_vfio / "devices") if VFIO_DEV.fullmatch(name)]
+    return frozenset(f"/dev/vfio/{name}" for name in names)
+
+
+def _dev_vfio_is_live(paths: HostPaths) -> bool:
+    """A container's own /dev is a copy made at its start and proves nothing; a devtmpfs is the kernel's own.
+
+    A bind mount of a /dev/vfio that was removed and made anew (rmmod vfio) stays empty for ever; mountinfo marks its
+    root as deleted (Documentation/filesystems/proc.rst, section 3.5).
+    """
+    if paths.root != Path("/"):
+        return paths.dev.is_dir()
+    best = ""
+    live = False
+    for line in (sysfs.text_or_none(str(paths.mountinfo), limit=1 << 20) or "").splitlines():
+        fields, _, tail = line.partition(" - ")
+        parts = fields.split()
+        if len(parts) < 5 or not tail:
+            continue
+        mount_root, mount_point = parts[3], parts[4]
+        if mount_point in ("/", "/dev", "/dev/vfio") and len(mount_point) >= len(best):
+            best, live = mount_point, tail.split()[0] == "devtmpfs" and not mount_root.endswith("//deleted")
+    return live
