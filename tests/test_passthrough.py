@@ -645,6 +645,50 @@ def test_list_all_tells_of_every_function_which_rule_took_it_or_why_none_did(pla
         "resource": "storage.example.com/nvme",
         "rule": "resources[1]",
         "reason": "bound to nvme, not to vfio-pci",
+        "facts": {  # of a function on a host driver no more is read
+            "subsystem": "144d:a801",
+            "mdev_type": None,
+            "physical_function": None,
+            "bridges": ["pci0000:40", "0000:40:01.3"],
+            "enable": None,
+        },
+    }
+
+
+def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, listed: Any) -> None:
+    node = workstation(places, GROUPS_ONLY)
+    node.set_attribute(T4, "enable", "many")
+    assert listed(node)[T4] == {
+        "pci_address": T4,
+        "class": "030200",
+        "id": "10de:1eb8",
+        "driver": "vfio-pci",
+        "iommu_group": 13,
+        "resource": "nvidia.com/pgpu",
+        "rule": "NVIDIA GPU",
+        "reason": None,
+        "facts": {
+            "subsystem": "10de:12a2",
+            "mdev_type": None,
+            "physical_function": None,
+            "bridges": ["pci0000:00", "0000:00:1b.0"],
+            "enable": None,
+            "revision": "a1",
+            "virtual_functions": 0,
+            "numa_node": None,
+            "vfio_device": 4,
+            "cdev": None,
+            "power_state": "D3hot",
+            "link_speed": "8.0 GT/s PCIe",
+            "link_width": 4,
+            "fatal_errors": 0,
+            "bars": [
+                {"index": 0, "size": 16 << 20, "prefetchable": False, "wide": False, "io": False},
+                {"index": 1, "size": 256 << 20, "prefetchable": True, "wide": True, "io": False},
+                {"index": 3, "size": 32 << 20, "prefetchable": True, "wide": True, "io": False},
+            ],
+            "unread": ["enable: 'many' is not a number"],
+        },
     }
 
 
@@ -686,7 +730,7 @@ def test_list_all_tells_of_vgpus_and_of_what_cannot_be_read(places: Places, list
     assert verdicts(found)[vgpu] == ("nvidia.com/GRID_T4-1Q", "NVIDIA vGPU", None)
     assert found[SOUND] == {
         "pci_address": SOUND,
-        **dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule")),
+        **dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule", "facts")),
         "reason": "unreadable: class is 'nonsense', not a hexadecimal number",
     }
 

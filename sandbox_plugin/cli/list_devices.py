@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import RenderableType
@@ -21,8 +22,20 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Claim, claim
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
-from sandbox_plugin.model import Device, HostFacts, PciFunction
+from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
 from sandbox_plugin.settings import Settings
+
+_COLUMNS = {
+    "PCI FUNCTION": "pci_address",
+    "CLASS": "class",
+    "ID": "id",
+    "DRIVER": "driver",
+    "GROUP": "iommu_group",
+    "RESOURCE": "resource",
+    "RULE": "rule",
+    "NOT OFFERED BECAUSE": "reason",
+}
+"""Of the table of all functions, with the JSON key of each."""
 
 
 def add_parser(commands: Any) -> None:
@@ -39,7 +52,9 @@ def add_parser(commands: Any) -> None:
         "--topology", action="store_true", help="also how close the devices are to each other, as `nvidia-smi topo -m`"
     )
     parser.add_argument(
-        "--all", action="store_true", help="every PCI function, with the rule that took it or why it is not offered"
+        "--all",
+        action="store_true",
+        help="every PCI function, with the rule that took it or why it is not offered; in json with what was read",
     )
     parser.set_defaults(run=run)
 
@@ -121,8 +136,8 @@ def _all_functions(
         _function_as_json(function, claim(function, settings, names), inventory.unoffered.get(function.address))
         for function in facts.functions.values()
     ]
-    unknown = dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule"))
-    functions += [{"pci_address": a, **unknown, "reason": f"unreadable: {why}"} for a, why in facts.unreadable.items()]
+    unknown = dict.fromkeys((*_COLUMNS.values(), "facts"))
+    functions += [unknown | {"pci_address": a, "reason": f"unreadable: {why}"} for a, why in facts.unreadable.items()]
     return sorted(functions, key=lambda function: str(function["pci_address"]))
 
 
@@ -137,13 +152,42 @@ def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str 
         "resource": answer.resource if answer is not None else None,
         "rule": answer.rule if answer is not None else None,
         "reason": "no rule matches" if answer is None else why_not,
+        "facts": _facts_as_json(function),
+    }
+
+
+def _facts_as_json(function: PciFunction) -> dict[str, Any]:
+    """What else was read of it: more of a function that a vfio driver has."""
+    subsystem = (function.subsystem_vendor, function.subsystem_device)
+    facts = {
+        "subsystem": None if None in subsystem else "{:04x}:{:04x}".format(*subsystem),
+        "mdev_type": function.mdev_type,
+        "physical_function": function.physical_function,
+        "bridges": list(function.bridges),
+        "enable": function.enable,
+    }
+    if function.vfio is None and not is_vfio_driver(function.driver):
+        return facts
+    return facts | {
+        "revision": None if function.revision is None else f"{function.revision:02x}",
+        "virtual_functions": function.virtual_functions,
+        "numa_node": function.numa_node,
+        "vfio_device": None if function.vfio is None else function.vfio.number,
+        "cdev": None if function.vfio is None else function.vfio.cdev,
+        "power_state": function.power_state,
+        "link_speed": function.link_speed,
+        "link_width": function.link_width,
+        "fatal_errors": function.fatal_errors,
+        "bars": [asdict(bar) for bar in function.bars],
+        "unread": list(function.unread),
     }
 
 
 def _table_of_all(functions: list[dict[str, Any]]) -> Table:
-    made = table("PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE", "NOT OFFERED BECAUSE")
+    made = table(*_COLUMNS)
     for function in functions:
-        made.add_row(*("-" if cell is None else str(cell) for cell in function.values()))
+        cells = [function[key] for key in _COLUMNS.values()]
+        made.add_row(*("-" if cell is None else str(cell) for cell in cells))
     return made
 
 
