@@ -36,6 +36,7 @@ from sandbox_plugin.outputs.cdi import CdiWriter
 from sandbox_plugin.outputs.neighbours import NeighbourWatch
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
+from sandbox_plugin.trouble import Trouble, Troubles
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -144,7 +145,7 @@ class Rescans:
         self._interval = interval
         self._wanted = asyncio.Event()
         self._aer: list[tuple[str, str]] = []
-        self._trouble: str | None = None
+        self._trouble = Trouble()
         self._scanner = HostScanner(paths, on_late=self.wake)
 
     def wake(self) -> None:
@@ -188,10 +189,8 @@ class Rescans:
         return True
 
     def _complain(self, event: str, reason: str | None) -> None:
-        """Logs a trouble once, until it changes."""
-        if reason is not None and reason != self._trouble:
+        if self._trouble.update(reason):
             log.error(event, reason=reason)
-        self._trouble = reason
 
 
 @dataclass(kw_only=True)
@@ -256,16 +255,14 @@ async def report(registry: Registry) -> None:
     A device that has just come waits for its CDI spec first: it is found when that is written.
     """
     known: dict[tuple[str, str], Device] = {}
-    unoffered: dict[str, str] = {}
+    unoffered = Troubles[str]()
     inventory = await registry.newer_than(0)
     if not inventory.resources:
         log.info("no device to offer yet", reason=NOTHING_TO_OFFER)
     while True:
         known = _report_devices(known, inventory)
-        for address, why in sorted(inventory.unoffered.items()):
-            if unoffered.get(address) != why:
-                log.info("not offered", pci_address=address, reason=why)
-        unoffered = dict(inventory.unoffered)
+        for address, why in sorted(unoffered.update(inventory.unoffered).items()):
+            log.info("not offered", pci_address=address, reason=why)
         inventory = await registry.newer_than(inventory.version)
         await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by the same change
 

@@ -42,6 +42,7 @@ from sandbox_plugin.kubelet.servicer import DevicePluginServicer
 from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
+from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"
 API_VERSION = "v1beta1"
@@ -128,8 +129,7 @@ class Endpoint:
     """Monotonic seconds."""
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     """Rung by everything that is worth a look. Only `_wait` waits for it."""
-    _trouble: str | None = None
-    """The complaint that was logged last; None when all was well last."""
+    _trouble: Trouble = field(default_factory=Trouble)
 
     @property
     def path(self) -> Path:
@@ -216,7 +216,7 @@ class Endpoint:
         registration = self._registration = _Registration(own=self._own, kubelet=self._kubelet())
         why_not = await self._call_register(registration) or await self._wait_for_stream(registration)
         if why_not is None:
-            self._trouble = None
+            self._trouble.update(None)
             self._registered_at = time.monotonic()
             log.info("registered", resource=self.resource, endpoint=self.path.name)
             return State.REGISTERED
@@ -320,10 +320,8 @@ class Endpoint:
         return predicate()
 
     def _complain(self, why: str) -> None:
-        """Logs a trouble once, and not again before it changes."""
-        if why != self._trouble:
+        if self._trouble.update(why):
             log.warning("endpoint trouble", resource=self.resource, reason=why)
-        self._trouble = why
 
 
 _REPLACED = f"{KUBELET_SOCKET} or our socket was replaced during the call"

@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import structlog
@@ -26,6 +26,7 @@ from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.trouble import Trouble
 
 INTERVAL = 5.0
 """Seconds between questions."""
@@ -46,7 +47,7 @@ class HoldingsPoller:
     clock: Callable[[], float] = time.monotonic
     _answered: bool = False
     """Once at least, by a kubelet that knew its pods."""
-    _trouble: str | None = None
+    _trouble: Trouble = field(default_factory=Trouble)
     _kubelet: sockets.Identity | None = None
     _kubelet_since: float = 0.0
     """When the kubelet that made this socket began, by `clock`."""
@@ -80,7 +81,7 @@ class HoldingsPoller:
         except MalformedMessage as error:
             self._complain(f"the answer is malformed: {error}")
         else:
-            self._trouble = None
+            self._trouble.update(None)
             self._answered = self._answered or not is_young
             self._last = without_absences(learnt, self._last) if is_young else learnt
             self.registry.learn(holdings=self._last)
@@ -94,9 +95,8 @@ class HoldingsPoller:
         return now - self._kubelet_since < YOUNG
 
     def _complain(self, why: str) -> None:
-        if why != self._trouble:
+        if self._trouble.update(why):
             log.info("PodResources unavailable", path=str(self.socket), reason=why)
-        self._trouble = why
 
 
 async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:

@@ -29,6 +29,7 @@ from sandbox_plugin.outputs import files
 from sandbox_plugin.outputs.cdi_owner import MARK, Ownership, is_marked, ownership, stated_kind
 from sandbox_plugin.outputs.spec_text import LARGEST
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.trouble import Troubles
 
 _PAUSE = 0.25
 """Seconds between two looks at the folder, and after somebody else's file was replaced: two writers who fight must not
@@ -109,7 +110,8 @@ class CdiWriter:
     """What was last seen in the file of a resource."""
     _not_stale: dict[str, files.Stamp] = field(default_factory=dict)
     """Names of other files of the folder that need no second look, as they were when they were read."""
-    _trouble: dict[str, str] = field(default_factory=dict)
+    _troubles: Troubles[str] = field(default_factory=Troubles)
+    """By resource, or by the name of a stale spec."""
     _replaced: dict[str, int] = field(default_factory=dict)
     """How often somebody else's spec was replaced: two writers are named once, not each time."""
 
@@ -143,7 +145,7 @@ class CdiWriter:
 
     def _patience(self) -> float:
         pause = self._not_before - asyncio.get_running_loop().time()
-        return max(pause, min(self.recheck, 1.0) if self._trouble else self.recheck)
+        return max(pause, min(self.recheck, 1.0) if self._troubles.now else self.recheck)
 
     async def _follow_inventory(self) -> None:
         inventory = self.registry.current
@@ -173,10 +175,8 @@ class CdiWriter:
         self._tell_of_trouble(trouble | stale)
 
     def _tell_of_trouble(self, trouble: dict[str, str]) -> None:
-        for about, why in trouble.items():
-            if self._trouble.get(about) != why:
-                log.error("cdi trouble", resource=about, reason=why)
-        self._trouble = trouble
+        for about, why in self._troubles.update(trouble).items():
+            log.error("cdi trouble", resource=about, reason=why)
 
     async def _sync_one(self, resource: str, wanted: bytes, devices: Sequence[Device]) -> bool:
         """Makes the file what is wanted; says whether that is news. When it fails, `_on_disk` has what is there."""

@@ -22,6 +22,7 @@ from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.outputs import files
 from sandbox_plugin.outputs.cdi_rules import Reading, judge_specs, read_spec
 from sandbox_plugin.outputs.spec_text import LARGEST
+from sandbox_plugin.trouble import Troubles
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -41,9 +42,10 @@ class NeighbourWatch:
     folder: Path
     recheck: float = 5.0
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
-    _wrong: Mapping[Path, str] = field(default_factory=dict)
-    """What was last said about each bad spec."""
-    _unread: Mapping[Path, str] = field(default_factory=dict)
+    _wrong: Troubles[Path] = field(default_factory=Troubles)
+    """What is bad about specs."""
+    _unread: Troubles[Path] = field(default_factory=Troubles)
+    """Why specs could not be judged."""
 
     def look(self) -> None:
         """Something changed in the folder."""
@@ -68,18 +70,16 @@ class NeighbourWatch:
 
     def _report(self, readings: Mapping[Path, Reading]) -> None:
         wrong = judge_specs(readings)
-        for file, why in wrong.items():
-            if self._wrong.get(file) != why:
-                what_to_do = "Kata fails every pod of this node until this spec is repaired, or moved out of the folder"
-                log.error("bad cdi spec", path=str(file), reason=why, action=what_to_do)
-        for file in self._wrong.keys() - wrong.keys():
+        gone = self._wrong.now.keys() - wrong.keys()
+        for file, why in self._wrong.update(wrong).items():
+            what_to_do = "Kata fails every pod of this node until this spec is repaired, or moved out of the folder"
+            log.error("bad cdi spec", path=str(file), reason=why, action=what_to_do)
+        for file in gone:
             log.info("bad cdi spec is gone", path=str(file))
         unread = {file: reading.unread for file, reading in readings.items() if reading.unread is not None}
-        for file, why in unread.items():
-            if self._unread.get(file) != why:
-                what_to_do = "if Kata's pods fail on this node, look at this spec"
-                log.warning("cdi spec not judged", path=str(file), reason=why, action=what_to_do)
-        self._wrong, self._unread = wrong, unread
+        for file, why in self._unread.update(unread).items():
+            what_to_do = "if Kata's pods fail on this node, look at this spec"
+            log.warning("cdi spec not judged", path=str(file), reason=why, action=what_to_do)
 
 
 @dataclass(frozen=True, slots=True)
