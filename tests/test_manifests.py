@@ -184,7 +184,9 @@ def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster(
         assert not one["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it would select the other's pods"
 
 
-def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_with_and_without_its_comments(tmp_path: Path) -> None:
+def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_with_and_without_its_comments(
+    tmp_path: Path,
+) -> None:
     manifests = {manifest["kind"]: manifest for manifest in build(ADMINISTRATORS)}
     pod = manifests["DaemonSet"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
