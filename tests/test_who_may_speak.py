@@ -467,6 +467,7 @@ def test_what_a_request_took_of_the_window_is_given_back_when_its_call_has_ended
             assert client.trailers(stream)["grpc-status"] == NOT_FOUND
 
 
+@pytest.mark.slow
 def test_frames_without_a_byte_cost_no_memory(victim: Victim) -> None:
     with attacker(victim.path) as client:
         watching = client.ask("ListAndWatch", end=False)
