@@ -67,9 +67,9 @@ def _read(text: str, where: str) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: {error}") from None
     except RecursionError:
-        raise UsageError(f"{where}: brackets within brackets, too deep to be read") from None
+        raise UsageError(f"{where}: brackets are nested too deeply") from None
     except ValueError:  # int() of the standard library takes only so many digits
-        raise UsageError(f"{where}: a number with more digits than any setting has") from None
+        raise UsageError(f"{where}: a number has too many digits") from None
 
 
 def _setting(value: Any, where: str, *, is_switch: bool) -> str:
@@ -84,7 +84,7 @@ def _setting(value: Any, where: str, *, is_switch: bool) -> str:
     try:
         return str(value)
     except ValueError:  # str() of the standard library writes only so many digits
-        raise UsageError(f"{where}: a number with more digits than any setting has") from None
+        raise UsageError(f"{where}: a number has too many digits") from None
 
 
 def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
@@ -97,7 +97,7 @@ def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
                 raise ValueError("a name must be a string")
             check_alias(name)
             if names.setdefault(_pair(model), name) != name:
-                raise ValueError(f"this model is named {names[_pair(model)]!r} already")
+                raise ValueError(f"this model has the name {names[_pair(model)]!r} already")
         except ValueError as error:
             raise UsageError(f"{where}: {model!r}: {error}") from None
     return names
@@ -105,7 +105,7 @@ def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
 
 def _rules(tables: Any, where: str) -> tuple[ResourceRule, ...]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UsageError(f"{where}: resources must be tables, each begun by a line [[resources]]")
+        raise UsageError(f"{where}: resources must be tables, each one starts with a line [[resources]]")
     return tuple(_rule(table, f"{where}: resources[{index}]") for index, table in enumerate(tables))
 
 
@@ -115,7 +115,7 @@ def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
         allowed = ", ".join(("name", "exclude", *_CONDITIONS))
         raise UsageError(f"{where}: unknown key {unknown[0]!r}; allowed are {allowed}")
     if not table.keys() & set(_CONDITIONS):
-        raise UsageError(f"{where}: no condition, so it would match everything; one of {', '.join(_CONDITIONS)}")
+        raise UsageError(f"{where}: no condition, so it would match everything; use one of {', '.join(_CONDITIONS)}")
     return ResourceRule(
         label=where.rpartition(": ")[2],
         name=_name(table, where),
@@ -133,7 +133,7 @@ def _name(table: Mapping[str, Any], where: str) -> str | None:
     if not isinstance(exclude, bool):
         raise UsageError(f"{where}: exclude must be true or false")
     if exclude == (name is not None):
-        raise UsageError(f"{where}: either name or exclude = true, and not both")
+        raise UsageError(f"{where}: use either name or exclude = true, not both")
     if exclude:
         return None
     if not isinstance(name, str):
@@ -181,9 +181,10 @@ def _pair(word: str) -> tuple[int, int]:
 
 
 def _address(word: str) -> str:
-    """A pattern in which a `*` stands matches something; any other must have an address's shape, or it never would."""
+    """A pattern with a `*` can match; any other must have the shape of an address, or it never matches."""
     if not re.fullmatch(_ADDRESS_PATTERN if "*" in word else _ADDRESS, word):
         raise ValueError(
-            f"{word!r} is not a whole PCI address such as '0000:41:00.0', in which * and ? may stand for any"
+            f"{word!r} is not a whole PCI address such as '0000:41:00.0', "
+            "in which * matches anything and ? any one character"
         )
     return word.lower()

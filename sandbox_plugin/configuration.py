@@ -143,8 +143,8 @@ def _socket_folder(text: str) -> Path:
     """
     length = len(os.fsencode(text))
     if length > _SOCKET_FOLDER_BYTES:
-        allowed = f"allowed are {_SOCKET_FOLDER_BYTES}, or sockets in it have no room for their names"
-        raise ValueError(f"a path of {length} bytes: {allowed}")
+        allowed = f"at most {_SOCKET_FOLDER_BYTES} are allowed, so that the names of sockets fit behind it"
+        raise ValueError(f"the path has {length} bytes; {allowed}")
     folder = _path(text)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{text} is not a folder")

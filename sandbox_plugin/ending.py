@@ -76,7 +76,7 @@ class Ending:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         log.critical(
             "ended by force",
-            reason=f"the end began {PATIENCE:g} s ago and has not come",
+            reason=f"the process should have ended {PATIENCE:g} s ago",
             running=dict(sorted(tasks.items())),
             threads=sorted(thread.name for thread in threading.enumerate()),
             main_thread="".join(traceback.format_stack(frame, limit=3)) if frame is not None else None,

@@ -134,7 +134,7 @@ class HostFacts:
 
 
 class Reason(StrEnum):
-    """Why a device is Unhealthy. docs/operations.md tells for each what a person does about it."""
+    """Why a device is Unhealthy. docs/operations.md says for each what to do about it."""
 
     UNREADABLE = "unreadable"
     GONE = "gone"

@@ -22,7 +22,7 @@ DOCSTRING = '"""The kubelet\'s two gRPC APIs. Generated from protos/ by scripts/
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make sandbox_plugin/api anew from protos/.")
+    parser = argparse.ArgumentParser(description="Make sandbox_plugin/api again from protos/.")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit 1 with the difference if there is one"
     )

@@ -27,7 +27,7 @@ LICENCE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the table of NVIDIA's model names anew from pci.ids.")
+    parser = argparse.ArgumentParser(description="Make the table of NVIDIA's model names again from pci.ids.")
     parser.add_argument("file", nargs="?", type=Path, help="a pci.ids; without it Debian's newest is fetched with apt")
     file: Path | None = parser.parse_args().file
     if file is not None:

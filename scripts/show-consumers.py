@@ -122,7 +122,7 @@ def main() -> int:
     now = with_runs(document)
     if check:
         if now != document:
-            print(f"{DOCUMENT} is out of date: scripts/show-consumers.py makes it anew", file=sys.stderr)
+            print(f"{DOCUMENT} is out of date: run scripts/show-consumers.py", file=sys.stderr)
         return int(now != document)
     DOCUMENT.write_text(now)
     return 0

@@ -27,9 +27,9 @@ CONDITIONS = "vendor, device, class, subsystem, address, driver"
 HEX = "is not four hexadecimal digits, e.g. '10de'"
 CLASS = "is not two, four or six hexadecimal digits, e.g. '0302'"
 PAIR = "is not VENDOR:DEVICE, e.g. '10de:16c1'"
-ADDRESS = "is not a whole PCI address such as '0000:41:00.0', in which * and ? may stand for any"
+ADDRESS = "is not a whole PCI address such as '0000:41:00.0', in which * matches anything and ? any one character"
 ALIAS = "allowed are 2 to 63 letters, digits, `-` and `_`, a letter first and a letter or digit last"
-TOO_LONG = "a number with more digits than any setting has"
+TOO_LONG = "a number has too many digits"
 
 
 def load(folder: Path, text: str | bytes, **environment: str) -> Settings:
@@ -142,7 +142,7 @@ UNREADABLE = [
     (b"gpu-alias = '\xff'\n", "cannot be read: it is not UTF-8"),
     (b"health-interval = " + b"1" * 5000, TOO_LONG),
     (b"health-interval = 0x" + b"f" * 5000, f"health-interval: {TOO_LONG}"),
-    (b"log-level = " + b"[" * 20000, "brackets within brackets, too deep to be read"),
+    (b"log-level = " + b"[" * 20000, "brackets are nested too deeply"),
 ]
 SETTINGS = [
     ('gpu-aliass = "x"', f"unknown key 'gpu-aliass'; allowed are {EVERY_KEY}"),
@@ -177,20 +177,20 @@ NAMES = [
     ('[names]\n"10de:2330" = "H 100"', f"names: '10de:2330': 'H 100' is not a valid resource name: {ALIAS}"),
     ('[names]\n"10de:2330" = ""', f"names: '10de:2330': '' is not a valid resource name: {ALIAS}"),
     ('[names]\n"10de:\\n" = "H100"', f"names: '10de:\\n': '\\n' {HEX}"),
-    ('[names]\n"10de:2bb5" = "AA"\n"10DE:2BB5" = "BB"', "names: '10DE:2BB5': this model is named 'AA' already"),
+    ('[names]\n"10de:2bb5" = "AA"\n"10DE:2BB5" = "BB"', "names: '10DE:2BB5': this model has the name 'AA' already"),
 ]
 RULES = [
-    ('resources = "x"', "resources must be tables, each begun by a line [[resources]]"),
-    ('[resources]\nname = "a.b/cc"', "resources must be tables, each begun by a line [[resources]]"),
-    ("resources = [1]", "resources must be tables, each begun by a line [[resources]]"),
+    ('resources = "x"', "resources must be tables, each one starts with a line [[resources]]"),
+    ('[resources]\nname = "a.b/cc"', "resources must be tables, each one starts with a line [[resources]]"),
+    ("resources = [1]", "resources must be tables, each one starts with a line [[resources]]"),
 ]
 NAME = 'vendor = "10de"\n'
 RULE = [
     (f'vendr = "x"\n{NAME}', f"unknown key 'vendr'; allowed are name, exclude, {CONDITIONS}"),
-    ('name = "a.b/cc"', f"no condition, so it would match everything; one of {CONDITIONS}"),
-    (NAME, "either name or exclude = true, and not both"),
-    (f"{NAME}exclude = false", "either name or exclude = true, and not both"),
-    (f'{NAME}name = "a.b/cc"\nexclude = true', "either name or exclude = true, and not both"),
+    ('name = "a.b/cc"', f"no condition, so it would match everything; use one of {CONDITIONS}"),
+    (NAME, "use either name or exclude = true, not both"),
+    (f"{NAME}exclude = false", "use either name or exclude = true, not both"),
+    (f'{NAME}name = "a.b/cc"\nexclude = true', "use either name or exclude = true, not both"),
     (f'{NAME}exclude = "yes"', "exclude must be true or false"),
     (f"{NAME}name = 7", "name must be a string such as 'example.com/gpu'"),
     (f'{NAME}name = "gpu"', "name: 'gpu' is not domain/name with a domain in lower case, such as 'example.com/gpu'"),
@@ -205,7 +205,7 @@ RULE = [
     (f'{NAME}name = "amd.com/g.pu"', f"name: 'g.pu' is not a valid resource name: {ALIAS}"),
     (
         f'{NAME}name = "3com.com/nic"',
-        "name: '3com.com/nic': for CDI the domain must begin with a letter and have a second character",
+        "name: '3com.com/nic': for CDI the domain must begin with a letter and have at least 2 characters",
     ),
     ("exclude = true\nvendor = 4318", "vendor must be a string or a list of strings"),
     ("exclude = true\nvendor = []", "vendor must be a string or a list of strings"),

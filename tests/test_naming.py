@@ -235,7 +235,7 @@ def test_any_other_alias_is_refused_in_one_line_that_says_what_is_allowed(alias:
 
 
 def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_domain() -> None:
-    with pytest.raises(ValueError, match=r"give what follows `nvidia\.com/` alone"):
+    with pytest.raises(ValueError, match=r"give only the part after `nvidia\.com/`"):
         check_alias("nvidia.com/pgpu")
 
 

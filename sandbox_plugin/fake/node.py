@@ -303,7 +303,7 @@ class FakeNode:
         """Gives a file of the function, e.g. `numa_node` or `power/runtime_status`, a new content, sense or nonsense.
 
         A `str` that is not empty gets a newline at its end if it has none. A reader sees the old content or the new
-        one. Raises `FakeNodeError` for what is no file in the function's own folder.
+        one. Raises `FakeNodeError` for what is not a file in the function's own folder.
         """
         folder = self._folder(address)
         path = os.path.normpath(f"{folder}/{name}")

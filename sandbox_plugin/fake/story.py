@@ -118,7 +118,7 @@ class Story:
         )
         yield Told(
             title=f"GPU {device_id} answers again.",
-            why="Healthy again after 2 s of being well, so that a loose one does not flap.",
+            why="Healthy again after 2 s without trouble, so that an unstable GPU does not flap.",
             result=self._counts(self._gpus),
             seconds=seconds,
         )

@@ -83,7 +83,9 @@ def _health(
     if track.gone_since is not None or not track.device.health.healthy:
         return track.device.health
     for address, _ in sorted(track.silent):
-        return Health(reason=Reason.OFF_THE_BUS, detail=f"{address} did not answer on the PCI bus; asleep since")
+        return Health(
+            reason=Reason.OFF_THE_BUS, detail=f"{address} did not answer on the PCI bus and has been asleep since"
+        )
     for _, error in sorted(track.fatal_errors.items()):
         return Health(reason=Reason.FATAL_ERROR, detail=error.words)
     return why_taken(key, tracks, promises, signals)

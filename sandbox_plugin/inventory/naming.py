@@ -96,7 +96,7 @@ def check_alias(alias: str) -> None:
         raise ValueError(
             f"{alias!r} is not a valid resource name: allowed are 2 to {NAME_LENGTH} letters, digits, `-` and `_`, "
             "a letter first and a letter or digit last"
-            + ("; give what follows `nvidia.com/` alone" if alias.startswith("nvidia.com/") else "")
+            + ("; give only the part after `nvidia.com/`" if alias.startswith("nvidia.com/") else "")
         )
 
 
@@ -104,15 +104,15 @@ def check_resource_name(resource: str) -> None:
     """Raises ValueError, saying what is allowed, unless `resource` is a `domain/name` for the kubelet and for CDI."""
     domain, separator, name = resource.partition("/")
     if len(domain) > _DOMAIN_LENGTH:
-        raise ValueError(f"{resource!r}: a domain of {len(domain)} characters: allowed are at most {_DOMAIN_LENGTH}")
+        raise ValueError(f"{resource!r}: the domain has {len(domain)} characters; at most {_DOMAIN_LENGTH} are allowed")
     if not separator or not _DOMAIN.fullmatch(domain):
         raise ValueError(f"{resource!r} is not domain/name with a domain in lower case, such as 'example.com/gpu'")
     if not domain[0].isalpha() or len(domain) < 2:
-        raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter and have a second character")
+        raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter and have at least 2 characters")
     if "kubernetes.io" in domain:  # IsNativeResource in k8s.io/kubernetes/pkg/apis/core/v1/helper
         raise ValueError(f"{resource!r}: names with kubernetes.io in them belong to Kubernetes")
     if domain.startswith(_QUOTA):  # DefaultResourceRequestsPrefix in k8s.io/api/core/v1
-        raise ValueError(f"{resource!r}: a domain that begins with {_QUOTA!r} is a quota's for Kubernetes")
+        raise ValueError(f"{resource!r}: a domain that begins with {_QUOTA!r} is reserved for Kubernetes quotas")
     check_alias(name)
 
 

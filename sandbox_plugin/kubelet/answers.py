@@ -14,7 +14,7 @@ from sandbox_plugin.model import Device
 from sandbox_plugin.settings import Consumer
 
 _PERMISSIONS = "mrw"
-"""A VM needs the node whole: read, write, and mknod for runtimes that make it anew in the sandbox."""
+"""A VM needs the node whole: read, write, and mknod for runtimes that make it again in the sandbox."""
 _CONTAINER_NODE = "/dev/vfio/vfio"
 """What group nodes are used with (Documentation/driver-api/vfio.rst)."""
 _IOMMUFD_NODE = "/dev/iommu"

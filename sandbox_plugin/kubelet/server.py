@@ -84,7 +84,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 class PluginServer:
-    """Serves a socket that listens. `service` makes what answers the calls, anew for each connection.
+    """Serves a socket that listens. `service` makes what answers the calls, once for each connection.
 
     Usage:
 

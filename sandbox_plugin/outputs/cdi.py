@@ -212,8 +212,8 @@ class CdiWriter:
                 "another writer keeps writing our cdi spec",
                 resource=resource,
                 path=str(file),
-                reason="it was written again after this plugin had replaced it; it is replaced whenever that happens",
-                action="stop the other writer (an older device plugin, or kata-manager), or give the resource an alias",
+                reason="another program wrote it again after this plugin had replaced it; it is replaced each time",
+                action="stop the other writer (an older device plugin, or kata-manager), or choose another alias",
             )
         return times <= 2
 
