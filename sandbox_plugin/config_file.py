@@ -35,7 +35,7 @@ class ConfigFile:
     """What a config file says."""
 
     settings: Mapping[str, str] = field(default_factory=dict)
-    """By flag name without its dashes, still as a person wrote them."""
+    """By flag name without its dashes, still as they were written."""
     resources: tuple[ResourceRule, ...] = ()
     model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
@@ -73,7 +73,7 @@ def _read(text: str, where: str) -> dict[str, Any]:
 
 
 def _setting(value: Any, where: str, *, is_switch: bool) -> str:
-    """As a person would write it for the flag."""
+    """As one would write it for the flag."""
     if isinstance(value, bool):
         if not is_switch:  # the flag's parser would take it for the word
             raise UsageError(f"{where} must be a string or a number, not {str(value).lower()}")

@@ -1,4 +1,4 @@
-"""From what a person says to `Settings`: a flag beats the environment, which beats the config file.
+"""From what the user gives to `Settings`: a flag beats the environment, which beats the config file.
 
 Everything is validated here, once; every `UsageError` says which flag, variable or key is wrong and what is allowed.
 """
@@ -24,7 +24,7 @@ _SOCKET_FOLDER_BYTES = 107 - len("/") - 18
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """One setting as a person gives it. `parse` raises ValueError saying what is allowed."""
+    """One setting as the user gives it. `parse` raises ValueError saying what is allowed."""
 
     name: str
     """The field of `Settings`."""
@@ -40,7 +40,7 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as a person would give it."""
+        """The default as the user would give it."""
         default = getattr(Settings(), self.name)
         if default is None:
             return "console on a terminal, else json"

@@ -153,7 +153,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """A verdict on one device: healthy when `reason` is None, else why not, in words for a person."""
+    """A verdict on one device: healthy when `reason` is None, else why not, in words."""
 
     reason: Reason | None = None
     detail: str = ""
@@ -206,7 +206,7 @@ class Device:
     group_node: str | None = None
     """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both."""
     node_exists: bool = True
-    """Whether sysfs shows the node: what does not exist must not stand in a CDI spec."""
+    """Whether sysfs shows the node: what does not exist must not be in a CDI spec."""
     health: Health = HEALTHY
 
     @property

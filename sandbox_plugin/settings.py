@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 class UsageError(Exception):
-    """A person gave something wrong: a flag, a variable, a file. The message is one line: which, and what is allowed.
+    """The user gave something wrong: a flag, a variable, a file. The message is one line: which, and what is allowed.
 
     `cli.main` turns it into that line on stderr and exit status 2.
     """
@@ -71,7 +71,7 @@ class Settings:
     resources: tuple[ResourceRule, ...] = ()
     """Resource rules, asked before the built-in ones; the first that matches wins."""
     model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
-    """(vendor, device) -> last part of the resource name, for models that a person named."""
+    """(vendor, device) -> last part of the resource name, for models with a name of the user's own."""
     health_interval: float = 5.0
     """Seconds between rescans that no event asked for."""
     log_format: str | None = None

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds a small kernel with IOMMUFD and VFIO cdevs from Debian's linux-source-6.12, for `just test-vm-cdev`
-# (docs/vm-test.md): no kernel of Debian's has them. It does nothing when source, configuration and compiler are those
+# (docs/vm-test.md): no Debian kernel has them. It does nothing when source, configuration and compiler are those
 # of the kernel that is there already. Root is needed only to install the build tools, where they are missing.
 #
 #   scripts/build-cdev-kernel.sh [--force]

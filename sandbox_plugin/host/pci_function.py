@@ -324,5 +324,5 @@ def _hex(text: str, name: str, digits: int) -> int:
 def _why(error: OSError) -> str:
     name = os.path.basename(str(error.filename or ""))
     if isinstance(error, FileNotFoundError):
-        return f"{name} is missing (the function is vanishing, or this is no PCI function)"
+        return f"{name} is missing (the function is vanishing, or this is not a PCI function)"
     return f"{name} cannot be read: {error.strerror}"

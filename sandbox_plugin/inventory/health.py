@@ -1,6 +1,6 @@
 """Whether a device could be given to a VM now, judged from one set of host facts, with the reason in words.
 
-Each check is a pure function of the facts; `assess` asks them in the order in which a person would want to know.
+Each check is a pure function of the facts; `assess` asks them in the order in which an administrator wants to know.
 What needs memory (damping, promises to pods, AER recoveries) is in `tracking` and `advance`.
 """
 

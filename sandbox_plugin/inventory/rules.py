@@ -33,7 +33,7 @@ class Claim:
 
 
 def claim(function: PciFunction, settings: Settings, names: ModelNames) -> Claim | None:
-    """The first rule that matches, or None: nothing wants this function."""
+    """The first rule that matches, or None: no rule matches this function."""
     for rank, rule in enumerate(settings.resources):
         if matches(rule, function):
             return Claim(rank=rank, resource=rule.name, rule=rule.label)
@@ -76,7 +76,7 @@ def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
 def matches(rule: ResourceRule, function: PciFunction) -> bool:
     """Whether every condition that the rule states holds.
 
-    A mediated device is no PCI function: its IDs and class are those of the function that carries it, and by them a
+    A mediated device is not a PCI function: its IDs and class are those of the function that carries it, and by them a
     rule for whole functions must not take it.
     """
     if function.mdev_type is not None and (rule.vendors or rule.devices or rule.classes or rule.subsystems):

@@ -115,7 +115,7 @@ def _missing(track: Track, facts: HostFacts, signals: Signals, now: float) -> Tr
         return _gone(track, track.device.health, facts, signals, now)
     health = why_lost(track.device, facts)
     if health.reason is Reason.UNREADABLE and track.gone_since is None:
-        # Silence is no proof that it left: it is still the same device when it answers again.
+        # Silence does not prove that it left: it is still the same device when it answers again.
         device = replace(track.device, health=health, node_exists=_may_have_node(track.device, facts))
         return _with_fatal_errors(replace(track, device=device), facts, signals, now)
     return _gone(track, health, facts, signals, now)
@@ -210,7 +210,7 @@ def _counts_on(marks: Iterable[Bound], device: Device, facts: HostFacts) -> set[
 
 
 def _silent(before: frozenset[Bound], device: Device, facts: HostFacts) -> frozenset[Bound]:
-    """Functions that do not answer. Of one that sleeps the link is not read: that is no proof that it healed."""
+    """Functions that do not answer. Of one that sleeps the link is not read: that does not prove that it healed."""
     silent = _counts_on(before, device, facts)
     for address, binding in _bound(device):
         function = facts.functions[address]

@@ -381,15 +381,15 @@ def _pods(bench: Bench) -> None:
             bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
             milliseconds = (bench.kubelet.history(GPUS)[-1].at - began) * 1000
             still_waits = waiting.is_alive()
-            expect(bench.offers(GPUS, FAR), "another device suffers too")
+            expect(bench.offers(GPUS, FAR), "another device is affected too")
         waiting.join(PATIENCE)
         expect(still_waits, "the unbind did not wait for the VM")
         expect(not waiting.is_alive(), "the unbind goes on waiting")
         return milliseconds
 
-    bench.case("a VM that is no pod's: in use elsewhere, and well again after it", taken)
-    bench.case("a pod's VM is no news, and outliving its pod it is", outlived)
-    bench.case(f"an unbind that waits for a VM (Linux 6.1 tells nobody; every {HEALTH_INTERVAL:g} s)", kept)
+    bench.case("a VM outside any pod: in use elsewhere, and Healthy again after it", taken)
+    bench.case("a pod's VM is not reported, until it outlives its pod", outlived)
+    bench.case(f"an unbind that waits for a VM (no event on Linux 6.1; every {HEALTH_INTERVAL:g} s)", kept)
     bench.case(
         "the VM is gone, the device is bound again",
         lambda: bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU)),
