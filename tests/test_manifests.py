@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from itertools import permutations
@@ -207,6 +208,25 @@ def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_
     assert everything.gpu_alias == ""
     assert everything.model_names
     assert everything.resources
+
+
+def test_the_example_of_an_overlay_is_one_for_kubevirt_when_the_two_lines_that_say_so_are_changed(
+    tmp_path: Path,
+) -> None:
+    for folder in ("examples", "manifests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    file = tmp_path / ADMINISTRATORS / "kustomization.yaml"
+    text, changed = re.subn(r"^(\s*\S+ )\S+ # for KubeVirt: ([^\s,]+).*", r"\1\2", file.read_text(), flags=re.MULTILINE)
+    assert changed == 2
+    file.write_text(text)
+    built = build(str(tmp_path / ADMINISTRATORS))
+    namespaces = {m["metadata"]["namespace"] for m in built if m["kind"] != "Namespace"}
+    assert namespaces == {m["metadata"]["name"] for m in built if m["kind"] == "Namespace"}
+    by_kind = {m["kind"]: m for m in built}
+    pod = by_kind["DaemonSet"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["args"] == ["run", "--consumer", "kubevirt"]
+    (volume,) = (found for found in pod["volumes"] if "configMap" in found)
+    assert volume["configMap"]["name"] == by_kind["ConfigMap"]["metadata"]["name"]
 
 
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
