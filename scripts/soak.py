@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import grpc  # noqa: E402
 import psutil  # noqa: E402
-from daemon import Daemon, Places, places  # noqa: E402
+from daemon import Daemon, places  # noqa: E402
 from kubelet import GrpcKubelet  # noqa: E402
 from trials import PGPU, wait_until_it_sees  # noqa: E402
 from truth import Truth  # noqa: E402
@@ -70,7 +70,7 @@ class Measure:
 class Soak:
     """One run: what happens to the daemon, and how often it did."""
 
-    def __init__(self, place: Places, node: FakeNode, kubelet: GrpcKubelet, daemon: Daemon, seed: int) -> None:
+    def __init__(self, node: FakeNode, kubelet: GrpcKubelet, daemon: Daemon, seed: int) -> None:
         self.node, self.kubelet, self.daemon = node, kubelet, daemon
         self.truth = Truth(node.root)
         self.chance = random.Random(seed)
@@ -156,7 +156,7 @@ def main() -> int:
         kubelet.start()
         node = place.node("hgx-h100")
         with Daemon(place, node, "--health-interval=0.5") as daemon:
-            soak = Soak(place, node, kubelet, daemon, arguments.seed)
+            soak = Soak(node, kubelet, daemon, arguments.seed)
             soak.compare()
             started = time.monotonic()
             soak.run_until(started + min(60, arguments.seconds / 5))

@@ -473,7 +473,7 @@ def test_a_spec_is_readable_for_all_whatever_the_umask(tmp_path: Path) -> None:
 
 
 @contextmanager
-def reading(folder: Path, look: Callable[[], object]) -> Iterator[list[str]]:
+def reading(look: Callable[[], object]) -> Iterator[list[str]]:
     """Reads the folder again and again on a thread; what it stumbled over is in the list afterwards."""
     faults: list[str] = []
     stop = threading.Event()
@@ -510,7 +510,7 @@ def test_who_reads_while_specs_change_never_sees_half_a_spec_or_a_device_twice(t
     async def body() -> None:
         async with bench(tmp_path) as at:
             await at.show(with_gpus(*few))
-            with reading(tmp_path, look) as faults:
+            with reading(look) as faults:
                 for number in range(30):
                     await at.show(with_gpus(*(many, few)[number % 2]))
             assert not faults
@@ -854,7 +854,7 @@ def test_who_reads_the_daemons_folder_while_gpus_come_and_go_never_sees_a_fault(
     daemon(node)
     kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 8 and len(kubelet.healthy(NVSWITCH)) == 4)
     addresses = ("0000:1b:00.0", "0000:43:00.0", "0000:07:00.0")
-    with reading(places.cdi, lambda: read_folder(places.cdi)) as faults:
+    with reading(lambda: read_folder(places.cdi)) as faults:
         for _ in range(3):
             for address in addresses:
                 there = len(read_folder(places.cdi))

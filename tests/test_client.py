@@ -10,23 +10,19 @@ import pytest
 from daemon import Places
 from grpclib import GRPCError
 from grpclib.client import Channel
+from loop import run
 from odd import ANSWERS, OddServer
 
 from sandbox_plugin.api import v1, v1beta1
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 
-LIMIT = 10.0
-"""Seconds that one call may take before a test gives up."""
-
 
 async def list_pods(socket: Path) -> object:
-    async with asyncio.timeout(LIMIT):
-        return await call(socket, lambda c: v1.PodResourcesListerStub(c).list(v1.ListPodResourcesRequest()))
+    return await call(socket, lambda c: v1.PodResourcesListerStub(c).list(v1.ListPodResourcesRequest()))
 
 
 async def register(socket: Path) -> object:
-    async with asyncio.timeout(LIMIT):
-        return await call(socket, lambda c: v1beta1.RegistrationStub(c).register(v1beta1.RegisterRequest()))
+    return await call(socket, lambda c: v1beta1.RegistrationStub(c).register(v1beta1.RegisterRequest()))
 
 
 @pytest.mark.parametrize("ask", [list_pods, register])
@@ -35,17 +31,17 @@ def test_an_odd_answer_is_an_error_in_words(
     places: Places, odd: str, ask: Callable[[Path], Coroutine[None, None, object]]
 ) -> None:
     with OddServer(places.top / "odd.sock", [ANSWERS[odd]]), pytest.raises((GRPCError, NoAnswerError)) as caught:
-        asyncio.run(ask(places.top / "odd.sock"))
+        run(ask(places.top / "odd.sock"))
     assert str(caught.value)
 
 
 def test_a_socket_that_does_not_exist_or_that_nobody_listens_at_is_told_apart(places: Places) -> None:
     with pytest.raises(FileNotFoundError):
-        asyncio.run(list_pods(places.top / "none.sock"))
+        run(list_pods(places.top / "none.sock"))
     with OddServer(places.top / "odd.sock", [ANSWERS["a reset"]]):
         (places.top / "stale.sock").hardlink_to(places.top / "odd.sock")
     with pytest.raises(NoAnswerError, match="Connection refused"):
-        asyncio.run(list_pods(places.top / "stale.sock"))
+        run(list_pods(places.top / "stale.sock"))
 
 
 def test_a_call_that_is_cancelled_is_cancelled(places: Places) -> None:
@@ -62,4 +58,4 @@ def test_a_call_that_is_cancelled_is_cancelled(places: Places) -> None:
         await asyncio.wait([task])
         assert task.cancelled()
 
-    asyncio.run(give_up())
+    run(give_up())

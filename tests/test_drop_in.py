@@ -369,7 +369,7 @@ def test_specs_that_the_reference_left_are_taken_over_and_never_doubled(
     }
     leave_specs(places, left)
     assert names_in_specs(places) == names_of(left)
-    with reading(places.cdi, lambda: read_folder(places.cdi)) as faults:
+    with reading(lambda: read_folder(places.cdi)) as faults:
         plugin = daemon(node)
         kubelet.wait_for(lambda: healthy(kubelet) == ids_of(devices))
         for resource in devices:

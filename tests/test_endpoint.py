@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from daemon import Places
+from loop import run
 
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint
@@ -17,8 +18,6 @@ from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy, Settings
 
-LIMIT = 20.0
-"""Seconds that anything may take before a test gives up."""
 FOR_EVER = 3600.0
 
 
@@ -83,8 +82,4 @@ def test_a_kubelet_sock_that_is_replaced_while_register_hangs_is_tried_without_a
             running.cancel()
             await asyncio.wait([running])
 
-    async def bounded() -> None:
-        async with asyncio.timeout(LIMIT):
-            await work()
-
-    asyncio.run(bounded())
+    run(work())

@@ -88,7 +88,7 @@ def test_while_the_kubelet_is_away_the_node_changes_and_nothing_of_it_is_lost(
 
 @pytest.mark.timeout(300)
 def test_after_each_of_many_kubelet_restarts_the_view_is_whole_again(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("hgx-h100")
     truth = Truth(node.root)
@@ -539,7 +539,7 @@ def fill(disk: Path) -> Path:
 
 @as_root
 def test_with_a_full_disk_new_devices_wait_for_their_spec_and_those_that_stand_there_are_kept(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
 ) -> None:
     node = fake_node("hgx-h100")
     truth = Truth(node.root)
@@ -560,7 +560,7 @@ def test_with_a_full_disk_new_devices_wait_for_their_spec_and_those_that_stand_t
 
 @as_root
 def test_a_disk_that_is_full_from_the_start_is_waited_for(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
 ) -> None:
     node = fake_node("hgx-h100")
     with small_disk(places.cdi) as disk, ExitStack() as stack:

@@ -603,7 +603,7 @@ def test_only_the_kernels_own_dev_is_evidence(
 # The last look before a device is given away
 
 
-def device(tree: Tree, *addresses: str, node: str, mdev: bool = False) -> Device:
+def device(*addresses: str, node: str, mdev: bool = False) -> Device:
     return Device(
         id=node.rpartition("/")[2].removeprefix("vfio"),
         resource="nvidia.com/pgpu",
@@ -616,15 +616,15 @@ def device(tree: Tree, *addresses: str, node: str, mdev: bool = False) -> Device
 
 
 def test_a_device_that_is_still_bound_may_be_given_away(tree: Tree) -> None:
-    assert pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) is None
+    assert pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13")) is None
 
 
 def test_a_cdev_that_is_still_bound_may_be_given_away(grace: Tree) -> None:
-    assert pci_function.why_not_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
+    assert pci_function.why_not_bound(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
 
 
 def test_a_device_on_another_driver_or_none_may_not(tree: Tree) -> None:
-    given = device(tree, T4, node="/dev/vfio/13")
+    given = device(T4, node="/dev/vfio/13")
     tree.node.bind(T4, "nvidia")
     assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to nvidia now"
     tree.node.unbind(T4)
@@ -632,37 +632,37 @@ def test_a_device_on_another_driver_or_none_may_not(tree: Tree) -> None:
 
 
 def test_a_device_with_another_number_may_not(grace: Tree) -> None:
-    why = pci_function.why_not_bound(grace.paths, device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio3"))
+    why = pci_function.why_not_bound(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio3"))
     assert why == "/dev/vfio/devices/vfio3 is gone"
 
 
 def test_a_cdev_whose_dev_file_went_may_not(grace: Tree) -> None:
     grace.file("vfio-dev/vfio0/dev", GRACE_GPU).unlink()
-    given = device(grace, GRACE_GPU, node="/dev/vfio/devices/vfio0")
+    given = device(GRACE_GPU, node="/dev/vfio/devices/vfio0")
     assert pci_function.why_not_bound(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
 
 
 def test_a_group_whose_node_went_may_not(tree: Tree) -> None:
     (tree.paths.vfio_class / "13").unlink()
-    assert pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
+    assert pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
 
 
 def test_every_function_of_the_device_counts(tree: Tree) -> None:
     tree.node.bind(T4, "nvidia")
-    why = pci_function.why_not_bound(tree.paths, device(tree, GEFORCE, T4, node="/dev/vfio/11"))
+    why = pci_function.why_not_bound(tree.paths, device(GEFORCE, T4, node="/dev/vfio/11"))
     assert why == f"{T4} is bound to nvidia now"
 
 
 def test_a_device_that_left_may_not(tree: Tree) -> None:
     tree.node.remove(T4)
-    why = pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13"))
+    why = pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13"))
     assert why == f"{T4} is bound to no driver now"
 
 
 def test_a_mediated_device_is_looked_for_where_it_is(tree: Tree) -> None:
     add_mdev(tree)
     (tree.paths.vfio_class / "70").mkdir()
-    given = device(tree, UUID, node="/dev/vfio/70", mdev=True)
+    given = device(UUID, node="/dev/vfio/70", mdev=True)
     assert pci_function.why_not_bound(tree.paths, given) is None
     (tree.paths.mdev_devices / UUID).unlink()
     assert pci_function.why_not_bound(tree.paths, given) is not None
@@ -692,7 +692,7 @@ def test_a_want_of_descriptors_or_memory_is_no_word_about_the_host(
         with pytest.raises(sysfs.OutOfResources):
             bus.read_group_nodes(tree.paths)
         with pytest.raises(sysfs.OutOfResources):
-            pci_function.why_not_bound(tree.paths, device(tree, T4, node="/dev/vfio/13"))
+            pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13"))
 
 
 def test_a_bus_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:

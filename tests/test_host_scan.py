@@ -9,14 +9,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from loop import LIMIT, run
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
@@ -27,17 +28,6 @@ from sandbox_plugin.model import Device, HostFacts, PciFunction, Placement
 GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
 PATIENCE = 0.15
 """Seconds; long against the time that a whole scan takes."""
-LIMIT = 20.0
-"""Seconds that anything may take before a test gives up."""
-T = TypeVar("T")
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    async def bounded() -> T:
-        async with asyncio.timeout(LIMIT):
-            return await work
-
-    return asyncio.run(bounded())
 
 
 def spy_on_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:

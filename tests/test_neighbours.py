@@ -369,7 +369,7 @@ def test_bad_specs_in_either_folder_are_named_once_at_start_and_never_touched(
 
 
 def test_a_spec_that_turns_bad_is_named_when_it_does_and_one_that_is_healed_is_told(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("workstation")
     plugin = daemon(node)  # at its own pace: events tell

@@ -64,9 +64,9 @@ def offered(found: Found) -> dict[str, list[str]]:
     return resources
 
 
-def on_disk(node: FakeNode, places: Places, name: str = "plugin.toml", *, text: str) -> str:
+def on_disk(places: Places, *, text: str) -> str:
     """The flag for a config file with this text."""
-    path = places.top / name
+    path = places.top / "plugin.toml"
     path.write_text(text)
     return f"--config={path}"
 
@@ -572,7 +572,7 @@ def test_gpus_nics_and_nvmes_of_any_vendor_are_served_by_rules(
     places: Places, kubelet: GrpcKubelet, daemon: StartDaemon, kernel: Kernel
 ) -> None:
     node = made(places, server(kernel))
-    daemon(node, on_disk(node, places, text=RULES))
+    daemon(node, on_disk(places, text=RULES))
     served = {
         "nvidia.com/H100-80G": nodes_of(node, CARD["h100"]),
         "amd.com/gpu": nodes_of(node, CARD["radeon"]),
@@ -597,7 +597,7 @@ def test_gpus_nics_and_nvmes_of_any_vendor_are_served_by_rules(
 
 
 @pytest.fixture
-def listed(places: Places, capsys: pytest.CaptureFixture[str]) -> Any:
+def listed(capsys: pytest.CaptureFixture[str]) -> Any:
     """Prints a node's functions; returns those of the JSON by address."""
 
     def run(node: FakeNode, *flags: str) -> dict[str, dict[str, Any]]:
@@ -617,7 +617,7 @@ def verdicts(functions: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str 
 def test_list_all_tells_of_every_function_which_rule_took_it_or_why_none_did(places: Places, listed: Any) -> None:
     node = made(places, server(GROUPS_ONLY))
     node.unbind(CARD["radeon"])
-    functions = listed(node, on_disk(node, places, text=RULES))
+    functions = listed(node, on_disk(places, text=RULES))
     assert functions.keys() == {function.address for function in node.functions()}
     group = node.function(CARD["port0"]).iommu_group
     assert verdicts({address: functions[address] for address in CARD.values()}) == {
@@ -694,7 +694,7 @@ def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, list
 
 def test_list_all_tells_as_much_in_a_table(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
     node = made(places, server(GROUPS_ONLY))
-    assert main(["list", f"--fake-sysfs={node.root}", "--all", on_disk(node, places, text=RULES)]) == 0
+    assert main(["list", f"--fake-sysfs={node.root}", "--all", on_disk(places, text=RULES)]) == 0
     _, found, table = capsys.readouterr().out.partition("PCI FUNCTION")
     header, *lines = [re.split(r"\s{2,}", line.strip()) for line in f"{found}{table}".splitlines()]
     assert header == ["PCI FUNCTION", "CLASS", "ID", "DRIVER", "GROUP", "RESOURCE", "RULE", "NOT OFFERED BECAUSE"]
@@ -713,7 +713,7 @@ def test_list_all_knows_rules_of_functions_that_no_vfio_driver_has_yet(places: P
     carry(node, T4, "0000:02:00.4")
     node.bind("0000:02:00.4", "nvidia")
     node.bind(GEFORCE, "nvidia")
-    config = on_disk(node, places, text='[[resources]]\nname = "a.example/desk"\nsubsystem = "1458:4014"\nclass="03"\n')
+    config = on_disk(places, text='[[resources]]\nname = "a.example/desk"\nsubsystem = "1458:4014"\nclass="03"\n')
     found = verdicts(listed(node, config))
     assert found[GEFORCE] == ("a.example/desk", "resources[0]", "bound to nvidia, not to vfio-pci")
     part = ("nvidia.com/TU104GL_TESLA_T4_VF", "NVIDIA GPU, virtual function", "bound to nvidia, not to vfio-pci")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
 
 from facts import gpu, host
+from loop import run
 
 from sandbox_plugin.inventory.advance import SETTLE
 from sandbox_plugin.inventory.naming import ModelNames
@@ -18,16 +17,6 @@ from sandbox_plugin.settings import Settings
 
 PGPU = "nvidia.com/pgpu"
 A, B = "0000:01:00.0", "0000:02:00.0"
-LIMIT = 20.0
-T = TypeVar("T")
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    async def bounded() -> T:
-        async with asyncio.timeout(LIMIT):
-            return await work
-
-    return asyncio.run(bounded())
 
 
 class Clock:

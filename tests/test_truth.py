@@ -114,8 +114,8 @@ class NodeMachine(RuleBasedStateMachine):
             nodes[pick % len(nodes)].unlink()
             self._changed = True
 
-    @rule(pick=some)
-    def nodes_come_back(self, pick: int) -> None:
+    @rule()
+    def nodes_come_back(self) -> None:
         for node in self._nodes():
             node.parent.mkdir(exist_ok=True)
             node.touch()

@@ -78,7 +78,7 @@ def test_the_newcomer_takes_over_when_the_old_one_ends(
 
 
 def test_the_old_ones_exit_does_not_take_the_new_one_down(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     """A kubelet drops the client that counts when any stream of the resource ends: the old streams must end first."""
     node = fake_node("hgx-h100")
@@ -99,7 +99,7 @@ def test_the_old_ones_exit_does_not_take_the_new_one_down(
 
 
 def test_rolling_updates_one_after_the_other_end_with_one_live_registration_each(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("hgx-h100")
     truth = Truth(node.root)
@@ -117,7 +117,7 @@ def test_rolling_updates_one_after_the_other_end_with_one_live_registration_each
 
 
 def test_two_that_stand_by_do_not_both_take_over(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("workstation")
     truth = Truth(node.root)
@@ -139,7 +139,7 @@ def test_two_that_stand_by_do_not_both_take_over(
 
 
 def test_a_kubelet_that_restarts_while_two_are_there_gets_one_registration(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("hgx-h100")
     truth = Truth(node.root)
