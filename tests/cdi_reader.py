@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,10 @@ _WORD = r"[A-Za-z][\w.-]*[A-Za-z0-9]"
 _NAME = r"[A-Za-z0-9]([\w.:-]*[A-Za-z0-9])?"
 _DEEP_ENOUGH = 6
 """Folders within folders: a link that leads back to where it is would be followed some forty times."""
+
+
+_PATIENCE = 20.0
+"""Seconds that one look at a folder may take."""
 
 
 class Refused(Exception):
@@ -121,6 +127,32 @@ def _read_by_rust(folder: Path, depth: int = 0) -> Iterator[Path]:
 def nodes_of(root: Path) -> Callable[[str], bool]:
     """Whether a path is one of the nodes of the host below `root`."""
     return lambda path: (root / path.lstrip("/")).exists()
+
+
+@contextmanager
+def reading(look: Callable[[], object]) -> Iterator[list[str]]:
+    """Reads the folder again and again on a thread; what it stumbled over is in the list afterwards."""
+    faults: list[str] = []
+    stop = threading.Event()
+    looks = 0
+
+    def work() -> None:
+        nonlocal looks
+        while not stop.is_set():
+            looks += 1
+            try:
+                look()
+            except Exception as error:
+                faults.append(f"{type(error).__name__}: {error}")
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield faults
+    finally:
+        stop.set()
+        thread.join(_PATIENCE)
+    assert looks > 10
 
 
 # containerEdits

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import socket
 import stat
@@ -17,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -27,8 +24,8 @@ from daemon import Daemon, Places, run_command, sockets
 from daemon import places as make_places
 from grpc import StatusCode
 from kubelet import GrpcKubelet, Listed, Manners, Plugin, refusal
+from outputs import GPU_NODES, SWITCH_NODES, assert_allocates, cdi_of, nodes_in, read_cdi
 from trials import figures
-from wire import load_wire
 
 from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.fake import presets as models
@@ -49,75 +46,6 @@ QUICK = "--health-interval=0.2"
 MakeNode = Callable[[str], FakeNode]
 
 
-# A reader of CDI specs as strict as Kata's, and stricter: rules of the CDI specification 0.5.0.
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML in which no key may stand twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        assert len(keys) == len(set(keys)), f"a key stands twice: {keys}"
-        return super().construct_mapping(node, deep)
-
-
-def read_spec(text: str | bytes) -> dict[str, str]:
-    """Qualified device name -> its one node, of one spec. AssertionError for what Kata might stumble over."""
-    spec = yaml.load(text, StrictLoader)
-    assert spec.keys() == {"cdiVersion", "kind", "devices"}
-    assert spec["cdiVersion"] == "0.5.0"  # and not the number 0.5
-    assert re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*[A-Za-z0-9]/[A-Za-z]([A-Za-z0-9_-]*[A-Za-z0-9])?", spec["kind"])
-    assert isinstance(spec["devices"], list)
-    assert spec["devices"], "no device"
-    nodes: dict[str, str] = {}
-    for device in spec["devices"]:
-        assert device.keys() == {"name", "containerEdits"}
-        assert isinstance(device["name"], str)
-        assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?", device["name"])
-        assert device["containerEdits"].keys() == {"deviceNodes"}
-        (node,) = device["containerEdits"]["deviceNodes"]
-        assert node.keys() == {"path"}
-        assert re.fullmatch(r"/dev/vfio/(devices/vfio)?[0-9]+", node["path"])
-        name = f"{spec['kind']}={device['name']}"
-        assert name not in nodes, f"{name} stands twice"
-        nodes[name] = node["path"]
-    return nodes
-
-
-def read_cdi(folder: Path) -> dict[str, str]:
-    """All specs of a folder together: a device that stands in two of them is an error."""
-    nodes: dict[str, str] = {}
-    for path in sorted(folder.iterdir()):
-        assert path.suffix == ".yaml", f"what is {path}?"
-        assert stat.S_IMODE(path.stat().st_mode) == 0o644
-        found = read_spec(path.read_bytes())
-        assert path.name == f"{next(iter(found)).partition('=')[0].replace('/', '-')}.yaml"
-        assert not found.keys() & nodes.keys()
-        nodes |= found
-    return nodes
-
-
-def cdi_of(resource: str, nodes: Mapping[str, str]) -> dict[str, str]:
-    """What `read_cdi` gives for these devices, by ID."""
-    return {f"{resource}={device_id}": node for device_id, node in nodes.items()}
-
-
-def allocate_answer(*containers: list[str]) -> bytes:
-    """AllocateResponse in which each container has these nodes with "mrw", and nothing else."""
-    answer = load_wire().deviceplugin.AllocateResponse()
-    for nodes in containers:
-        container = answer.container_responses.add()
-        for node in nodes:
-            container.devices.add(container_path=node, host_path=node, permissions="mrw")
-    return bytes(answer.SerializeToString(deterministic=True))
-
-
-def assert_allocates(plugin: Plugin, containers: list[list[str]], nodes: Mapping[str, str]) -> None:
-    """The answer is the nodes of these devices, to the byte: unknown fields would stand in it, too."""
-    answer = plugin.allocate(*containers).SerializeToString(deterministic=True)
-    assert answer == allocate_answer(*([nodes[device_id] for device_id in ids] for ids in containers))
-
-
 # A server with eight GPUs and four NVSwitches, by the very command that a person would use. Tests only ask.
 
 
@@ -132,10 +60,6 @@ class Hgx:
     @property
     def gpus(self) -> Plugin:
         return self.kubelet.plugin(PGPU)
-
-
-GPU_NODES = {str(n): f"/dev/vfio/devices/vfio{n}" for n in range(4, 12)}
-SWITCH_NODES = {str(n): f"/dev/vfio/devices/vfio{n}" for n in range(4)}
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +106,8 @@ def test_the_kubelet_is_told_to_ask_for_preferred_devices_and_not_before_a_conta
 
 
 def test_the_cdi_spec_of_every_device_is_on_disk_before_register_is_called(hgx: Hgx) -> None:
-    assert read_spec(hgx.specs_at_register[PGPU]) == cdi_of(PGPU, GPU_NODES)
-    assert read_spec(hgx.specs_at_register[NVSWITCH]) == cdi_of(NVSWITCH, SWITCH_NODES)
+    assert nodes_in(hgx.specs_at_register[PGPU]) == cdi_of(PGPU, GPU_NODES)
+    assert nodes_in(hgx.specs_at_register[NVSWITCH]) == cdi_of(NVSWITCH, SWITCH_NODES)
     assert read_cdi(hgx.places.cdi) == cdi_of(PGPU, GPU_NODES) | cdi_of(NVSWITCH, SWITCH_NODES)
 
 

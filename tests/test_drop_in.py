@@ -14,13 +14,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from cdi_reader import nodes_of, read_folder
+from cdi_reader import nodes_of, read_folder, reading
 from conftest import StartDaemon
 from daemon import PYTHON, Daemon, Places, sockets
 from kubelet import GrpcKubelet
+from outputs import allocate_answer, read_cdi
 from pods import PodResources
-from test_cdi import reading
-from test_daemon import allocate_answer, read_cdi
 from trials import NVSWITCH, PGPU, QUICK, wait_until
 
 from sandbox_plugin.fake.node import FakeNode

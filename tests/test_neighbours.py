@@ -26,7 +26,7 @@ from daemon import Daemon, Places
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubelet import TIMEOUT, GrpcKubelet
-from test_cdi import BAD, BOMB, GOOD, KEPT, REPLACED, as_text, device, document
+from specs import BAD, BOMB, GOOD, KEPT, REPLACED, as_text, device, document
 from trials import PGPU, QUICK, wait_until
 
 from sandbox_plugin.daemon import cdi_folders

@@ -23,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kubelet import GrpcKubelet
 from mediated import Mediated
-from test_daemon import assert_allocates, cdi_of, read_cdi
+from outputs import assert_allocates, cdi_of, read_cdi
 from trials import PGPU, QUICK, wait_until
 
 from sandbox_plugin.cli.main import main
