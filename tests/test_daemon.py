@@ -28,7 +28,7 @@ from outputs import GPU_NODES, SWITCH_NODES, assert_allocates, cdi_of, nodes_in,
 from trials import figures
 
 from sandbox_plugin.ending import PATIENCE
-from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 

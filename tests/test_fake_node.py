@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from sandbox_plugin.cli import fake_node as command
 from sandbox_plugin.fake.attributes import cpu_mask
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Link, Model, NumaNode, Preset, RootBus, Sriov
+from sandbox_plugin.fake.models import GTX_1660_SUPER, H100_SXM5
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
-from sandbox_plugin.fake.presets import GTX_1660_SUPER, H100_SXM5, PRESETS, WITH_CDEVS
+from sandbox_plugin.fake.presets import PRESETS, WITH_CDEVS
 from sandbox_plugin.model import Bar
 from sandbox_plugin.settings import UsageError
 

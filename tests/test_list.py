@@ -27,9 +27,10 @@ from daemon import places as make_places
 from kubelet import TIMEOUT
 
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import At, NumaNode, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.fake.presets import WITH_CDEVS
 from sandbox_plugin.inventory.naming import ModelNames
 
 GEFORCE, AUDIO, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
@@ -137,7 +138,7 @@ def test_addresses_and_names_are_printed_as_they_are_whatever_is_in_them(
             for address in EVERYWHERE
         ),
     )
-    preset = Preset(summary="", kernel=models.WITH_CDEVS, nodes=(NumaNode(number=0, cpulist="0"),), buses=(bus,))
+    preset = Preset(summary="", kernel=WITH_CDEVS, nodes=(NumaNode(number=0, cpulist="0"),), buses=(bus,))
     node = FakeNode.create(places.top / "node", preset)
     monkeypatch.setattr(ModelNames, "load", lambda: ModelNames({(models.T4.vendor, models.T4.device): NAME}))
 

@@ -28,7 +28,7 @@ from trials import PGPU, QUICK, wait_until
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.config_file import parse_config
-from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake import models
 from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, NumaNode, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode

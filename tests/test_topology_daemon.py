@@ -9,7 +9,7 @@ from conftest import StartDaemon
 from kubelet import GrpcKubelet, Listed
 
 from examples import Example, examples
-from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 

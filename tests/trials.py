@@ -20,7 +20,7 @@ from daemon import ROOT, Daemon, Places, clean_environment
 from kubelet import TIMEOUT, GrpcKubelet
 from truth import HEALTHY, Truth, View
 
-from sandbox_plugin.fake import presets as models
+from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 

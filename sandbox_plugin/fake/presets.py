@@ -1,7 +1,7 @@
 """The presets: machines as data, after the PCI topologies of real ones, and one that is invented.
 
-A new machine is a few more lines here: models (what `lspci -nnvv` says), the buses they hang on in the order in which
-a kernel finds them, and an entry in `PRESETS`. Nothing else knows any of them.
+A new machine is a few more lines here: models (`models.py`), the buses they hang on in the order in which a kernel
+finds them, and an entry in `PRESETS`. Nothing else knows any of them.
 """
 
 from __future__ import annotations
@@ -10,279 +10,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from sandbox_plugin.fake.hardware import (
-    GIB,
-    KIB,
-    MIB,
-    At,
-    Kernel,
-    Link,
-    Model,
-    NumaNode,
-    Preset,
-    RootBus,
-    Sriov,
-)
-from sandbox_plugin.model import Bar
-
-
-def _mem32(index: int, size: int) -> Bar:
-    return Bar(index=index, size=size, prefetchable=False, wide=False, io=False)
-
-
-def _mem64(index: int, size: int, *, prefetchable: bool = True) -> Bar:
-    return Bar(index=index, size=size, prefetchable=prefetchable, wide=True, io=False)
-
-
-def _ports(index: int, size: int) -> Bar:
-    return Bar(index=index, size=size, prefetchable=False, wide=False, io=True)
-
-
-def _link(gigatransfers: str, width: int) -> Link:
-    return Link(speed=f"{gigatransfers} GT/s PCIe", width=width)
-
-
-# Kernels
+from sandbox_plugin.fake import models
+from sandbox_plugin.fake.hardware import At, Kernel, Link, Model, NumaNode, Preset, RootBus
 
 WITH_CDEVS = Kernel(cdevs=True, group_major=254, cdev_major=253, iommu="dmar0", first_group=40)
 """Built with IOMMUFD and VFIO cdevs."""
 GROUPS_ONLY = Kernel(cdevs=False, group_major=245, cdev_major=0, iommu="dmar0", first_group=40)
 """As Debian and most distributions build it."""
 
-# Models
-
-XEON_MEMORY_MAP = Model(vendor=0x8086, device=0x09A2, class_code=0x088000, revision=0x20)
-XEON_ROOT_PORT = Model(
-    vendor=0x8086, device=0x352A, class_code=0x060400, revision=0x04, max_link=_link("32.0", 16), host_driver="pcieport"
-)
-XEON_PCH_ROOT_PORT = Model(
-    # which root port the NVSwitches' hub hangs on is not known
-    vendor=0x8086,
-    device=0x1BB8,
-    class_code=0x060400,
-    revision=0x11,
-    max_link=_link("8.0", 4),
-    host_driver="pcieport",
-)
-CONNECTX7_SWITCH = Model(
-    vendor=0x15B3, device=0x1979, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport"
-)
-CONNECTX7 = Model(
-    vendor=0x15B3,
-    device=0x1021,
-    class_code=0x020700,
-    subsystem=(0x15B3, 0x0041),
-    bars=(_mem64(0, 32 * MIB),),
-    max_link=_link("32.0", 16),
-    aer=True,
-    host_driver="mlx5_core",
-)
-H100_SXM5 = Model(
-    vendor=0x10DE,
-    device=0x2330,
-    class_code=0x030200,
-    revision=0xA1,
-    subsystem=(0x10DE, 0x16C1),
-    bars=(_mem64(0, 16 * MIB), _mem64(2, 128 * GIB), _mem64(4, 32 * MIB)),
-    max_link=_link("32.0", 16),
-    aer=True,
-    sriov=Sriov(total_vfs=20, offset=4, vf_device=0),  # it has SR-IOV; how many functions is a guess
-    host_driver="nvidia",
-)
-NVSWITCH3_HUB = Model(
-    vendor=0x11F8, device=0x4128, class_code=0x060400, max_link=_link("16.0", 4), host_driver="pcieport"
-)
-NVSWITCH3_HUB_MANAGEMENT = Model(
-    vendor=0x11F8,
-    device=0x4128,
-    class_code=0x058000,
-    bars=(_mem64(0, 4 * MIB),),
-    max_link=_link("16.0", 4),
-)
-NVSWITCH3 = Model(
-    vendor=0x10DE,
-    device=0x22A3,
-    class_code=0x068000,
-    revision=0xA1,
-    subsystem=(0x10DE, 0x1796),
-    bars=(_mem32(0, 32 * MIB),),
-    max_link=_link("16.0", 2),
-    aer=True,
-    host_driver="nvidia-nvswitch",
-)
-COFFEE_LAKE_HOST_BRIDGE = Model(vendor=0x8086, device=0x3E30, class_code=0x060000, revision=0x0D)
-COFFEE_LAKE_ROOT_PORT = Model(
-    vendor=0x8086, device=0x1901, class_code=0x060400, revision=0x0D, max_link=_link("8.0", 16), host_driver="pcieport"
-)
-Z390_ROOT_PORT = Model(
-    vendor=0x8086, device=0xA340, class_code=0x060400, revision=0xF0, max_link=_link("8.0", 4), host_driver="pcieport"
-)
-Z390_LPC = Model(vendor=0x8086, device=0xA305, class_code=0x060100, revision=0x10)
-Z390_AUDIO = Model(
-    vendor=0x8086,
-    device=0xA348,
-    class_code=0x040300,
-    revision=0x10,
-    bars=(_mem64(0, 16 * KIB, prefetchable=False), _mem64(4, 1 * MIB, prefetchable=False)),
-    host_driver="snd_hda_intel",
-)
-Z390_SMBUS = Model(
-    vendor=0x8086,
-    device=0xA323,
-    class_code=0x0C0500,
-    revision=0x10,
-    bars=(_mem64(0, 256, prefetchable=False), _ports(4, 32)),
-    host_driver="i801_smbus",
-)
-I219_V = Model(
-    vendor=0x8086,
-    device=0x15BC,
-    class_code=0x020000,
-    revision=0x10,
-    bars=(_mem32(0, 128 * KIB),),
-    host_driver="e1000e",
-)
-GTX_1660_SUPER = Model(
-    vendor=0x10DE,
-    device=0x21C4,
-    class_code=0x030000,
-    revision=0xA1,
-    subsystem=(0x1458, 0x4014),
-    bars=(_mem32(0, 16 * MIB), _mem64(1, 256 * MIB), _mem64(3, 32 * MIB), _ports(5, 128), _mem32(6, 512 * KIB)),
-    max_link=_link("8.0", 16),
-    aer=True,
-    host_driver="nvidia",
-)
-GTX_1660_AUDIO = Model(
-    vendor=0x10DE,
-    device=0x1AEB,
-    class_code=0x040300,
-    revision=0xA1,
-    subsystem=(0x1458, 0x4014),
-    bars=(_mem32(0, 16 * KIB),),
-    max_link=_link("8.0", 16),
-    aer=True,
-    host_driver="snd_hda_intel",
-)
-GTX_1660_USB = Model(
-    vendor=0x10DE,
-    device=0x1AEC,
-    class_code=0x0C0330,
-    revision=0xA1,
-    subsystem=(0x1458, 0x4014),
-    bars=(_mem64(0, 256 * KIB), _mem64(3, 64 * KIB)),
-    max_link=_link("8.0", 16),
-    aer=True,
-    host_driver="xhci_hcd",
-)
-GTX_1660_USB_C = Model(
-    vendor=0x10DE,
-    device=0x1AED,
-    class_code=0x0C8000,
-    revision=0xA1,
-    subsystem=(0x1458, 0x4014),
-    bars=(_mem32(0, 4 * KIB),),
-    max_link=_link("8.0", 16),
-    aer=True,
-    host_driver="nvidia-gpu",
-)
-T4 = Model(
-    vendor=0x10DE,
-    device=0x1EB8,
-    class_code=0x030200,
-    revision=0xA1,
-    subsystem=(0x10DE, 0x12A2),
-    bars=(_mem32(0, 16 * MIB), _mem64(1, 256 * MIB), _mem64(3, 32 * MIB)),
-    max_link=_link("8.0", 16),
-    aer=True,
-    sriov=Sriov(
-        total_vfs=16,
-        offset=4,
-        vf_device=0,
-        vf_bars=(_mem32(0, 256 * KIB), _mem64(1, 256 * MIB), _mem64(3, 32 * MIB)),
-    ),
-    host_driver="nvidia",
-)
-GRACE_ROOT_PORT = Model(
-    vendor=0x10DE, device=0x22B1, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport"
-)
-GH200 = Model(
-    vendor=0x10DE,
-    device=0x2342,
-    class_code=0x030200,
-    revision=0xA1,
-    subsystem=(0x10DE, 0x16EB),
-    bars=(_mem64(0, 16 * MIB), _mem64(2, 128 * GIB), _mem64(4, 32 * MIB)),
-    max_link=_link("32.0", 16),
-    aer=True,
-    host_driver="nvidia",
-)
-EPYC_HOST_BRIDGE = Model(vendor=0x1022, device=0x1482, class_code=0x060000)
-EPYC_ROOT_PORT = Model(
-    vendor=0x1022, device=0x1483, class_code=0x060400, max_link=_link("16.0", 16), host_driver="pcieport"
-)
-GENOA_HOST_BRIDGE = Model(vendor=0x1022, device=0x14A4, class_code=0x060000)
-GENOA_ROOT_PORT = Model(
-    vendor=0x1022, device=0x14AB, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport"
-)
-PEX89000 = Model(vendor=0x1000, device=0xC030, class_code=0x060400, max_link=_link("32.0", 16), host_driver="pcieport")
-RTX_PRO_6000 = Model(
-    vendor=0x10DE,
-    device=0x2BB5,
-    class_code=0x030200,
-    revision=0xA1,
-    bars=(_mem64(0, 64 * MIB), _mem64(2, 128 * GIB), _mem64(4, 32 * MIB)),
-    max_link=_link("32.0", 16),
-    aer=True,
-    host_driver="nvidia",
-)
-L40S = Model(
-    vendor=0x10DE,
-    device=0x26B9,
-    class_code=0x030200,
-    revision=0xA1,
-    subsystem=(0x10DE, 0x1851),
-    bars=(_mem32(0, 16 * MIB), _mem64(1, 64 * GIB), _mem64(3, 32 * MIB)),
-    max_link=_link("16.0", 16),
-    aer=True,
-    host_driver="nvidia",
-)
-X710 = Model(
-    vendor=0x8086,
-    device=0x1572,
-    class_code=0x020000,
-    revision=0x02,
-    subsystem=(0x8086, 0x0007),
-    bars=(_mem64(0, 8 * MIB), _mem64(3, 32 * KIB), _mem32(6, 512 * KIB)),
-    max_link=_link("8.0", 8),
-    aer=True,
-    host_driver="i40e",
-)
-AST1150 = Model(vendor=0x1A03, device=0x1150, class_code=0x060400, revision=0x04, max_link=_link("5.0", 1))
-"""PCIe to conventional PCI: what is behind it shares its IOMMU group."""
-AST2500_GRAPHICS = Model(
-    vendor=0x1A03,
-    device=0x2000,
-    class_code=0x030000,
-    revision=0x41,
-    bars=(_mem32(0, 64 * MIB), _mem32(1, 128 * KIB), _ports(2, 128)),
-    host_driver="ast",
-)
-
-# Machines
-
 
 def _dgx_branch(root: str, switch: str, fan: str, nic: str, inner: str, inner_fan: str, gpu: str) -> tuple[At, ...]:
     """One of the eight branches of a DGX H100, by the numbers of its buses: a NIC, and a switch more to the GPU."""
-    below = At(f"{inner}:00.0", CONNECTX7_SWITCH, (At(f"{inner_fan}:00.0", CONNECTX7_SWITCH, (
-        At(f"{gpu}:00.0", H100_SXM5, vfio="vfio-pci"),
+    below = At(f"{inner}:00.0", models.CONNECTX7_SWITCH, (At(f"{inner_fan}:00.0", models.CONNECTX7_SWITCH, (
+        At(f"{gpu}:00.0", models.H100_SXM5, vfio="vfio-pci"),
     )),))  # fmt: skip
     return (
-        At(f"{root}:00.0", XEON_MEMORY_MAP),
-        At(f"{root}:01.0", XEON_ROOT_PORT, (
-            At(f"{switch}:00.0", CONNECTX7_SWITCH, (
-                At(f"{fan}:00.0", CONNECTX7_SWITCH, (At(f"{nic}:00.0", CONNECTX7),)),
-                At(f"{fan}:02.0", CONNECTX7_SWITCH, (below,)),
+        At(f"{root}:00.0", models.XEON_MEMORY_MAP),
+        At(f"{root}:01.0", models.XEON_ROOT_PORT, (
+            At(f"{switch}:00.0", models.CONNECTX7_SWITCH, (
+                At(f"{fan}:00.0", models.CONNECTX7_SWITCH, (At(f"{nic}:00.0", models.CONNECTX7),)),
+                At(f"{fan}:02.0", models.CONNECTX7_SWITCH, (below,)),
             )),
         )),
     )  # fmt: skip
@@ -296,13 +43,13 @@ _NVSWITCH_BUS = RootBus(
     name="pci0000:00",
     numa_node=0,
     functions=(
-        At("00:00.0", XEON_MEMORY_MAP),
-        At("00:1c.0", XEON_PCH_ROOT_PORT, (
-            At("05:00.0", NVSWITCH3_HUB, tuple(
-                At(f"06:0{port}.0", NVSWITCH3_HUB, (At(f"{bus}:00.0", NVSWITCH3, vfio="vfio-pci"),))
+        At("00:00.0", models.XEON_MEMORY_MAP),
+        At("00:1c.0", models.XEON_PCH_ROOT_PORT, (
+            At("05:00.0", models.NVSWITCH3_HUB, tuple(
+                At(f"06:0{port}.0", models.NVSWITCH3_HUB, (At(f"{bus}:00.0", models.NVSWITCH3, vfio="vfio-pci"),))
                 for port, bus in enumerate(("07", "08", "09", "0a"))
             ), group="hub"),
-            At("05:00.1", NVSWITCH3_HUB_MANAGEMENT, group="hub"),
+            At("05:00.1", models.NVSWITCH3_HUB_MANAGEMENT, group="hub"),
         )),
     ),
 )  # fmt: skip
@@ -328,15 +75,15 @@ _HGX_H100 = Preset(
 def _switched(numa_node: int, root: str, switch: str, fan: str, *gpus: str, model: Model) -> RootBus:
     """A host bridge with one switch and the GPUs on it, by bus numbers. Which of its ports lead to them is a guess."""
     ports = tuple(
-        At(f"{fan}:{port:02x}.0", PEX89000, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
+        At(f"{fan}:{port:02x}.0", models.PEX89000, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
         for port, gpu in enumerate(gpus)
     )
     return RootBus(
         name=f"pci0000:{root}",
         numa_node=numa_node,
         functions=(
-            At(f"{root}:00.0", GENOA_HOST_BRIDGE),
-            At(f"{root}:01.1", GENOA_ROOT_PORT, (At(f"{switch}:00.0", PEX89000, ports),)),
+            At(f"{root}:00.0", models.GENOA_HOST_BRIDGE),
+            At(f"{root}:01.1", models.GENOA_ROOT_PORT, (At(f"{switch}:00.0", models.PEX89000, ports),)),
         ),
     )
 
@@ -347,9 +94,9 @@ def _slots(numa_node: int, root: str, *gpus: str, model: Model) -> RootBus:
         name=f"pci0000:{root}",
         numa_node=numa_node,
         functions=(
-            At(f"{root}:00.0", GENOA_HOST_BRIDGE),
+            At(f"{root}:00.0", models.GENOA_HOST_BRIDGE),
             *(
-                At(f"{root}:01.{port}", GENOA_ROOT_PORT, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
+                At(f"{root}:01.{port}", models.GENOA_ROOT_PORT, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
                 for port, gpu in enumerate(gpus, start=1)
             ),
         ),
@@ -363,10 +110,10 @@ _RTX_PRO_6000 = Preset(
     kernel=replace(WITH_CDEVS, iommu="ivhd0"),
     nodes=_TWO_EPYCS,
     buses=(
-        _switched(0, "10", "11", "12", "16", "17", model=RTX_PRO_6000),
-        _switched(0, "70", "71", "72", "75", "76", model=RTX_PRO_6000),
-        _switched(1, "80", "81", "82", "84", "85", model=RTX_PRO_6000),
-        _switched(1, "f0", "f1", "f2", "f4", "f5", model=RTX_PRO_6000),
+        _switched(0, "10", "11", "12", "16", "17", model=models.RTX_PRO_6000),
+        _switched(0, "70", "71", "72", "75", "76", model=models.RTX_PRO_6000),
+        _switched(1, "80", "81", "82", "84", "85", model=models.RTX_PRO_6000),
+        _switched(1, "f0", "f1", "f2", "f4", "f5", model=models.RTX_PRO_6000),
     ),
 )
 
@@ -375,10 +122,10 @@ _UNEVEN = Preset(
     kernel=replace(WITH_CDEVS, iommu="ivhd0"),
     nodes=_TWO_EPYCS,
     buses=(
-        _slots(0, "20", "21", "22", model=L40S),
-        _slots(0, "40", "41", model=L40S),
-        _switched(1, "a0", "a1", "a2", "a3", "a4", "a5", model=L40S),
-        _slots(1, "c0", "c1", "c2", model=L40S),
+        _slots(0, "20", "21", "22", model=models.L40S),
+        _slots(0, "40", "41", model=models.L40S),
+        _switched(1, "a0", "a1", "a2", "a3", "a4", "a5", model=models.L40S),
+        _slots(1, "c0", "c1", "c2", model=models.L40S),
     ),
 )
 
@@ -390,20 +137,20 @@ _WORKSTATION = Preset(
         RootBus(
             name="pci0000:00",
             functions=(
-                At("00:00.0", COFFEE_LAKE_HOST_BRIDGE),
-                At("00:01.0", COFFEE_LAKE_ROOT_PORT, (
-                    At("01:00.0", GTX_1660_SUPER, vfio="vfio-pci", group="geforce"),
-                    At("01:00.1", GTX_1660_AUDIO, vfio="vfio-pci", group="geforce"),
-                    At("01:00.2", GTX_1660_USB, vfio="vfio-pci", group="geforce"),
-                    At("01:00.3", GTX_1660_USB_C, vfio="vfio-pci", group="geforce"),
+                At("00:00.0", models.COFFEE_LAKE_HOST_BRIDGE),
+                At("00:01.0", models.COFFEE_LAKE_ROOT_PORT, (
+                    At("01:00.0", models.GTX_1660_SUPER, vfio="vfio-pci", group="geforce"),
+                    At("01:00.1", models.GTX_1660_AUDIO, vfio="vfio-pci", group="geforce"),
+                    At("01:00.2", models.GTX_1660_USB, vfio="vfio-pci", group="geforce"),
+                    At("01:00.3", models.GTX_1660_USB_C, vfio="vfio-pci", group="geforce"),
                 ), group="geforce"),
-                At("00:1b.0", Z390_ROOT_PORT, (
-                    At("02:00.0", T4, vfio="vfio-pci", link=_link("8.0", 4)),
+                At("00:1b.0", models.Z390_ROOT_PORT, (
+                    At("02:00.0", models.T4, vfio="vfio-pci", link=Link(speed="8.0 GT/s PCIe", width=4)),
                 )),
-                At("00:1f.0", Z390_LPC, group="chipset"),
-                At("00:1f.3", Z390_AUDIO, group="chipset"),
-                At("00:1f.4", Z390_SMBUS, group="chipset"),
-                At("00:1f.6", I219_V, group="chipset"),
+                At("00:1f.0", models.Z390_LPC, group="chipset"),
+                At("00:1f.3", models.Z390_AUDIO, group="chipset"),
+                At("00:1f.4", models.Z390_SMBUS, group="chipset"),
+                At("00:1f.6", models.I219_V, group="chipset"),
             ),
         ),
     ),
@@ -417,12 +164,14 @@ _GH200 = Preset(
         RootBus(
             name="pci0000:00",
             numa_node=0,
-            functions=(At("00:00.0", GRACE_ROOT_PORT, (At("01:00.0", CONNECTX7),)),),
+            functions=(At("00:00.0", models.GRACE_ROOT_PORT, (At("01:00.0", models.CONNECTX7),)),),
         ),
         RootBus(
             name="pci0009:00",
             numa_node=0,
-            functions=(At("00:00.0", GRACE_ROOT_PORT, (At("01:00.0", GH200, vfio="nvgrace_gpu_vfio_pci"),)),),
+            functions=(
+                At("00:00.0", models.GRACE_ROOT_PORT, (At("01:00.0", models.GH200, vfio="nvgrace_gpu_vfio_pci"),)),
+            ),
         ),
     ),
 )
@@ -436,14 +185,16 @@ _EMPTY = Preset(
             name="pci0000:40",
             numa_node=0,
             functions=(
-                At("40:00.0", EPYC_HOST_BRIDGE),
-                At("40:01.1", EPYC_ROOT_PORT, (
-                    At("41:00.0", X710),
-                    At("41:00.1", X710),
+                At("40:00.0", models.EPYC_HOST_BRIDGE),
+                At("40:01.1", models.EPYC_ROOT_PORT, (
+                    At("41:00.0", models.X710),
+                    At("41:00.1", models.X710),
                 )),
-                At("40:03.1", EPYC_ROOT_PORT),
-                At("40:05.1", EPYC_ROOT_PORT, (
-                    At("43:00.0", AST1150, (At("44:00.0", AST2500_GRAPHICS, group="management"),), group="management"),
+                At("40:03.1", models.EPYC_ROOT_PORT),
+                At("40:05.1", models.EPYC_ROOT_PORT, (
+                    At("43:00.0", models.AST1150, (
+                        At("44:00.0", models.AST2500_GRAPHICS, group="management"),
+                    ), group="management"),
                 )),
             ),
         ),
