@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from daemon import Daemon, places  # noqa: E402
 from kubelet import GrpcKubelet  # noqa: E402
-from trials import PGPU, wait_until_it_sees  # noqa: E402
+from names import PGPU  # noqa: E402
+from trials import wait_until_it_sees  # noqa: E402
 from truth import Truth  # noqa: E402
 
 PRESET, GPU = "hgx-h100", "0000:1b:00.0"

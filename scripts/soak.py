@@ -28,7 +28,8 @@ import grpc  # noqa: E402
 import psutil  # noqa: E402
 from daemon import Daemon, places  # noqa: E402
 from kubelet import GrpcKubelet  # noqa: E402
-from trials import PGPU, wait_until_it_sees  # noqa: E402
+from names import PGPU  # noqa: E402
+from trials import wait_until_it_sees  # noqa: E402
 from truth import Truth  # noqa: E402
 
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError  # noqa: E402

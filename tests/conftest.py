@@ -14,6 +14,9 @@ from kubelet import GrpcKubelet
 
 from sandbox_plugin.fake.node import FakeNode
 
+MakeNode = Callable[[str], FakeNode]
+"""Makes a node from a preset."""
+
 
 def pytest_configure() -> None:
     """A test run under `nohup` is one as any other: what it starts would inherit that SIGHUP is ignored."""
@@ -35,7 +38,7 @@ def places() -> Iterator[Places]:
 
 
 @pytest.fixture
-def fake_node(places: Places) -> Callable[[str], FakeNode]:
+def fake_node(places: Places) -> MakeNode:
     """Makes a node from a preset: `fake_node("hgx-h100")`."""
     return places.node
 

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import yaml
-from trials import PGPU
+from names import PGPU
 
 
 def document(**changes: Any) -> dict[str, Any]:

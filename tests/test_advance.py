@@ -10,6 +10,7 @@ import pytest
 from facts import gpu, host
 from hypothesis import given
 from hypothesis import strategies as st
+from names import PGPU
 
 from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance
 from sandbox_plugin.inventory.naming import ModelNames
@@ -19,7 +20,6 @@ from sandbox_plugin.inventory.tracking import FATAL_QUIET, RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
 
-PGPU = "nvidia.com/pgpu"
 A, B = "0000:01:00.0", "0000:02:00.0"
 OFF: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
 

@@ -22,18 +22,18 @@ from typing import Any
 import pytest
 import structlog
 from cdi_reader import Refused, Spec, nodes_of, read_folder, read_spec, reading
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Places
 from facts import gpu, host
 from hypothesis import given
 from hypothesis import strategies as st
 from kubelet import GrpcKubelet
 from loop import LIMIT
+from names import NVSWITCH, PGPU
 from outputs import GPU_NODES, SWITCH_NODES
 from specs import BAD, GOOD, KEPT, REPLACED, as_text, device, document, reference
-from trials import NVSWITCH, PGPU, wait_until
+from trials import wait_until
 
-from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.naming import ModelNames, cdi_file_name, check_resource_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device, HostFacts, Placement, Reason
@@ -523,7 +523,7 @@ def test_while_somebody_elses_spec_cannot_be_replaced_no_device_counts_as_writte
     ids=["cdevs", "groups"],
 )
 def test_what_the_daemon_writes_is_version_0_5_0_with_each_device_and_only_its_own_node_which_exists(
-    fake_node: Callable[[str], FakeNode],
+    fake_node: MakeNode,
     kubelet: GrpcKubelet,
     daemon: StartDaemon,
     places: Places,
@@ -550,7 +550,7 @@ def holds(folder: Path, number: int) -> bool:
 
 
 def test_who_reads_the_daemons_folder_while_gpus_come_and_go_never_sees_a_fault(
-    fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
     node = fake_node("hgx-h100")
     daemon(node)

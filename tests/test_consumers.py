@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
 import pytest
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import ROOT, Daemon, Places
 from google.protobuf import json_format
 from kubelet import GrpcKubelet
 from mediated import Mediated
-from trials import NVSWITCH, PGPU
+from names import GEFORCE, NVSWITCH, PGPU, T4
 
 from sandbox_plugin.fake.node import FakeNode
 
-GEFORCE, AUDIO, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
 VGPU = "nvidia.com/GRID_T4-2Q"
 KUBEVIRT = ("--consumer", "kubevirt")
-
-MakeNode = Callable[[str], FakeNode]
 
 
 def given(kubelet: GrpcKubelet, *containers: Sequence[str], resource: str = PGPU) -> list[dict[str, Any]]:

@@ -19,31 +19,25 @@ from dataclasses import dataclass, replace
 
 import pytest
 import yaml
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places, run_command, sockets
 from daemon import places as make_places
 from grpc import StatusCode
 from kubelet import GrpcKubelet, Listed, Manners, Plugin, refusal
+from names import GEFORCE, NVSWITCH, PGPU, T4
 from outputs import GPU_NODES, SWITCH_NODES, assert_allocates, cdi_of, nodes_in, read_cdi
-from trials import figures
+from trials import QUICK, figures
 
 from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 
-PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
-GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
-"""The GPUs of the preset `workstation`."""
 NEW_GPU = FunctionSpec(address="0000:42:00.0", model=models.H100_SXM5, parent="0000:40:03.1", numa_node=0)
 """For the free slot of the preset `empty`."""
 MARK = b"# Written by sandbox-plugin"
 AT_ONCE = 8.0
 """Seconds, where the daemon's own patience would last longer."""
-QUICK = "--health-interval=0.2"
-"""For what no event tells of."""
-
-MakeNode = Callable[[str], FakeNode]
 
 
 # A server with eight GPUs and four NVSwitches, by the very command that a person would use. Tests only ask.

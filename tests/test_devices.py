@@ -9,6 +9,7 @@ import pytest
 from facts import H100, gpu, host
 from hypothesis import given
 from hypothesis import strategies as st
+from names import NVSWITCH, PGPU
 
 from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
@@ -16,8 +17,7 @@ from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Pla
 from sandbox_plugin.settings import ResourceRule, Settings
 
 A, B, C = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
-SOUND, USB, USB_C = "0000:01:00.1", "0000:01:00.2", "0000:01:00.3"
-PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
+AUDIO, USB, USB_C = "0000:01:00.1", "0000:01:00.2", "0000:01:00.3"
 NAMES = ModelNames({(0x10DE, H100): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x2335): "GH100 [H200 SXM 141GB]"})
 
 
@@ -41,7 +41,7 @@ def by_group(address: str, *, group: int, **changes: Any) -> PciFunction:
 
 def siblings(group: int, **changes: Any) -> list[PciFunction]:
     """Audio, USB and USB-C of a GPU, all on vfio-pci."""
-    kinds = ((SOUND, 0x040300), (USB, 0x0C0330), (USB_C, 0x0C8000))
+    kinds = ((AUDIO, 0x040300), (USB, 0x0C0330), (USB_C, 0x0C8000))
     return [gpu(a, vfio=20 + i, group=group, class_code=c, **changes) for i, (a, c) in enumerate(kinds)]
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 from cdi_reader import nodes_of, read_folder, reading
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import PYTHON, Daemon, Places, sockets
 from kubelet import GrpcKubelet
+from names import FIRST_GPU, NVSWITCH, PGPU
 from outputs import allocate_answer, read_cdi
 from pods import PodResources
-from trials import NVSWITCH, PGPU, QUICK, wait_until
+from trials import QUICK, wait_until
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
@@ -30,11 +31,10 @@ from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.settings import Settings
 
-MakeNode = Callable[[str], FakeNode]
 Devices = dict[str, dict[str, str]]
 """Resource name -> device ID -> its node."""
 
-FIRST_GPU, SECOND_GPU, FIRST_SWITCH = "0000:1b:00.0", "0000:43:00.0", "0000:07:00.0"
+SECOND_GPU, FIRST_SWITCH = "0000:43:00.0", "0000:07:00.0"
 """Of the presets `hgx-h100` and `hgx-h100-group`."""
 MODELS = {
     "0x2330": "GH100_H100_SXM5_80GB",

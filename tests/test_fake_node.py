@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from names import T4
 
 from sandbox_plugin.cli import fake_node as command
 from sandbox_plugin.fake.attributes import cpu_mask
@@ -30,7 +31,6 @@ from sandbox_plugin.settings import UsageError
 NVIDIA = 0x10DE
 GPU = "0000:01:00.0"
 AUDIO = "0000:01:00.1"
-T4 = "0000:02:00.0"
 HGX_GPUS = [f"0000:{bus}:00.0" for bus in ("1b", "43", "52", "61", "9d", "c3", "d1", "df")]
 HGX_NVSWITCHES = [f"0000:{bus}:00.0" for bus in ("07", "08", "09", "0a")]
 

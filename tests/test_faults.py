@@ -24,16 +24,15 @@ import daemon as daemon_process
 import psutil
 import pytest
 from attacker import Attacker, attacker
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places, sockets
 from grpc import StatusCode
 from h2.settings import SettingCodes
 from kubelet import TIMEOUT, GrpcKubelet, Manners, Plugin, Watch, refusal
+from names import FIRST_GPU, NVSWITCH, PGPU, T4
 from odd import ANSWERS, OddServer
 from pods import PodResources
 from trials import (
-    NVSWITCH,
-    PGPU,
     QUICK,
     as_root,
     figures,
@@ -47,15 +46,8 @@ from trials import (
 from truth import Truth
 
 from sandbox_plugin.ending import PATIENCE
-from sandbox_plugin.fake.node import FakeNode
 
-GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
-"""The GPUs of the preset `workstation`."""
-FIRST_GPU = "0000:1b:00.0"
-"""Of the preset `hgx-h100`; its ID is 4."""
 RESTARTS = int(os.environ.get("KUBELET_RESTARTS", "10"))
-
-MakeNode = Callable[[str], FakeNode]
 
 
 # The kubelet is away, or comes and goes

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MakeNode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from names import AUDIO, GEFORCE, T4
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import Bar, Device, PciFunction, Placement, VfioDev
 
-GEFORCE, SOUND, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
 GEFORCE_BRIDGE = "0000:00:01.0"
 GEFORCE_GROUP, T4_GROUP = 11, 13
-GEFORCE_MEMBERS = (GEFORCE_BRIDGE, GEFORCE, SOUND, "0000:01:00.2", "0000:01:00.3")
+GEFORCE_MEMBERS = (GEFORCE_BRIDGE, GEFORCE, AUDIO, "0000:01:00.2", "0000:01:00.3")
 GRACE_GPU = "0009:01:00.0"
 UUID = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001"
-MakeNode = Callable[[str], FakeNode]
 KIB, MIB = 1 << 10, 1 << 20
 
 
@@ -493,7 +493,7 @@ def test_a_mediated_device_that_is_not_there_is_refused(tree: Tree) -> None:
 
 def test_a_group_has_all_its_members_whether_they_can_be_read_or_not(tree: Tree) -> None:
     functions = tree.functions()
-    del functions[SOUND]
+    del functions[AUDIO]
     groups = bus.read_groups(tree.paths, functions)
     assert groups.keys() == {GEFORCE_GROUP, T4_GROUP}
     assert groups[GEFORCE_GROUP].members == GEFORCE_MEMBERS

@@ -17,7 +17,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from conftest import MakeNode
 from loop import LIMIT, run
+from names import GEFORCE, T4
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
@@ -25,7 +27,6 @@ from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import HostScanner, Recheck, scan_now
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Placement
 
-GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
 PATIENCE = 0.15
 """Seconds; long against the time that a whole scan takes."""
 
@@ -60,7 +61,7 @@ def no_thread_is_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture
-def node(fake_node: Callable[[str], FakeNode]) -> FakeNode:
+def node(fake_node: MakeNode) -> FakeNode:
     return fake_node("workstation")
 
 

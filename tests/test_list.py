@@ -25,6 +25,7 @@ import pytest
 from daemon import ROOT, Places, clean_environment, run_command
 from daemon import places as make_places
 from kubelet import TIMEOUT
+from names import AUDIO, GEFORCE, T4
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.fake import models
@@ -33,8 +34,6 @@ from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import WITH_CDEVS
 from sandbox_plugin.inventory.naming import ModelNames
 
-GEFORCE, AUDIO, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
-"""Of the preset `workstation`: two GPUs, and a function that shares the group of the first."""
 GH200 = "0009:01:00.0"
 
 Break = Callable[[Path], object]

@@ -10,7 +10,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -21,23 +21,22 @@ import pytest
 import yaml
 from cdi_reader import Refused, read_folder
 from cdi_reader import read_spec as read_strictly
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kubelet import TIMEOUT, GrpcKubelet
+from names import PGPU
 from specs import BAD, BOMB, GOOD, KEPT, REPLACED, as_text, device, document
-from trials import PGPU, QUICK, wait_until
+from trials import QUICK, wait_until
 
 from sandbox_plugin.daemon import cdi_folders
-from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.outputs import spec_text
 from sandbox_plugin.outputs.cdi_owner import MARK, ownership
 from sandbox_plugin.outputs.cdi_rules import Reading, judge_specs, read_spec
 from sandbox_plugin.outputs.neighbours import look_at_specs
 from sandbox_plugin.settings import Settings
 
-MakeNode = Callable[[str], FakeNode]
 OURS = "nvidia.com-pgpu.yaml"
 
 

@@ -23,8 +23,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kubelet import GrpcKubelet
 from mediated import Mediated
+from names import AUDIO, GEFORCE, PGPU, T4
 from outputs import assert_allocates, cdi_of, read_cdi
-from trials import PGPU, QUICK, wait_until
+from trials import QUICK, wait_until
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.config_file import parse_config
@@ -40,8 +41,6 @@ from sandbox_plugin.model import NVIDIA, HostFacts, PciFunction, Reason
 from sandbox_plugin.settings import ResourceRule, Settings
 
 A, B, C = (f"0000:0{bus}:00.0" for bus in (1, 2, 3))
-GEFORCE, SOUND, T4 = "0000:01:00.0", "0000:01:00.1", "0000:02:00.0"
-"""Of the preset `workstation`."""
 NAMES = ModelNames.load()
 GRACE = "nvgrace_gpu_vfio_pci"
 KERNELS = pytest.mark.parametrize("kernel", [WITH_CDEVS, GROUPS_ONLY], ids=["cdevs", "groups"])
@@ -725,11 +724,11 @@ def test_list_all_knows_rules_of_functions_that_no_vfio_driver_has_yet(places: P
 def test_list_all_tells_of_vgpus_and_of_what_cannot_be_read(places: Places, listed: Any) -> None:
     node = workstation(places, WITH_CDEVS)
     vgpu = Mediated(node, T4).add(1, "nvidia-222", "GRID T4-1Q", 71)
-    node.set_attribute(SOUND, "class", "nonsense")
+    node.set_attribute(AUDIO, "class", "nonsense")
     found = listed(node)
     assert verdicts(found)[vgpu] == ("nvidia.com/GRID_T4-1Q", "NVIDIA vGPU", None)
-    assert found[SOUND] == {
-        "pci_address": SOUND,
+    assert found[AUDIO] == {
+        "pci_address": AUDIO,
         **dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule", "facts")),
         "reason": "unreadable: class is 'nonsense', not a hexadecimal number",
     }

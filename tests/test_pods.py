@@ -5,24 +5,22 @@ The rules are tried out in test_advance.py, with times of its own choosing; here
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Places
 from kubelet import GrpcKubelet
+from names import GEFORCE, NVSWITCH, PGPU, T4
 from pods import PodResources
-from trials import NVSWITCH, PGPU, QUICK, pairs, socket_of, wait_until
+from trials import QUICK, pairs, socket_of, wait_until
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.kubelet.podresources import INTERVAL
 
-GEFORCE, T4 = "0000:01:00.0", "0000:02:00.0"
 HOUR = 3600.0
-
-MakeNode = Callable[[str], FakeNode]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 
 from facts import gpu, host
 from loop import run
+from names import PGPU
 
 from sandbox_plugin.inventory.advance import SETTLE
 from sandbox_plugin.inventory.naming import ModelNames
@@ -15,7 +16,6 @@ from sandbox_plugin.model import HostFacts, Reason
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Settings
 
-PGPU = "nvidia.com/pgpu"
 A, B = "0000:01:00.0", "0000:02:00.0"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -17,18 +17,17 @@ from pathlib import Path
 
 import grpc
 import psutil
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Places
 from grpc import StatusCode
 from kubelet import GrpcKubelet, Plugin, Refusal, refusal
-from trials import PGPU, figures, pairs, socket_of, wait_until
+from names import PGPU
+from trials import figures, pairs, socket_of, wait_until
 from wire import load_wire
 
 from sandbox_plugin.fake.node import FakeNode
 
 NO_TIMER = "--health-interval=3600"
-
-MakeNode = Callable[[str], FakeNode]
 
 
 def outcome(plugin: Plugin, *containers: list[str]) -> list[list[str]] | Refusal:

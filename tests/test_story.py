@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from daemon import Places
+from names import NVSWITCH, PGPU
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.fake.kubelet import Allocation, FakeKubelet, Listed
@@ -22,7 +23,6 @@ from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.story import Story, StoryError, Told
 from sandbox_plugin.model import PciFunction
 
-PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
 RESOURCES = {0x030000: PGPU, 0x030200: PGPU, 0x068000: NVSWITCH}
 STARTING, CHANGING, SERVING, NOTICING = 5.0, 0.25, 0.5, 32.0
 """Seconds that pass while the daemon starts, while a node is changed, while the kubelet begins to serve, and between a

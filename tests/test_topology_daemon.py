@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from kubelet import GrpcKubelet, Listed
+from names import PGPU
 
 from examples import Example, examples
 from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
-from sandbox_plugin.fake.node import FakeNode
 
-PGPU = "nvidia.com/pgpu"
 PRESETS = sorted({example.preset for example in examples()})
 
 
 @pytest.mark.parametrize("policy", ["packed", "spread"])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_daemon_prefers_what_the_doc_shows(
-    preset: str, policy: str, fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon
+    preset: str, policy: str, fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     daemon(fake_node(preset), f"--allocation-policy={policy}")
     every = kubelet.wait_for(lambda: kubelet.healthy(PGPU))
@@ -33,7 +30,7 @@ def test_the_daemon_prefers_what_the_doc_shows(
 
 
 def test_a_gpu_that_is_found_on_another_numa_node_is_preferred_with_those_there(
-    fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     node = fake_node("hgx-h100")
     daemon(node, "--health-interval=0.2")
@@ -47,7 +44,7 @@ def test_a_gpu_that_is_found_on_another_numa_node_is_preferred_with_those_there(
 
 
 def test_a_group_whose_gpus_are_on_two_numa_nodes_is_listed_with_both(
-    fake_node: Callable[[str], FakeNode], kubelet: GrpcKubelet, daemon: StartDaemon
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
     """On a kernel without cdevs, where a group is one device."""
     node = fake_node("workstation")

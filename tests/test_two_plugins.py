@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 
 import pytest
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places, sockets
 from kubelet import GrpcKubelet
-from trials import NVSWITCH, PGPU, QUICK, figures, socket_of, wait_until_it_sees
+from names import FIRST_GPU, NVSWITCH, PGPU
+from trials import QUICK, figures, socket_of, wait_until_it_sees
 from truth import Truth
 
 from sandbox_plugin.ending import PATIENCE
-from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.kubelet.sockets import identity
 from sandbox_plugin.kubelet.turn import LOCK_NAME
-
-FIRST_GPU = "0000:1b:00.0"
-
-MakeNode = Callable[[str], FakeNode]
 
 
 def test_the_newcomer_stands_by_and_says_so_and_touches_nothing(

@@ -18,7 +18,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,12 @@ import h2.settings
 import psutil
 import pytest
 from attacker import PING, Attacker, attacker
-from conftest import StartDaemon
+from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places
 from kubelet import TIMEOUT, GrpcKubelet, Watch
+from names import FIRST_GPU, PGPU
 from structlog.testing import capture_logs
-from trials import PGPU, QUICK, as_root, figures, memory, socket_of, wait_until, wait_until_it_sees
+from trials import QUICK, as_root, figures, memory, socket_of, wait_until, wait_until_it_sees
 from truth import Truth
 
 from sandbox_plugin.api.v1beta1 import DevicePluginBase
@@ -46,14 +47,11 @@ from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy, Settings
 
-FIRST_GPU = "0000:1b:00.0"
 LIMIT = 64 << 20
 """Bytes that the process may grow under attack."""
 SETRESUID = {"x86_64": 117, "aarch64": 147}
 """Numbers of the system call."""
 NOBODY = 65534
-
-MakeNode = Callable[[str], FakeNode]
 
 
 # The socket's file, and its end

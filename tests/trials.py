@@ -18,13 +18,13 @@ import psutil
 import pytest
 from daemon import ROOT, Daemon, Places, clean_environment
 from kubelet import TIMEOUT, GrpcKubelet
+from names import PGPU
 from truth import HEALTHY, Truth, View
 
 from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.fake.node import FakeNode
 
-PGPU, NVSWITCH = "nvidia.com/pgpu", "nvidia.com/nvswitch"
 QUICK = "--health-interval=0.2"
 """For what no event tells of."""
 
