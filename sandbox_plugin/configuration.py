@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_plugin.config_file import ConfigFile, parse_config
-from sandbox_plugin.inventory.naming import check_alias
+from sandbox_plugin.inventory.naming import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias
 from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
 CONFIG_VARIABLE = "SANDBOX_PLUGIN_CONFIG"
 FAKE_SYSFS_VARIABLE = "SANDBOX_PLUGIN_FAKE_SYSFS"
 _PREFIX = "SANDBOX_PLUGIN_"
-_SOCKET_FOLDER_BYTES = 107 - len("/") - 18
+_SOCKET_FOLDER_BYTES = SOCKET_PATH_BYTES - len("/") - SHORTEST_SOCKET_NAME
+"""Longest path of a folder in which there is room for a socket of ours, if need be with its shortest name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,10 +138,7 @@ def _path(text: str) -> Path:
 
 
 def _socket_folder(text: str) -> Path:
-    """A socket's path has 107 bytes at most (unix(7)), and the shortest name of one of ours has 18.
-
-    A folder that is not there yet is waited for; what is something else will not become one.
-    """
+    """A folder that is not there yet is waited for; what is something else will not become one."""
     length = len(os.fsencode(text))
     if length > _SOCKET_FOLDER_BYTES:
         allowed = f"at most {_SOCKET_FOLDER_BYTES} are allowed, so that the names of sockets fit behind it"

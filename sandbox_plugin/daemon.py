@@ -27,7 +27,7 @@ from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, may_be_ours
-from sandbox_plugin.inventory.state import Inventory
+from sandbox_plugin.inventory.state import DeviceKey, Inventory
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.kubelet.turn import Turn
@@ -254,7 +254,7 @@ async def report(registry: Registry) -> None:
 
     A device that has just come waits for its CDI spec first: it is found when that is written.
     """
-    known: dict[tuple[str, str], Device] = {}
+    known: dict[DeviceKey, Device] = {}
     unoffered = Troubles[str]()
     inventory = await registry.newer_than(0)
     if not inventory.resources:
@@ -267,7 +267,7 @@ async def report(registry: Registry) -> None:
         await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by the same change
 
 
-def _report_devices(known: dict[tuple[str, str], Device], inventory: Inventory) -> dict[tuple[str, str], Device]:
+def _report_devices(known: dict[DeviceKey, Device], inventory: Inventory) -> dict[DeviceKey, Device]:
     now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
     now = {k: d for k, d in now.items() if k in known or d.health.reason is not Reason.NOT_IN_CDI}
     for key in sorted(known.keys() | now.keys()):

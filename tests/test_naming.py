@@ -18,6 +18,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from sandbox_plugin.inventory.naming import (
+    SHORTEST_SOCKET_NAME,
+    SOCKET_PATH_BYTES,
     ModelNames,
     cdi_file_name,
     check_alias,
@@ -295,8 +297,11 @@ def test_files_are_named_after_their_resource(resource: str, socket: str, spec: 
     assert cdi_file_name(resource) == spec
 
 
+lengths = st.integers(SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES)
+
+
 @unhurried
-@given(resource=resources, max_bytes=st.integers(18, 107))
+@given(resource=resources, max_bytes=lengths)
 def test_a_sockets_name_never_passes_its_limit(resource: str, max_bytes: int) -> None:
     name = socket_name(resource, max_bytes=max_bytes)
     assert len(name.encode()) <= max_bytes
@@ -334,9 +339,9 @@ def lookalikes(draw: st.DrawFn) -> tuple[str, str]:
 
 
 @unhurried
-@given(pair=lookalikes() | st.tuples(resources, resources), max_bytes=st.integers(18, 107))
-@example(pair=("example.com-x/y", "example.com/x-y"), max_bytes=107)
-@example(pair=("nvidia.com/a-b", "a/b"), max_bytes=107)
+@given(pair=lookalikes() | st.tuples(resources, resources), max_bytes=lengths)
+@example(pair=("example.com-x/y", "example.com/x-y"), max_bytes=SOCKET_PATH_BYTES)
+@example(pair=("nvidia.com/a-b", "a/b"), max_bytes=SOCKET_PATH_BYTES)
 @example(pair=("nvidia.com/" + "g" * 62 + "a", "nvidia.com/" + "g" * 62 + "b"), max_bytes=40)
 def test_no_two_resources_share_a_file(pair: tuple[str, str], max_bytes: int) -> None:
     one, other = pair

@@ -18,6 +18,10 @@ from importlib.resources import files
 
 from sandbox_plugin.model import NVIDIA
 
+SOCKET_PATH_BYTES = 107
+"""Longest path of a unix socket: sun_path of 108 bytes with its end (unix(7))."""
+SHORTEST_SOCKET_NAME = 18
+"""Bytes below which `socket_name` cannot go: a digest with its dash, and `.sock`."""
 NAME_LENGTH = 63
 """Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
 
@@ -120,8 +124,8 @@ def socket_name(resource: str, *, max_bytes: int) -> str:
     """File name of a resource's socket: `sandbox-pgpu.sock`, with the domain in it where that is not nvidia.com.
 
     A name over `max_bytes` is shortened, with a digest of the whole in it, so that it is still unique; so is one whose
-    domain has no dot, which could be a name of nvidia.com's. The digest stays whole: under 18 bytes the name is longer
-    than `max_bytes`, and no socket can be bound to it.
+    domain has no dot, which could be a name of nvidia.com's. The digest stays whole: under `SHORTEST_SOCKET_NAME` the
+    name is longer than `max_bytes`, and no socket can be bound to it.
     """
     domain, _, name = resource.partition("/")
     stem = f"sandbox-{name}" if domain == "nvidia.com" else f"sandbox-{domain}-{name}"

@@ -34,7 +34,7 @@ import structlog
 from grpclib import GRPCError
 
 from sandbox_plugin.api import v1beta1
-from sandbox_plugin.inventory.naming import socket_name
+from sandbox_plugin.inventory.naming import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.server import PluginServer
@@ -46,8 +46,6 @@ from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"
 API_VERSION = "v1beta1"
-_SOCKET_PATH_BYTES = 107
-"""Longest path of a unix socket: sun_path of 108 bytes with its end (unix(7))."""
 _REGISTER_TIMEOUT = 20.0
 """Seconds. The kubelet dials us for up to 10 s before it answers Register."""
 _STREAM_TIMEOUT = 10.0
@@ -134,7 +132,7 @@ class Endpoint:
     @property
     def path(self) -> Path:
         """Where our socket lies."""
-        budget = _SOCKET_PATH_BYTES - len(str(self.kubelet_dir).encode()) - 1
+        budget = SOCKET_PATH_BYTES - len(str(self.kubelet_dir).encode()) - 1
         return self.kubelet_dir / socket_name(self.resource, max_bytes=budget)
 
     def look(self) -> None:
