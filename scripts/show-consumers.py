@@ -18,7 +18,7 @@ from itertools import dropwhile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
 import yaml  # noqa: E402
 from daemon import Daemon, places  # noqa: E402

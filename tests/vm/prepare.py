@@ -167,10 +167,10 @@ def _copy(found: Distribution, target: Path) -> None:
 
 def take_tests(target: Path) -> None:
     """The kubelet and the PodResources of the tests, and the gRPC code that they speak with, generated here."""
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests/helpers"))
     from wire import generate
 
     for name in ("kubelet.py", "pods.py"):
-        shutil.copy(ROOT / "tests" / name, target)
+        shutil.copy(ROOT / "tests/helpers" / name, target)
     shutil.copy(Path(__file__).with_name("guest_wire.py"), target / "wire.py")
     generate(target)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-PROTOS = Path(__file__).resolve().parent.parent / "protos"
+PROTOS = Path(__file__).resolve().parents[2] / "protos"
 MODULES = {
     "deviceplugin": "deviceplugin.v1beta1.api_pb2",
     "deviceplugin_grpc": "deviceplugin.v1beta1.api_pb2_grpc",

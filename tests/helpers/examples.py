@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-DOC = Path(__file__).resolve().parent.parent / "docs/topology.md"
+DOC = Path(__file__).resolve().parents[2] / "docs/topology.md"
 
 
 @dataclass(frozen=True, slots=True)

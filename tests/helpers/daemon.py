@@ -24,7 +24,7 @@ from kubelet import TIMEOUT
 
 from sandbox_plugin.fake.node import FakeNode
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MEMORY = "/dev/shm"
 """A file system on which thousands of files come and go quickly, on most machines."""
 PYTHON = (sys.executable, "-W", "always::ResourceWarning")
