@@ -6,7 +6,7 @@
 Prints a Markdown table: median and slowest, in milliseconds from the moment before the change until the message is
 there. `just test-vm` measures the same on a real kernel.
 
-Uses the kubelet and the harness of tests/, so it needs what the tests need: `python3 scripts/dev.py setup`.
+Uses the kubelet and the harness of tests/helpers, so it needs what the tests need: `python3 scripts/dev.py setup`.
 """
 
 from __future__ import annotations

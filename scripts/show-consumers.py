@@ -5,7 +5,7 @@
 
 For each consumer the daemon is started on a fake node, a kubelet played by grpcio asks for what the example pod asks
 for, and the pod, the answer and the spec go between two marks in the document. Uses the kubelet and the harness of
-tests/, so it needs what the tests need: `python3 scripts/dev.py setup`.
+tests/helpers, so it needs what the tests need: `python3 scripts/dev.py setup`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ After the first minute (a fifth of shorter runs) and at the end the process is l
 memory, file descriptors, threads, connections, asyncio's tasks. Prints a table; exit status 1 if it has grown, or if
 the kubelet's view was ever not the node's in the end.
 
-Uses the kubelet and the harness of tests/, so it needs what the tests need: `python3 scripts/dev.py setup`.
+Uses the kubelet and the harness of tests/helpers, so it needs what the tests need: `python3 scripts/dev.py setup`.
 """
 
 from __future__ import annotations

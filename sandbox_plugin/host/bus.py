@@ -100,7 +100,7 @@ def read_dev_nodes(paths: HostPaths) -> frozenset[str] | None:
 def _dev_vfio_is_live(paths: HostPaths) -> bool:
     """A container's own /dev is a copy made at its start and proves nothing; a devtmpfs is the kernel's own.
 
-    A bind mount of a /dev/vfio that was removed and made again (rmmod vfio) stays empty for ever; mountinfo marks its
+    A bind mount of a /dev/vfio that was removed and made again (rmmod vfio) stays empty; mountinfo marks its
     root as deleted (Documentation/filesystems/proc.rst, section 3.5).
     """
     if paths.root != Path("/"):

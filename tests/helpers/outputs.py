@@ -27,7 +27,7 @@ def nodes_in(content: bytes) -> dict[str, str]:
 
 
 def read_cdi(folder: Path) -> dict[str, str]:
-    """All specs of a folder together: a device that stands in two of them is an error."""
+    """All specs of a folder together: a device that is in two of them is an error."""
     nodes: dict[str, str] = {}
     for path in sorted(folder.iterdir()):
         assert path.suffix == ".yaml", f"what is {path}?"
@@ -55,6 +55,6 @@ def allocate_answer(*containers: list[str]) -> bytes:
 
 
 def assert_allocates(plugin: Plugin, containers: list[list[str]], nodes: Mapping[str, str]) -> None:
-    """The answer is the nodes of these devices, to the byte: unknown fields would stand in it, too."""
+    """The answer is the nodes of these devices, to the byte: unknown fields would be in it, too."""
     answer = plugin.allocate(*containers).SerializeToString(deterministic=True)
     assert answer == allocate_answer(*([nodes[device_id] for device_id in ids] for ids in containers))
