@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 NVIDIA = 0x10DE
 """PCI vendor ID of NVIDIA."""
+_CDEV_FOLDER = "/dev/vfio/devices/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +211,11 @@ class Device:
     health: Health = HEALTHY
 
     @property
+    def is_cdev(self) -> bool:
+        """Whether its node is a cdev's, and not a group's."""
+        return self.node.startswith(_CDEV_FOLDER)
+
+    @property
     def address(self) -> str:
         """PCI address of its first function, for logs and tables; `-` where the node no longer shows it."""
         return self.placements[0].address if self.placements else "-"
@@ -218,6 +224,16 @@ class Device:
     def numa_nodes(self) -> tuple[int, ...]:
         """NUMA nodes of its functions, ascending; empty where unknown."""
         return tuple(sorted({p.numa_node for p in self.placements if p.numa_node is not None}))
+
+
+def node_of_cdev(number: int | str) -> str:
+    """The VFIO node of vfioN (vfio_device_devnode in drivers/vfio/device_cdev.c)."""
+    return f"{_CDEV_FOLDER}vfio{number}"
+
+
+def node_of_group(number: int | str) -> str:
+    """The VFIO node of an IOMMU group."""
+    return f"/dev/vfio/{number}"
 
 
 def is_vfio_driver(driver: str | None) -> bool:

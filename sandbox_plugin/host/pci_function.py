@@ -16,7 +16,7 @@ from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, Device, PciFunction, VfioDev, is_vfio_driver
+from sandbox_plugin.model import Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -182,7 +182,7 @@ def why_not_bound(paths: HostPaths, device: Device) -> str | None:
             return f"{placement.address}: {_why(error)}"
         if driver is None or (vfio is None and not is_vfio_driver(driver)):
             return f"{placement.address} is bound to {driver or 'no driver'} now"
-        node = f"/dev/vfio/devices/vfio{vfio.number}" if vfio is not None and vfio.cdev else None
+        node = node_of_cdev(vfio.number) if vfio is not None and vfio.cdev else None
         if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
             return f"{device.node} is gone"
     return None

@@ -15,7 +15,17 @@ from functools import partial
 from sandbox_plugin.inventory.health import assess, is_bridge, is_vfio_bound
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Claim, claim
-from sandbox_plugin.model import Device, Health, HostFacts, PciFunction, Placement, Reason, id_order
+from sandbox_plugin.model import (
+    Device,
+    Health,
+    HostFacts,
+    PciFunction,
+    Placement,
+    Reason,
+    id_order,
+    node_of_cdev,
+    node_of_group,
+)
 from sandbox_plugin.settings import Settings
 
 
@@ -80,7 +90,7 @@ def _by_cdev(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> lis
         assert function.vfio is not None
         assert function.iommu_group is not None
         assert its_claim.resource is not None
-        node = f"/dev/vfio/devices/vfio{function.vfio.number}"
+        node = node_of_cdev(function.vfio.number)
         devices.append(
             Device(
                 id=str(function.vfio.number),
@@ -145,19 +155,19 @@ def _by_group(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> li
         functions = [function for function, _ in members]
         resource = members[0][1].resource
         assert resource is not None
+        node = node_of_group(number)
         models = dict.fromkeys(_model(f, names) for f in functions)
         devices.append(
             Device(
                 id=str(number),
                 resource=resource,
-                node=f"/dev/vfio/{number}",
+                node=node,
                 model=" + ".join(models),
                 placements=tuple(_placement(f) for f in functions),
                 iommu_group=number,
                 mdev=functions[0].mdev_type is not None,
                 group_node=_group_node(number, facts),
-                node_exists=number in facts.group_nodes
-                and (facts.dev_nodes is None or f"/dev/vfio/{number}" in facts.dev_nodes),
+                node_exists=number in facts.group_nodes and (facts.dev_nodes is None or node in facts.dev_nodes),
             )
         )
     return devices
@@ -181,7 +191,7 @@ def _model(function: PciFunction, names: ModelNames) -> str:
 
 
 def _group_node(group: int, facts: HostFacts) -> str | None:
-    return f"/dev/vfio/{group}" if group in facts.group_nodes else None
+    return node_of_group(group) if group in facts.group_nodes else None
 
 
 def _placement(function: PciFunction) -> Placement:
@@ -205,8 +215,7 @@ def why_lost(device: Device, facts: HostFacts) -> Health:
     if not is_vfio_bound(function, facts):
         holder = f"bound to {function.driver}" if function.driver else "bound to no driver"
         return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is {holder}, not to a vfio driver")
-    is_cdev = device.node.startswith("/dev/vfio/devices/")
-    if is_cdev and function.vfio is not None and device.node != f"/dev/vfio/devices/vfio{function.vfio.number}":
+    if device.is_cdev and function.vfio is not None and device.node != node_of_cdev(function.vfio.number):
         detail = f"{device.address} was bound again and is now vfio{function.vfio.number}"
         return Health(reason=Reason.NOT_BOUND, detail=detail)
     why = f": it {_has_vfs(function)}" if function.virtual_functions else ""

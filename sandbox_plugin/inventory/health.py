@@ -50,7 +50,7 @@ def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -
 
 
 def _has_needed_node(device: Device, require_iommufd: bool) -> Health:
-    if not require_iommufd or device.node.startswith("/dev/vfio/devices/"):
+    if not require_iommufd or device.is_cdev:
         return HEALTHY
     detail = f"confidential guests need an iommufd cdev, and this kernel has only the group node {device.node}"
     return Health(reason=Reason.NO_CDEV, detail=detail)

@@ -16,7 +16,7 @@ from sandbox_plugin.inventory.health import is_off_the_bus
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.inventory.state import Bound, DeviceKey, FatalError, Holdings, Signals, Track
-from sandbox_plugin.model import Device, Health, HostFacts, PciFunction, Reason, id_order
+from sandbox_plugin.model import Device, Health, HostFacts, PciFunction, Reason, id_order, node_of_cdev, node_of_group
 from sandbox_plugin.settings import Settings
 
 RETIRE = 60.0
@@ -56,7 +56,7 @@ def held_but_unknown(
         device = Device(
             id=device_id,
             resource=resource,
-            node=f"/dev/vfio/devices/vfio{device_id}" if cdevs else f"/dev/vfio/{device_id}",
+            node=node_of_cdev(device_id) if cdevs else node_of_group(device_id),
             model="unknown",
             placements=(),
             iommu_group=-1,
@@ -158,8 +158,7 @@ def _may_have_node(device: Device, facts: HostFacts) -> bool:
         return device.node_exists
     if facts.dev_nodes is not None and device.node not in facts.dev_nodes:
         return False
-    is_group = device.node == f"/dev/vfio/{device.iommu_group}"
-    return device.node_exists and (not is_group or device.iommu_group in facts.group_nodes)
+    return device.node_exists and (device.is_cdev or device.iommu_group in facts.group_nodes)
 
 
 # Who uses it
