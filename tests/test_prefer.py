@@ -13,9 +13,9 @@ from itertools import combinations
 from random import Random
 
 import pytest
+from devices import DEAD, device, eight_over_two_sockets, function, on_switch, with_mates
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machines import DEAD, device, eight_over_two_sockets, function, on_switch, with_mates
 
 from sandbox_plugin.inventory import prefer as search
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer

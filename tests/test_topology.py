@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from devices import device, eight_over_two_sockets, function, with_mates
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import device, eight_over_two_sockets, function, with_mates
 
 from sandbox_plugin.inventory.topology import Link, legend_lines, link, matrix, matrix_lines, places
 from sandbox_plugin.model import Device, Placement
