@@ -6,15 +6,14 @@ What a whole registration looks like is in test_daemon.py and test_faults.py, wi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from daemon import Places
+from devices import nothing_against
 from loop import run
 
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint
-from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy, Settings
 
@@ -55,10 +54,6 @@ class HangingKubelet:
         while await reader.read(1 << 16):
             pass
         writer.close()
-
-
-async def nothing_against(devices: Sequence[Device]) -> Mapping[str, str]:
-    return {}
 
 
 def test_a_kubelet_sock_that_is_replaced_while_register_hangs_is_tried_without_a_pause(places: Places) -> None:

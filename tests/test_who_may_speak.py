@@ -18,7 +18,7 @@ import stat
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import pytest
 from attacker import PING, Attacker, attacker
 from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places
+from devices import nothing_against
 from kubelet import TIMEOUT, GrpcKubelet, Watch
 from names import FIRST_GPU, PGPU
 from structlog.testing import capture_logs
@@ -43,7 +44,6 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet import server, sockets
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.server import PluginServer
-from sandbox_plugin.model import Device
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy, Settings
 
@@ -115,10 +115,6 @@ def test_an_endpoint_that_is_cancelled_as_soon_as_it_began_leaves_nothing_to_the
             await writer.wait_closed()
 
     asyncio.run(begin_and_cancel())
-
-
-async def nothing_against(devices: Sequence[Device]) -> Mapping[str, str]:
-    return {}
 
 
 def test_only_the_socket_that_was_made_here_is_removed(places: Places) -> None:

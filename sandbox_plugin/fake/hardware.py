@@ -1,6 +1,6 @@
 """The nouns of fake machines: a model of PCI function, one such function in its place, a kernel, a preset.
 
-Apart from `presets`, so that presets are data alone, and from `node`, which knows nothing of any model.
+Apart from `models` and `presets`, so that those are data alone, and from `node`, which knows nothing of any model.
 """
 
 from __future__ import annotations

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from sandbox_plugin.model import Device, Health, Placement, Reason
 
 DEAD = Health(reason=Reason.GONE, detail="taken out for a test")
+
+
+async def nothing_against(devices: Sequence[Device]) -> Mapping[str, str]:
+    """The `why_not` of an endpoint whose devices are all well."""
+    return {}
 
 
 def function(address: str, *bridges: str, numa: int | None = None) -> Placement:
