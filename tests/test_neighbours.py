@@ -32,7 +32,7 @@ from trials import QUICK, wait_until
 
 from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.outputs import spec_text
-from sandbox_plugin.outputs.cdi_owner import MARK, ownership
+from sandbox_plugin.outputs.cdi_owner import MARK, ownership, stated_kind
 from sandbox_plugin.outputs.cdi_rules import Reading, judge_specs, read_spec
 from sandbox_plugin.outputs.neighbours import look_at_specs
 from sandbox_plugin.settings import Settings
@@ -177,6 +177,8 @@ def test_a_spec_that_wants_to_be_huge_is_judged_within_a_moment() -> None:
     assert read_spec(BOMB).wrong == "its aliases repeat too much"
     assert read_spec(b"[" * 200_000).wrong == "nested more than 32 levels deep"
     assert read_spec(b"a: " * 80_000).wrong
+    for opening in (b"[", b"{", b"- ", b"? "):
+        assert stated_kind(opening * 120_000) is None  # libyaml would take minutes over the first of them
     assert time.monotonic() - started < TIMEOUT
 
 

@@ -3,7 +3,7 @@
 A file under the name of one of our specs may be replaced when it has our mark, when its kind is our resource's (the
 reference plugin and kata-manager write such files), or when it is an unfinished or broken rest: empty, not valid YAML,
 or a mapping without a `kind`, each without a kind of somebody else's and without an outermost field that CDI does not
-have. Anything else belongs to another program and stays.
+have. Anything else belongs to another program and stays, and so does what is nested too deep to be read to its end.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ def ownership(content: bytes, resource: str) -> Ownership:
         return Ownership(may_replace=True, why="it has the name and the kind of a resource that this plugin serves")
     if (strange := _strange_field(found)) is not None:
         return Ownership(may_replace=False, why=f"no kind, and the field {quoted(strange)}, which CDI does not have")
+    if found.is_too_deep:
+        return Ownership(may_replace=False, why="nested deeper than any CDI spec")
     if found.is_whole and found.fields.get("kind") == []:
         return Ownership(may_replace=False, why="its kind is not a string")
     if not found.is_whole:

@@ -202,6 +202,8 @@ class Outline:
     """Whether there are nothing but comments, null and empty mappings."""
     is_mapping: bool = True
     """Whether there are nothing but mappings at the outermost level."""
+    is_too_deep: bool = False
+    """Whether it was left off where it is nested deeper than any spec: libyaml would take minutes over such a text."""
 
 
 def outline(content: bytes) -> Outline:
@@ -236,3 +238,6 @@ def _follow(events: Iterator[Any], found: Outline) -> None:
                     found.fields[key].append(text)
                 is_key = not is_key
             depth += isinstance(event, yaml.CollectionStartEvent)
+            if depth > _DEEPEST:
+                found.is_too_deep, found.is_whole = True, False
+                return

@@ -244,6 +244,7 @@ REPLACED: dict[str, tuple[bytes, str]] = {
 
 
 KEPT: dict[str, tuple[bytes, str]] = {
+    "something nested deeper than any spec": (b"cdiVersion: " + b"[" * 1000, "nested deeper than any CDI spec"),
     "another kind": (as_text(reference("other.com/pgpu")), "kind other.com/pgpu"),
     "another class": (as_text(reference("nvidia.com/gpu")), "kind nvidia.com/gpu"),
     "another kind with indented keys": (b"  cdiVersion: 0.5.0\n  kind: other.com/pgpu\n", "kind other.com/pgpu"),
