@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import structlog
 
+from sandbox_plugin.host.threads import start_thread
+
 PATIENCE = 3.0
 """Seconds between the beginning of the end and the end."""
 _LAST_WORDS = 0.5
@@ -42,8 +44,11 @@ class Ending:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._has_begun = False
+        self._status: int | None = None
+        self._has_begun = threading.Event()
         self._has_failed = False
+        # A thread: it works while the loop hangs. From the start: none may be left when the end begins.
+        start_thread("ending", self._watch)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
         """Whose tasks are to be named, should they not end."""
@@ -51,24 +56,24 @@ class Ending:
 
     def begin(self, status: int) -> None:
         """The end begins: in a few seconds the process ends with this status, if it has not ended itself by then."""
-        if not self._has_begun:
-            self._has_begun = True
-            # A daemon thread: it works while the loop hangs, and does not keep the process from ending.
-            threading.Thread(target=self._watch, args=(status,), name="ending", daemon=True).start()
+        if self._status is None:
+            self._status = status
+            self._has_begun.set()
 
     def failed(self, error: BaseException) -> None:
         """A part failed. The first one is logged at once: the others may take their time to end, or hang."""
         if not self._has_failed:
             self._has_failed = True
+            self.begin(1)  # first: whoever reads the log may not be reading
             log.critical("a part of the daemon failed", exc_info=error)
-        self.begin(1)
 
-    def _watch(self, status: int) -> None:
+    def _watch(self) -> None:
+        self._has_begun.wait()
         time.sleep(PATIENCE)
-        last_words = threading.Thread(target=self._say_what_runs, name="last words", daemon=True)
-        last_words.start()
-        last_words.join(_LAST_WORDS)
-        os._exit(status)
+        try:
+            start_thread("last words", self._say_what_runs).join(_LAST_WORDS)
+        finally:  # also where there is no thread for them
+            os._exit(self._status or 0)
 
     def _say_what_runs(self) -> None:
         running = asyncio.all_tasks(self._loop) if self._loop is not None else ()

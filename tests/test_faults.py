@@ -470,6 +470,47 @@ def test_a_kubelet_that_restarts_while_there_are_no_file_descriptors_is_register
     wait_until_it_sees(kubelet, truth)
 
 
+NO_THREADS = """
+import os, threading
+def scarce(start):
+    def refuse(*args, **kwargs):
+        if os.path.exists(os.environ["NO_THREADS"]):
+            raise RuntimeError("can't start new thread")
+        return start(*args, **kwargs)
+    return refuse
+for name in {"_start_new_thread", "_start_joinable_thread"} & vars(threading).keys():
+    setattr(threading, name, scarce(vars(threading)[name]))
+"""
+"""As at the limit of a pod's pids."""
+
+
+def test_without_threads_what_was_known_stays_and_afterwards_nothing_is_lost(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("hgx-h100")
+    truth = Truth(node.root)
+    flag = places.top / "no-threads"
+    plugin = daemon(node, QUICK, PYTHONPATH=tampered(places, NO_THREADS), NO_THREADS=str(flag))
+    wait_until_it_sees(kubelet, truth)
+    before = view(kubelet)
+    since = plugin.mark()
+    flag.touch()
+    plugin.wait_for("scan failed", since=since, reason="can't start new thread")
+    plugin.wait_for("cdi trouble", since=since, reason="can't start new thread")
+    plugin.wait_for("folders cannot be watched, the timer alone goes on", since=since, reason="can't start new thread")
+    refused = refusal(lambda: kubelet.plugin(PGPU).allocate(["5"]))
+    assert refused.status is StatusCode.FAILED_PRECONDITION, "what cannot be looked at is not promised"
+    node.unbind(FIRST_GPU)
+    kubelet.plugin(PGPU).options()
+    assert view(kubelet) == before
+    flag.unlink()
+    wait_until_it_sees(kubelet, truth)
+    kubelet.plugin(PGPU).allocate(["5"])
+    flag.touch()
+    plugin.terminate()
+    assert plugin.wait(TIMEOUT) == 0
+
+
 def test_connections_that_come_while_there_are_no_file_descriptors_are_served_when_there_are(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
@@ -952,6 +993,20 @@ async def never(self):
             {then}
 Turn.lost = never
 """
+
+
+def test_an_end_that_does_not_come_is_brought_about_by_force_without_threads_too(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    flag = places.top / "no-threads"
+    code = NO_THREADS + DOES_NOT_END.format(then="time.sleep(60)")
+    with ExitStack() as stack:
+        plugin = Daemon(places, fake_node("workstation"), PYTHONPATH=tampered(places, code), NO_THREADS=str(flag))
+        stack.callback(plugin.kill)
+        plugin.wait_for("registered", resource=PGPU)
+        flag.touch()
+        assert plugin.terminate() < 5
+        assert plugin.wait(TIMEOUT) == 0
 
 
 @pytest.mark.parametrize("then", ["pass", "time.sleep(60)"], ids=["a task ignores it", "the loop hangs"])

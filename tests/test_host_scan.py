@@ -276,12 +276,13 @@ def test_a_process_that_was_stopped_blames_nobody(node: FakeNode) -> None:
     assert said.strip() == "{} None"
 
 
+def refuse(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_where_no_thread_can_be_had_nothing_is_said_about_the_host(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     scanner = HostScanner(paths, on_late=ignore, patience=PATIENCE)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
@@ -685,6 +686,16 @@ def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypa
 
     monkeypatch.setattr(pci_function, "why_not_bound", fail)
     assert run(recheck(paths, given(T4))) == {"13": "it cannot be looked at: Too many open files"}
+
+
+def test_a_want_of_threads_is_against_giving_away_for_as_long_as_it_lasts(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once_more = Recheck(paths, LIMIT)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        assert run(once_more(given(T4))) == {"13": "it cannot be looked at: can't start new thread"}
+    assert run(once_more(given(T4))) == {}
 
 
 def test_a_fault_of_our_own_in_a_look_is_raised(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:

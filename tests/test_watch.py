@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -64,21 +65,29 @@ def test_a_folder_that_appears_while_the_watch_is_set_up_is_watched_and_looked_a
     run(body())
 
 
-def test_a_watch_that_cannot_be_had_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("trouble", [OSError("no watches left"), RuntimeError("can't start new thread")], ids=repr)
+def test_a_watch_that_cannot_be_had_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    loop_thread = threading.get_ident()
     tries = 0
+
+    def folders() -> list[Path]:
+        assert threading.get_ident() != loop_thread, "which folders there are is found out where it may hang"
+        return [tmp_path]
 
     def scarce(*paths: Path, **options: Any) -> AsyncGenerator[Any, None]:
         nonlocal tries
         tries += 1
         if tries < 3:
-            raise OSError("no watches left")
+            raise trouble
         return awatch(*paths, **options)
 
     monkeypatch.setattr(watch, "awatch", scarce)
 
     async def body() -> None:
         looks = Looks()
-        watcher = FolderWatcher(folders=lambda: [tmp_path], on_change=looks.add, step=0.01, retry=0.01)
+        watcher = FolderWatcher(folders=folders, on_change=looks.add, step=0.01, retry=0.01)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(watcher.run())
             await looks.more_than(0)

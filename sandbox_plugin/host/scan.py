@@ -19,6 +19,7 @@ from types import MappingProxyType
 
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.threads import start_thread
 from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
 
 _Known = tuple[pci_function.Stamp, PciFunction]
@@ -164,7 +165,10 @@ class Recheck:
         def work() -> None:
             look.answer.set_result(self._ask(device))
 
-        threading.Thread(target=work, name="recheck", daemon=True).start()
+        try:
+            start_thread("recheck", work)
+        except OSError as error:
+            look.answer.set_result(f"it cannot be looked at: {error.strerror}")
         return look
 
     def _ask(self, device: Device) -> str | Exception | None:
@@ -311,9 +315,9 @@ class _Sweep:
 def _start_thread(name: str, work: Callable[[], None]) -> None:
     """A thread that nothing joins. Raises `sysfs.OutOfResources`."""
     try:
-        threading.Thread(target=work, name=name, daemon=True).start()
-    except RuntimeError as error:  # "can't start new thread": the limit of a container's pids, for one
-        raise sysfs.OutOfResources(str(error)) from None
+        start_thread(name, work)
+    except OSError as error:
+        raise sysfs.OutOfResources(error.strerror) from None
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *args: object) -> None:

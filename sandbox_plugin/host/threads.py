@@ -6,6 +6,7 @@ from ending, and a pool of two would be used up by two such calls. A thread of i
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
@@ -18,8 +19,26 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
+    """Starts a thread that ends with the process.
+
+    Raises OSError where none can be had, as at the limit of a pod's pids.
+    """
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from None
+    return thread
+
+
+def is_lack_of_threads(error: BaseException) -> bool:
+    """Whether somebody else's code failed because no thread could be had."""
+    return type(error) is RuntimeError and str(error) == "can't start new thread"
+
+
 class _DaemonThreads(Executor):
-    """Runs each call on a daemon thread of its own, which ends with the process."""
+    """Runs each call on a thread of its own. Raises OSError where none can be had."""
 
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
         future: Future[_T] = Future()
@@ -34,7 +53,7 @@ class _DaemonThreads(Executor):
             else:
                 future.set_result(result)
 
-        threading.Thread(target=work, name="files", daemon=True).start()
+        start_thread("files", work)
         return future
 
 
@@ -44,7 +63,8 @@ _threads = _DaemonThreads()
 def on_thread(function: Callable[_P, _T]) -> Callable[_P, Awaitable[_T]]:
     """The same function for the loop: it runs on a thread that may hang without holding up anything else.
 
-    Whoever is cancelled while waiting goes on at once; the thread does not.
+    Whoever is cancelled while waiting goes on at once; the thread does not. Where no thread can be had it raises
+    OSError.
     """
     run: Callable[..., Awaitable[_T]] = aiofiles.os.wrap(function)
 

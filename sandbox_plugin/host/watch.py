@@ -18,7 +18,7 @@ from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.threads import on_thread
+from sandbox_plugin.host.threads import is_lack_of_threads, on_thread
 from sandbox_plugin.model import is_vfio_driver
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -46,15 +46,20 @@ class FolderWatcher:
     retry: float = 5.0
     """Seconds before a watch that could not be had is tried again."""
     _failing: bool = False
+    _folders: Sequence[Path] = ()
+    """What is to be watched, as it was found last."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
             try:
                 await self._watch_once()
-            except* (OSError, WatchfilesRustInternalError) as errors:
+            except* (OSError, RuntimeError) as errors:
+                trouble, faults = errors.split(_is_trouble)
+                if trouble is None or faults is not None:
+                    raise
                 if not self._failing:
-                    paths, reason = [str(f) for f in self.folders()], str(errors.exceptions[0])
+                    paths, reason = [str(folder) for folder in self._folders], str(_first(trouble))
                     log.warning("folders cannot be watched, the timer alone goes on", path=paths, reason=reason)
                 self._failing = True
                 await asyncio.sleep(self.retry)
@@ -94,12 +99,22 @@ class FolderWatcher:
         For a thread: a folder on a dead mount does not answer.
         """
         targets = {}
-        for folder in self.folders():
+        self._folders = self.folders()
+        for folder in self._folders:
             for path in (folder, folder.parent):
                 while (inode := _inode(path)) is None and path != path.parent:
                     path = path.parent
                 targets[path] = inode or 0
         return targets
+
+
+def _is_trouble(error: BaseException) -> bool:
+    """Whether the system cannot give what a watch needs: watches, descriptors, a thread."""
+    return isinstance(error, OSError | WatchfilesRustInternalError) or is_lack_of_threads(error)
+
+
+def _first(error: BaseException) -> BaseException:
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _inode(path: Path) -> int | None:

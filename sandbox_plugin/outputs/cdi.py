@@ -220,7 +220,10 @@ class CdiWriter:
     async def _remove_stale(self, wanted: set[str]) -> dict[str, str]:
         """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
         look = _remove_stale(self.folder, wanted, self.is_ours, self._not_stale)
-        outcome = await self._uninterrupted(look)
+        try:
+            outcome = await self._uninterrupted(look)
+        except OSError as error:
+            return {self.folder.name: f"stale CDI specs in {self.folder} cannot be looked for: {error.strerror}"}
         self._not_stale = outcome.not_stale
         for file in outcome.removed:
             log.info("stale cdi spec removed", path=str(file))

@@ -13,8 +13,8 @@ from pathlib import Path
 Stamp = tuple[int, int, int, int]
 """Inode number, times of content and inode change (ns), size in bytes: a file with the same stamp is not read again."""
 
-NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""Errors that say what this process lacks, and nothing about the file."""
+NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+"""Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
 _TEMPORARY = ".sandbox-plugin.tmp"
 """Not .yaml and not .json: readers of a CDI folder do not look at it."""
 
