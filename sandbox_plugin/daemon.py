@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ which is to come within 0.1 s."""
 _CDI_RECHECK = 5.0
 """Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0
-"""Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
+"""Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered.
+Also those in which a CDI folder is to say where it is."""
 
 
 async def run(settings: Settings, ending: Ending) -> None:
@@ -104,7 +106,7 @@ async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], e
     """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
     recheck = min(settings.health_interval, _CDI_RECHECK)
     async with Parts(ending) as group:
-        for folder in await on_thread(cdi_folders)(settings):
+        for folder in await cdi_folders(settings):
             group.create_task(watch_cdi_folder(folder, recheck, on_change, ending))
 
 
@@ -121,10 +123,20 @@ async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[],
         group.create_task(FolderWatcher(folders=lambda: [folder], on_change=look, step=_UNHURRIED).run())
 
 
-def cdi_folders(settings: Settings) -> tuple[Path, ...]:
+async def cdi_folders(settings: Settings) -> tuple[Path, ...]:
     """All folders that Kata reads specs from: ours, and the host's two; each once, whatever it is called."""
     folders = (settings.cdi_dir, settings.host_root / "var/run/cdi", settings.host_root / "etc/cdi")
-    return tuple({folder.resolve(): folder for folder in reversed(folders)}.values())[::-1]
+    real = await asyncio.gather(*map(_real_path, folders))
+    return tuple(dict(zip(reversed(real), reversed(folders), strict=True)).values())[::-1]
+
+
+async def _real_path(folder: Path) -> str:
+    """Where a folder is when all links are followed, or what it is called where that does not answer."""
+    try:
+        async with asyncio.timeout(_FIRST_ANSWER):
+            return await on_thread(os.path.realpath)(folder)
+    except (OSError, TimeoutError):
+        return str(folder)
 
 
 async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]], ending: Ending) -> None:

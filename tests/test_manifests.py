@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 import subprocess
@@ -133,8 +134,9 @@ def test_the_mounts_are_the_folders_of_the_daemons_defaults_at_the_hosts_paths(
     host_paths = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
     pod_resources = str(settings.pod_resources_socket.parent)
+    folders = asyncio.run(cdi_folders(settings))
     assert {path: host_paths[mount["name"]] for path, mount in mounts.items()} == {
-        path: path for path in (str(settings.kubelet_dir), *map(str, cdi_folders(settings)), pod_resources)
+        path: path for path in (str(settings.kubelet_dir), *map(str, folders), pod_resources)
     }
     assert {path for path, mount in mounts.items() if mount.get("readOnly")} == {pod_resources, "/etc/cdi"}
 
@@ -142,7 +144,7 @@ def test_the_mounts_are_the_folders_of_the_daemons_defaults_at_the_hosts_paths(
 def test_only_the_cdi_folders_are_made_where_they_are_missing(pod: Manifest) -> None:
     """A kubelet folder that is not there means a kubelet elsewhere: better a pod that waits and says so."""
     types = {volume["hostPath"]["path"]: volume["hostPath"]["type"] for volume in pod["volumes"]}
-    assert {types.pop(str(folder)) for folder in cdi_folders(Settings())} == {"DirectoryOrCreate"}
+    assert {types.pop(str(folder)) for folder in asyncio.run(cdi_folders(Settings()))} == {"DirectoryOrCreate"}
     assert set(types.values()) == {"Directory"}
 
 

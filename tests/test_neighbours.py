@@ -6,6 +6,7 @@ how often, is told by the real process.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
@@ -295,14 +296,40 @@ def test_the_verdict_on_a_folder_is_that_of_the_strict_reader(entries: dict[str,
 
 def test_the_folders_are_those_that_kata_reads_and_ours_each_once(tmp_path: Path) -> None:
     etc, var = Path("/etc/cdi"), Path("/var/run/cdi")
-    assert set(cdi_folders(Settings())) == {etc, var}
-    assert set(cdi_folders(Settings(cdi_dir=etc))) == {etc, var}
-    assert set(cdi_folders(Settings(cdi_dir=tmp_path))) == {tmp_path, etc, var}
+    assert folders_of(Settings()) == {etc, var}
+    assert folders_of(Settings(cdi_dir=etc)) == {etc, var}
+    assert folders_of(Settings(cdi_dir=tmp_path)) == {tmp_path, etc, var}
     (tmp_path / "var").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "var/run").symlink_to("../run")
     on_fake = Settings(cdi_dir=tmp_path / "run/cdi").on_fake_host(tmp_path)
-    assert set(cdi_folders(on_fake)) == {tmp_path / "run/cdi", tmp_path / "etc/cdi"}
+    assert folders_of(on_fake) == {tmp_path / "run/cdi", tmp_path / "etc/cdi"}
+
+
+def folders_of(settings: Settings) -> set[Path]:
+    return set(asyncio.run(cdi_folders(settings)))
+
+
+def test_a_folder_that_leads_to_itself_or_does_not_answer_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/cdi").symlink_to("cdi")
+    settings = Settings(cdi_dir=tmp_path / "ours").on_fake_host(tmp_path)
+    wanted = {tmp_path / "ours", tmp_path / "var/run/cdi", tmp_path / "etc/cdi"}
+    assert folders_of(settings) == wanted
+    released = threading.Event()
+    real = os.path.realpath
+
+    def hang(path: Path) -> str:
+        return real(path) if path != tmp_path / "etc/cdi" or released.wait(TIMEOUT) else "-"
+
+    monkeypatch.setattr(os.path, "realpath", hang)
+    try:
+        assert folders_of(settings) == wanted
+        assert not released.is_set()
+    finally:
+        released.set()
 
 
 # The real process
