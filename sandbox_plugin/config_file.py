@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from sandbox_plugin.inventory.naming import check_alias, check_resource_name
+from sandbox_plugin.model import NVIDIA
 from sandbox_plugin.settings import ResourceRule, UsageError
 
 _T = TypeVar("_T")
@@ -96,8 +97,11 @@ def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
             if not isinstance(name, str):
                 raise ValueError("a name must be a string")
             check_alias(name)
-            if names.setdefault(_pair(model), name) != name:
-                raise ValueError(f"this model has the name {names[_pair(model)]!r} already")
+            its_id = _pair(model)
+            if its_id[0] != NVIDIA:  # only the built-in rules make a resource of a model
+                raise ValueError(f"names are for NVIDIA's models, '{NVIDIA:04x}:...'; others are named by [[resources]]")
+            if names.setdefault(its_id, name) != name:
+                raise ValueError(f"this model has the name {names[its_id]!r} already")
         except ValueError as error:
             raise UsageError(f"{where}: {model!r}: {error}") from None
     return names

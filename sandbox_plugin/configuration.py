@@ -60,7 +60,8 @@ class _Given:
 
 def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> Settings:
     """The settings, from the flags that were given, by field name, and the environment. Raises `UsageError`."""
-    in_file, rules = _from_file(_config_path(flags, environment))
+    path = _config_path(flags, environment)
+    in_file, rules = _from_file(path)
     given = dict(in_file)
     for option in OPTIONS:
         if option.name in flags:
@@ -69,6 +70,11 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> S
             given[option.name] = _parsed(option, environment[option.environment], option.environment)
     aliases = [given.get(name) or _default(name) for name in ("gpu_alias", "nvswitch_alias")]
     _refuse_the_same(*aliases)
+    if any(not alias.value for alias in aliases):
+        for (vendor, device), name in rules.model_names.items():
+            model = _Given(value=name, where=f"config file {path}: names: '{vendor:04x}:{device:04x}'")
+            for alias in aliases:
+                _refuse_the_same(model, alias)
     values = {name: each.value for name, each in given.items()}
     return Settings(**values, resources=rules.resources, model_names=rules.model_names)
 
@@ -119,10 +125,10 @@ def _default(name: str) -> _Given:
     return _Given(value=getattr(Settings(), name), where=f"the default of {flag}")
 
 
-def _refuse_the_same(gpus: _Given, nvswitches: _Given) -> None:
-    """Two kinds of device under one alias would be one resource."""
-    if gpus.value and gpus.value == nvswitches.value:
-        raise UsageError(f"{gpus.where} and {nvswitches.where} are both {gpus.value!r}: they must differ")
+def _refuse_the_same(one: _Given, other: _Given) -> None:
+    """Two kinds of device under one alias, or a model and a kind under one name, would be one resource."""
+    if one.value and one.value == other.value:
+        raise UsageError(f"{one.where} and {other.where} are both {one.value!r}: they must differ")
 
 
 def _alias(text: str) -> str:

@@ -173,6 +173,10 @@ NAMES = [
     ('[names]\n"2330" = "H100"', f"names: '2330': '2330' {PAIR}"),
     ('[names]\n10de.2330 = "H100"', "names: '10de': a name must be a string"),
     ('[names]\n"10de:233" = "H100"', f"names: '10de:233': '233' {HEX}"),
+    (
+        '[names]\n"1002:74a1" = "MI300X"',
+        "names: '1002:74a1': names are for NVIDIA's models, '10de:...'; others are named by [[resources]]",
+    ),
     ('[names]\n"10de:2330" = 100', "names: '10de:2330': a name must be a string"),
     ('[names]\n"10de:2330" = "H 100"', f"names: '10de:2330': 'H 100' is not a valid resource name: {ALIAS}"),
     ('[names]\n"10de:2330" = ""', f"names: '10de:2330': '' is not a valid resource name: {ALIAS}"),

@@ -147,6 +147,18 @@ CLASHES = [
         'gpu-alias = "xx"\nnvswitch-alias = "xx"',
         "config file {file}: gpu-alias and config file {file}: nvswitch-alias are both 'xx'",
     ),
+    (
+        ["--gpu-alias="],
+        {},
+        '[names]\n"10DE:2330" = "nvswitch"',
+        "config file {file}: names: '10de:2330' and the default of --nvswitch-alias are both 'nvswitch'",
+    ),
+    (
+        [],
+        {"NVSWITCH_ALIAS": "", "P_GPU_ALIAS": "xx"},
+        '[names]\n"10de:22a3" = "xx"',
+        "config file {file}: names: '10de:22a3' and P_GPU_ALIAS are both 'xx'",
+    ),
 ]
 
 
