@@ -308,17 +308,26 @@ def test_a_group_mate_that_did_not_answer_once_does_not_undo_the_damping() -> No
     assert node.look(group_of_two(), after=0.2).reason("9") is Reason.SETTLING
 
 
-def test_a_device_of_several_functions_is_bound_again_when_all_of_them_are() -> None:
-    def facts(*bindings: int) -> HostFacts:
-        functions = [gpu(address, group=9, cdev=False) for address in (A, B)]
-        devs = [VfioDev(number=n, cdev=None, binding=binding) for n, binding in enumerate(bindings)]
-        return host(*(replace(f, vfio=dev) for f, dev in zip(functions, devs, strict=True)))
+def group_of_bindings(*bindings: int) -> HostFacts:
+    functions = [gpu(address, group=9, cdev=False, fatal_errors=4) for address in (A, B)]
+    devs = [VfioDev(number=n, cdev=None, binding=binding) for n, binding in enumerate(bindings)]
+    return host(*(replace(f, vfio=dev) for f, dev in zip(functions, devs, strict=True)))
 
-    node = Node().look(facts(1, 2)).look(group_of_two(a=OFF), after=1)
+
+def test_a_device_of_several_functions_is_bound_again_when_all_of_them_are() -> None:
+    facts = group_of_bindings
     node = Node().look(facts(1, 2)).look(aer=((A, "FAILED_RECOVERY"),), after=1)
     assert node.look(facts(1, 3), after=1).reason("9") is Reason.FATAL_ERROR
     assert node.look(facts(4, 3), after=1).reason("9") is Reason.SETTLING
     assert node.look(facts(5, 6), after=1).reason("9") is None
+
+
+def test_of_a_function_that_is_bound_again_and_again_no_more_is_remembered_than_of_one_that_stays() -> None:
+    node = Node()
+    for binding in range(2, 20):
+        node.look(group_of_bindings(1, binding), after=1)
+    (track,) = node.inventory.memory.tracks.values()
+    assert set(track.fatal_counts) == {(A, 1), (B, 19)}
 
 
 def test_only_a_rise_of_the_counter_is_news() -> None:

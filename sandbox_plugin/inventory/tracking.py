@@ -252,7 +252,9 @@ def _with_fatal_errors(track: Track, facts: HostFacts, signals: Signals, now: fl
             elif event == "SUCCESSFUL_RECOVERY":
                 errors.pop(bound, None)
     errors = {bound: e for bound, e in errors.items() if e.since is None or now < e.since + FATAL_QUIET}
-    return replace(track, fatal_errors=errors, fatal_counts={**track.fatal_counts, **counts})
+    old_news = _counts_on(track.fatal_counts, track.device, facts)
+    known = {bound: count for bound, count in track.fatal_counts.items() if bound in old_news}
+    return replace(track, fatal_errors=errors, fatal_counts={**known, **counts})
 
 
 def _begin(errors: dict[Bound, FatalError], bound: Bound, error: FatalError) -> None:
