@@ -488,6 +488,13 @@ def test_a_mediated_device_that_is_not_there_is_refused(tree: Tree) -> None:
         tree.read(UUID)
 
 
+def test_a_mediated_device_that_leads_to_itself_is_refused(tree: Tree) -> None:
+    tree.paths.mdev_devices.mkdir(parents=True, exist_ok=True)
+    (tree.paths.mdev_devices / UUID).symlink_to(f"../{UUID}/{UUID}")
+    with pytest.raises(read.FunctionUnreadable, match="below a PCI function"):
+        tree.read(UUID)
+
+
 # Groups and nodes
 
 
@@ -534,6 +541,7 @@ def test_functions_with_a_vfio_device_are_listed_by_the_class(tree: Tree) -> Non
     vfio = frozenset(f.address for f in tree.node.functions() if f.vfio)
     assert bus.list_vfio_devices(tree.paths) == vfio
     tree.node.unbind(T4)
+    (tree.paths.vfio_dev_class / "vfio77").symlink_to("astray")
     assert bus.list_vfio_devices(tree.paths) == vfio - {T4}
     shutil.rmtree(tree.paths.vfio_dev_class)
     assert bus.list_vfio_devices(tree.paths) is None

@@ -43,7 +43,8 @@ def list_vfio_devices(paths: HostPaths) -> frozenset[str] | None:
     devices = set()
     for name in names:
         with suppress(OSError):  # it went at this moment
-            devices.add(os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")[-3])
+            way = os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")
+            devices.update(way[-3:-2])
     return frozenset(devices)
 
 

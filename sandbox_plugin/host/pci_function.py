@@ -153,6 +153,8 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
     folder = f"{paths.mdev_devices}/{uuid}"
     try:
         carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
+        if UUID.fullmatch(carrier):
+            raise ValueError(f"{uuid} does not lie below a PCI function")
         parent = read_function(paths, carrier)
         return PciFunction(
             address=uuid,
