@@ -99,7 +99,9 @@ def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
             check_alias(name)
             its_id = _pair(model)
             if its_id[0] != NVIDIA:  # only the built-in rules make a resource of a model
-                raise ValueError(f"names are for NVIDIA's models, '{NVIDIA:04x}:...'; others are named by [[resources]]")
+                raise ValueError(
+                    f"names are for NVIDIA's models, '{NVIDIA:04x}:...'; others are named by [[resources]]"
+                )
             if names.setdefault(its_id, name) != name:
                 raise ValueError(f"this model has the name {names[its_id]!r} already")
         except ValueError as error:
