@@ -16,7 +16,7 @@ from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.sharing import ADMISSION, PROMISE_UNUSED
 from sandbox_plugin.inventory.state import DeviceKey, Holdings, Inventory, Signals
-from sandbox_plugin.inventory.tracking import FATAL_QUIET, RETIRE
+from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
 
@@ -295,7 +295,7 @@ def test_what_is_remembered_of_a_function_outlives_changes_of_its_group_mates() 
     node = Node().look(group_of_two()).look(aer=((A, "FAILED_RECOVERY"),), after=1)
     assert node.look(group_of_two(b={"vfio": None}), after=1).reason("9") is Reason.FATAL_ERROR
     assert node.look(group_of_two(), after=1).reason("9") is Reason.FATAL_ERROR
-    node = Node().look(group_of_two()).look(group_of_two(a=OFF), after=1)
+    node = Node().look(group_of_two()).look(group_of_two(a=OFF), after=1).look_again(after=DEAD)
     assert node.look(group_of_two(a={"link_speed": None}, b={"vfio": None}), after=1).reason("9") is Reason.OFF_THE_BUS
 
 
@@ -421,18 +421,29 @@ def test_whatever_happens_the_inventory_keeps_its_promises(history: list[Any]) -
         assert again.version == node.inventory.version
 
 
+ASLEEP: dict[str, Any] = {"link_speed": None, "link_width": None}
+
+
 def test_a_dead_device_that_falls_asleep_is_still_dead() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10)
-    node.look(host(gpu(A, link_speed=None, link_width=None)), after=10)
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look_again(after=DEAD)
+    node.look(host(gpu(A, **ASLEEP)), after=10)
     assert node.look(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
 
 
+def test_a_device_that_did_not_answer_while_it_was_reset_and_then_falls_asleep_is_well_again() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look_again(after=DEAD / 2)
+    assert node.look(after=10 * DEAD).reason("0") is Reason.OFF_THE_BUS  # the same scan, however old
+    assert node.look(host(gpu(A, **ASLEEP)), after=1).reason("0") is Reason.SETTLING
+    assert node.look_again(after=SETTLE).reason("0") is None
+    node.look(host(gpu(A, **OFF)), after=10).look(host(gpu(A, **ASLEEP)), after=1)
+    assert node.look_again(after=SETTLE).reason("0") is None, "two resets are not one death"
+
+
 def test_a_dead_device_that_sleeps_is_dead_whatever_else_befalls_it_meanwhile() -> None:
-    asleep: dict[str, Any] = {"link_speed": None, "link_width": None}
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look(host(gpu(A, **asleep)), after=10)
-    node.look(host(unreadable={A: "no answer"}), after=10)
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look_again(after=DEAD)
+    node.look(host(gpu(A, **ASLEEP)), after=10).look(host(unreadable={A: "no answer"}), after=10)
     assert node.reason("0") is Reason.UNREADABLE
-    assert node.look(host(gpu(A, **asleep)), after=10).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
+    assert node.look(host(gpu(A, **ASLEEP)), after=10).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
     assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
 
 

@@ -75,8 +75,10 @@ class Track:
     """Since when `enable` has been 1 on one of its functions; -inf: since before it was first seen."""
     in_use_seen_at: float | None = None
     """When the latest scan that saw it in use began."""
+    unanswered: Mapping[Bound, float] = field(default_factory=dict)
+    """Functions that did not answer on the bus when they were last asked, and when the first such scan began."""
     silent: frozenset[Bound] = frozenset()
-    """Functions that did not answer on the bus when they were last asked."""
+    """Those that have not answered for so long that they count as dead, also while they sleep and are not asked."""
     fatal_counts: Mapping[Bound, int] = field(default_factory=dict)
     """The counts of fatal errors that are old news."""
     fatal_errors: Mapping[Bound, FatalError] = field(default_factory=dict)

@@ -25,6 +25,11 @@ FATAL_QUIET = 60.0
 """Seconds after which a fatal error whose end was not reported counts as recovered, if the device answers."""
 
 
+DEAD = 3.0
+"""Seconds between two scans in which a function did not answer, after which it is dead until it answers. Less may be a
+reset, as at the end of a VM: then it falls asleep, and would count as dead for as long as nobody uses it."""
+
+
 def follow(
     tracks: Mapping[DeviceKey, Track], found: Found, facts: HostFacts, signals: Signals, now: float
 ) -> dict[DeviceKey, Track]:
@@ -92,7 +97,7 @@ def _arrived(device: Device, facts: HostFacts, now: float) -> Track:
         arrived_at=now,
         in_use_since=-math.inf if in_use else None,
         in_use_seen_at=facts.began_at if in_use else None,
-        silent=_silent(frozenset(), device, facts),
+        unanswered=_unanswered({}, device, facts),
         fatal_counts=_fatal_counts(device, facts),
     )
 
@@ -100,12 +105,14 @@ def _arrived(device: Device, facts: HostFacts, now: float) -> Track:
 def _stayed(track: Track, device: Device, facts: HostFacts, signals: Signals, now: float) -> Track:
     in_use = _is_in_use(device, facts)
     since = facts.began_at if track.in_use_since is None else track.in_use_since
+    unanswered = _unanswered(track.unanswered, device, facts)
     track = replace(
         track,
         device=device,
         in_use_since=since if in_use else None,
         in_use_seen_at=facts.began_at if in_use else None,
-        silent=_silent(track.silent, device, facts),
+        unanswered=unanswered,
+        silent=_silent(track.silent, unanswered, device, facts),
     )
     return _with_fatal_errors(track, facts, signals, now)
 
@@ -208,15 +215,24 @@ def _counts_on(marks: Iterable[Bound], device: Device, facts: HostFacts) -> set[
     return {mark for mark in marks if mark in own or mark[0] in facts.unreadable}
 
 
-def _silent(before: frozenset[Bound], device: Device, facts: HostFacts) -> frozenset[Bound]:
-    """Functions that do not answer. Of one that sleeps the link is not read: that does not prove that it healed."""
+def _unanswered(before: Mapping[Bound, float], device: Device, facts: HostFacts) -> dict[Bound, float]:
+    """Functions that do not answer, and since when."""
+    unanswered = {bound: before[bound] for bound in _counts_on(before, device, facts) if bound[0] in facts.unreadable}
+    for bound in _bound(device):
+        if is_off_the_bus(facts.functions[bound[0]]):
+            unanswered[bound] = before.get(bound, facts.began_at)
+    return unanswered
+
+
+def _silent(
+    before: frozenset[Bound], unanswered: Mapping[Bound, float], device: Device, facts: HostFacts
+) -> frozenset[Bound]:
+    """Functions that are dead. Of one that sleeps the link is not read: that does not prove that it healed."""
     silent = _counts_on(before, device, facts)
-    for address, binding in _bound(device):
-        function = facts.functions[address]
-        if is_off_the_bus(function):
-            silent.add((address, binding))
-        elif function.link_speed is not None:
-            silent.discard((address, binding))
+    silent.update(bound for bound, since in unanswered.items() if facts.began_at - since >= DEAD)
+    for bound in _bound(device):
+        if bound not in unanswered and facts.functions[bound[0]].link_speed is not None:
+            silent.discard(bound)
     return frozenset(silent)
 
 
