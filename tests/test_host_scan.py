@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -678,6 +678,32 @@ def test_a_device_that_hangs_costs_one_thread_however_often_it_is_asked_for(
             assert hanging.calls > 1, "an answer is given twice"
 
         run(work())
+
+
+def test_a_look_that_hangs_says_nothing_of_another_device_that_has_the_node_now(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (t4,), (geforce,) = given(T4), given(GEFORCE)
+    real = read.why_not_bound
+    opened = threading.Event()
+
+    def look(paths: HostPaths, device: Device) -> str | None:
+        if device.address == T4:
+            assert opened.wait(LIMIT)
+        return real(paths, device)
+
+    monkeypatch.setattr(read, "why_not_bound", look)
+
+    async def work() -> None:
+        once_more = Recheck(paths, PATIENCE)
+        in_its_place = replace(t4, node=geforce.node)
+        assert await once_more([in_its_place]) == {"13": SILENCE}
+        assert await once_more([geforce]) == {}
+
+    try:
+        run(work())
+    finally:
+        opened.set()
 
 
 def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:

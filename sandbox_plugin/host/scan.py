@@ -131,8 +131,8 @@ class Recheck:
     def __init__(self, paths: HostPaths, patience: float) -> None:
         self._paths = paths
         self._patience = patience
-        self._looks: dict[str, _Look] = {}
-        """Node -> the last look at it."""
+        self._looks: dict[tuple[str, str], _Look] = {}
+        """Node and PCI address -> the last look at that device. A number may be another device's by now."""
 
     async def __call__(self, devices: Sequence[Device]) -> dict[str, str]:
         """By ID, what speaks against giving these devices away now.
@@ -157,10 +157,11 @@ class Recheck:
         return answer
 
     def _look(self, device: Device, now: float) -> _Look:
-        last = self._looks.get(device.node)
+        key = (device.node, device.address)
+        last = self._looks.get(key)
         if last is not None and not last.answer.done():
             return last
-        look = self._looks[device.node] = _Look(began_at=now, answer=Future())
+        look = self._looks[key] = _Look(began_at=now, answer=Future())
 
         def work() -> None:
             look.answer.set_result(self._ask(device))
