@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -95,6 +96,27 @@ def test_a_watch_that_cannot_be_had_is_tried_again(
 
     run(body())
     assert tries == 3
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_named_and_left_to_the_timers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"\xff")
+    folder.mkdir()
+
+    async def body() -> dict[str, Any]:
+        said: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        monkeypatch.setattr(watch.log, "warning", lambda _, **about: said.set_result(about), raising=False)
+        watcher = FolderWatcher(folders=lambda: [folder], on_change=lambda: None, step=0.01)
+        async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
+            task = group.create_task(watcher.run())
+            about = await said
+            task.cancel()
+        return about
+
+    about = asyncio.run(body())
+    assert about["path"] == [str(folder)]
+    assert "surrogates not allowed" in about["reason"]
 
 
 def test_changes_without_a_pause_are_told_of_while_they_go_on(tmp_path: Path) -> None:

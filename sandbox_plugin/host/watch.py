@@ -54,7 +54,7 @@ class FolderWatcher:
         while True:
             try:
                 await self._watch_once()
-            except* (OSError, RuntimeError) as errors:
+            except* (OSError, RuntimeError, UnicodeEncodeError) as errors:
                 trouble, faults = errors.split(_is_trouble)
                 if trouble is None or faults is not None:
                     raise
@@ -109,8 +109,8 @@ class FolderWatcher:
 
 
 def _is_trouble(error: BaseException) -> bool:
-    """Whether the system cannot give what a watch needs: watches, descriptors, a thread."""
-    return isinstance(error, OSError | WatchfilesRustInternalError) or is_lack_of_threads(error)
+    """Whether there can be no watch: for want of watches, descriptors or a thread, or for a name that is not UTF-8."""
+    return isinstance(error, OSError | WatchfilesRustInternalError | UnicodeEncodeError) or is_lack_of_threads(error)
 
 
 def _first(error: BaseException) -> BaseException:
