@@ -332,6 +332,24 @@ def test_a_folder_that_leads_to_itself_or_does_not_answer_goes_by_its_name(
         released.set()
 
 
+def test_a_link_to_half_the_host_is_followed_so_far_and_no_further(tmp_path: Path) -> None:
+    host, folder = tmp_path / "host", tmp_path / "cdi"
+    for name in ("a", "b"):
+        (host / name).mkdir(parents=True)
+        for number in range(6_000):
+            (host / name / str(number)).touch()
+    folder.mkdir()
+    (folder / "all").symlink_to(host)
+    (folder / "bad.yaml").write_text("cdiVersion: 9.9.9\n")
+    found = look_at_specs(folder, {})
+    assert found.keys() == {folder, folder / "bad.yaml"}
+    assert found[folder].reading.unread == (
+        "there is more in it and its sub-folders than the 10000 entries that are looked at"
+    )
+    assert found[folder / "bad.yaml"].reading.wrong
+    assert look_at_specs(folder, found) == found
+
+
 # The real process
 
 

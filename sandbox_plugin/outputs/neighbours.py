@@ -29,6 +29,12 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 _SETTLE = 1.0
 """Seconds after a change: whoever writes takes several steps, and nobody waits for our word about it."""
 _ENDINGS = (".yaml", ".json")
+_MOST = 10_000
+"""Entries of one CDI folder and its sub-folders that are looked at: a link may lead to the root of the host."""
+
+
+class _TooMany(Exception):
+    """There is more below a folder than is looked at."""
 
 
 @dataclass(kw_only=True)
@@ -95,8 +101,15 @@ def look_at_specs(folder: Path, before: Mapping[Path, Seen]) -> dict[Path, Seen]
 
     For a thread: it may take long. Raises OSError when this process lacks something.
     """
-    now = {file: _look_at(file, before.get(file)) for file in _specs_below(folder)}
-    return {file: seen for file, seen in now.items() if seen is not None}
+    now = {}
+    try:
+        for file in _specs_below(folder):
+            if (seen := _look_at(file, before.get(file))) is not None:
+                now[file] = seen
+    except _TooMany:
+        why = f"there is more in it and its sub-folders than the {_MOST} entries that are looked at"
+        now[folder] = Seen(None, Reading(unread=why))
+    return now
 
 
 def _specs_below(folder: Path) -> Iterator[Path]:
@@ -105,8 +118,9 @@ def _specs_below(folder: Path) -> Iterator[Path]:
     Go's looks at the folder alone, and fails at a link to a folder that is named like a spec. Rust's takes `x.YAML`
     too, goes into every sub-folder, through links as well, and gives all of it the priority of the folder. A folder
     that contains a link to itself it would enter again and again; here it is entered twice, which shows its devices
-    twice.
+    twice. Raises `_TooMany`.
     """
+    number = 0
     entered: Counter[tuple[int, int]] = Counter()
     below = [folder]
     while below:
@@ -120,6 +134,9 @@ def _specs_below(folder: Path) -> Iterator[Path]:
                 raise
             continue  # it is not there, or cannot be read: Kata passes over it
         for entry in entries:
+            number += 1
+            if number > _MOST:
+                raise _TooMany
             is_folder = _is_folder(entry)
             if is_folder:
                 below.append(entry)
