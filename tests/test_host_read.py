@@ -491,7 +491,7 @@ def test_a_mediated_device_that_is_not_there_is_refused(tree: Tree) -> None:
 def test_a_mediated_device_that_leads_to_itself_is_refused(tree: Tree) -> None:
     tree.paths.mdev_devices.mkdir(parents=True, exist_ok=True)
     (tree.paths.mdev_devices / UUID).symlink_to(f"../{UUID}/{UUID}")
-    with pytest.raises(read.FunctionUnreadable, match="below a PCI function"):
+    with pytest.raises(pci_function.FunctionUnreadable, match="below a PCI function"):
         tree.read(UUID)
 
 

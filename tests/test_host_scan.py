@@ -684,7 +684,7 @@ def test_a_look_that_hangs_says_nothing_of_another_device_that_has_the_node_now(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (t4,), (geforce,) = given(T4), given(GEFORCE)
-    real = read.why_not_bound
+    real = pci_function.why_not_bound
     opened = threading.Event()
 
     def look(paths: HostPaths, device: Device) -> str | None:
@@ -692,7 +692,7 @@ def test_a_look_that_hangs_says_nothing_of_another_device_that_has_the_node_now(
             assert opened.wait(LIMIT)
         return real(paths, device)
 
-    monkeypatch.setattr(read, "why_not_bound", look)
+    monkeypatch.setattr(pci_function, "why_not_bound", look)
 
     async def work() -> None:
         once_more = Recheck(paths, PATIENCE)

@@ -108,13 +108,13 @@ def test_a_folder_whose_name_is_not_utf_8_is_named_and_left_to_the_timers(
         said: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         monkeypatch.setattr(watch.log, "warning", lambda _, **about: said.set_result(about), raising=False)
         watcher = FolderWatcher(folders=lambda: [folder], on_change=lambda: None, step=0.01)
-        async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
+        async with asyncio.TaskGroup() as group:
             task = group.create_task(watcher.run())
             about = await said
             task.cancel()
         return about
 
-    about = asyncio.run(body())
+    about = run(body())
     assert about["path"] == [str(folder)]
     assert "surrogates not allowed" in about["reason"]
 

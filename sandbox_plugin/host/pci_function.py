@@ -153,7 +153,7 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
     folder = f"{paths.mdev_devices}/{uuid}"
     try:
         carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
-        if UUID.fullmatch(carrier):
+        if _UUID.fullmatch(carrier):
             raise ValueError(f"{uuid} does not lie below a PCI function")
         parent = read_function(paths, carrier)
         return PciFunction(
