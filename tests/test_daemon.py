@@ -812,7 +812,7 @@ def test_a_variable_that_is_no_setting_is_named_and_ignored(daemon: Callable[...
         (["--health-interval=soon"], {}, ["--health-interval", "'soon'"]),
         (["--allocation-policy=best"], {}, ["--allocation-policy", "packed, spread"]),
         (["--config={top}/none.toml"], {}, ["none.toml", "No such file"]),
-        (["--kubelet-dir=/" + "k" * 88], {}, ["--kubelet-dir", "89 bytes", "allowed are 88"]),
+        (["--kubelet-dir=/" + "k" * 88], {}, ["--kubelet-dir", "89 bytes", "at most 88 are allowed"]),
         (["--kubelet-dir=/dev/null"], {}, ["--kubelet-dir", "/dev/null is not a folder"]),
         (["--no-such-flag"], {}, ["--no-such-flag", "sandbox-plugin run --help"]),
     ],
