@@ -11,7 +11,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -186,6 +187,20 @@ def test_a_spec_that_wants_to_be_huge_is_judged_within_a_moment() -> None:
 def test_a_yaml_tag_is_left_undecided_since_the_libraries_differ_about_it() -> None:
     content = as_text(document()).replace(b"'0'", b"!!int '0'")
     assert read_spec(content) == Reading(unread="it has the YAML tag 'tag:yaml.org,2002:int'")
+
+
+def test_a_kind_that_would_fill_the_memory_in_the_names_of_many_devices_is_left_undecided() -> None:
+    edits = {"env": ["A=b"]}
+    spec: dict[str, Any] = {"cdiVersion": "0.5.0", "kind": f"{'a' * 60_000}/{'b' * 60_000}"}
+    spec |= {"devices": [{"name": f"d{number}", "containerEdits": edits} for number in range(1_000)]}
+    tracemalloc.start()
+    try:
+        assert read_spec(as_text(spec)) == Reading(
+            unread="its kind has 120001 characters, and no more than 512 are looked at"
+        )
+        assert tracemalloc.get_traced_memory()[1] < 30 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # Verdicts on whole folders

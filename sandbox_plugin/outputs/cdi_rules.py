@@ -27,6 +27,10 @@ _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]*|0x[0-9a-fA-F]+|0o[0-7]+|0b[01]+)")
 """What is a whole number for both libraries."""
 
 
+_LONGEST_KIND = 512
+"""Characters; each device's qualified name has the kind in it. A resource's name has 308 at most."""
+
+
 class _Wrong(Exception):
     """What is wrong with one spec, in words."""
 
@@ -77,7 +81,7 @@ def judge_specs(readings: Mapping[Path, Reading]) -> dict[Path, str]:
 
 
 def _devices(spec: Value) -> list[str]:
-    """The qualified names of a spec's devices. Raises `_Wrong`."""
+    """The qualified names of a spec's devices. Raises `_Wrong` and `Undecided`."""
     if _is_absent(spec):
         raise _Wrong("it is empty")
     fields = _fields(spec, {"cdiVersion", "kind", "devices", "containerEdits", "annotations"}, "the spec")
@@ -90,6 +94,8 @@ def _devices(spec: Value) -> list[str]:
     names = _device_names(fields.get("devices"), needs)
     if version < needs.version:
         raise _Wrong(f"cdiVersion is {version}, and {needs.why} needs {needs.version}")
+    if len(kind) > _LONGEST_KIND:
+        raise Undecided(f"its kind has {len(kind)} characters, and no more than {_LONGEST_KIND} are looked at")
     return [f"{kind}={name}" for scalar in names for name in dict.fromkeys((scalar.text, scalar.in_go))]
 
 
