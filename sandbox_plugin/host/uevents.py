@@ -43,8 +43,8 @@ class UeventSource:
                 await self._listen()
             except OSError as error:
                 if not self._failing:
-                    reason = error.strerror or str(error)
-                    log.warning("no kernel events, inotify and the timer alone go on", reason=reason)
+                    reason = f"{error.strerror or error}; until that works, changes are found by inotify and the timer"
+                    log.warning("no kernel events", reason=reason)
                 self._failing = True
                 await asyncio.sleep(self.retry)
 

@@ -59,8 +59,8 @@ class FolderWatcher:
                 if trouble is None or faults is not None:
                     raise
                 if not self._failing:
-                    paths, reason = [str(folder) for folder in self._folders], str(_first(trouble))
-                    log.warning("folders cannot be watched, the timer alone goes on", path=paths, reason=reason)
+                    reason = f"{_first(trouble)}; until that works, changes there are found by the timer alone"
+                    log.warning("folders not watched", path=[str(folder) for folder in self._folders], reason=reason)
                 self._failing = True
                 await asyncio.sleep(self.retry)
 
