@@ -6,7 +6,7 @@
 Kubelet admission waits for the answer. Only the way through gRPC and the socket is not in these times. Everything is
 available, and the sizes asked for go from one to all but one. The table shows the size that takes longest: the fastest
 of its calls, which other work on the machine has disturbed least, how much of that is the choice itself, and the median
-call. The hosts of 1,024 devices are made up; nothing of that size is known to exist.
+call. The hosts of 1,024 devices are generated; nothing of that size is known to exist.
 """
 
 from __future__ import annotations

@@ -23,8 +23,6 @@ RETIRE = 60.0
 """Seconds for which PodResources must show a lost device free before it is dropped."""
 FATAL_QUIET = 60.0
 """Seconds after which a fatal error whose end was not reported counts as recovered, if the device answers."""
-
-
 DEAD = 3.0
 """Seconds between two scans in which a function did not answer, after which it is dead until it answers. Less may be a
 reset, as at the end of a VM: then it falls asleep, and would count as dead for as long as nobody uses it."""
