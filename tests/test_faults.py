@@ -644,7 +644,11 @@ def test_after_a_start_on_a_read_only_disk_what_an_earlier_run_wrote_counts(
 
 
 def test_without_inotify_the_timers_alone_find_everything(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, monkeypatch: pytest.MonkeyPatch
+    fake_node: MakeNode,
+    kubelet: GrpcKubelet,
+    daemon: StartDaemon,
+    places: Places,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     limit = ["unshare", "--user", "--map-root-user", "sh", "-c"]
     command = 'echo 0 >/proc/sys/user/max_inotify_instances && exec "$@"'
@@ -664,6 +668,9 @@ def test_without_inotify_the_timers_alone_find_everything(
     kubelet.restart()
     wait_until_it_sees(kubelet, truth)
     figures("registered with a new kubelet without inotify", [time.monotonic() - started])
+    since = plugin.mark()
+    socket_of(places).unlink()
+    plugin.wait_for("registered", since=since, resource=PGPU)
 
 
 # Clocks
