@@ -5,8 +5,12 @@ Both are real processes that share a kubelet's folder. The end is always one liv
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
+import os
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 from conftest import MakeNode, StartDaemon
@@ -18,7 +22,7 @@ from truth import Truth
 
 from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.kubelet.sockets import identity
-from sandbox_plugin.kubelet.turn import LOCK_NAME
+from sandbox_plugin.kubelet.turn import LOCK_NAME, Turn
 
 
 def test_the_newcomer_stands_by_and_says_so_and_touches_nothing(
@@ -190,3 +194,33 @@ def test_when_somebody_removes_what_decides_one_goes_on_and_the_other_stands_by(
     other.wait_for("registered", since=since, resource=PGPU)
     wait_until_it_sees(kubelet, truth)
     assert kubelet.registration(PGPU) is not live
+
+
+def test_a_lock_on_a_file_that_is_removed_before_it_is_locked_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or two plugins would both have one: one on the removed file, the other on the new one."""
+    flock = fcntl.flock
+    held: list[int] = []
+
+    def too_late(descriptor: int, operation: int) -> None:
+        if not held:
+            (tmp_path / LOCK_NAME).unlink()
+            held.append(os.open(tmp_path / LOCK_NAME, os.O_RDWR | os.O_CREAT))
+            flock(held[0], fcntl.LOCK_EX)  # the other one has locked the new file
+        flock(descriptor, operation)
+
+    async def is_taken() -> bool:
+        async with Turn(folder=tmp_path).taken():
+            return True
+
+    async def is_taken_soon() -> bool:
+        try:
+            return await asyncio.wait_for(is_taken(), 1)
+        except TimeoutError:
+            return False
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    assert not asyncio.run(is_taken_soon())
+    os.close(held[0])
+    assert asyncio.run(is_taken_soon())
