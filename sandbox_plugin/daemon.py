@@ -32,7 +32,7 @@ from sandbox_plugin.inventory.state import DeviceKey, Inventory
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.kubelet.turn import Turn
-from sandbox_plugin.model import Device, Reason
+from sandbox_plugin.model import Device, Reason, id_order
 from sandbox_plugin.outputs.cdi import CdiWriter
 from sandbox_plugin.outputs.neighbours import NeighbourWatch
 from sandbox_plugin.registry import Registry
@@ -282,7 +282,7 @@ async def report(registry: Registry) -> None:
 def _report_devices(known: dict[DeviceKey, Device], inventory: Inventory) -> dict[DeviceKey, Device]:
     now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
     now = {k: d for k, d in now.items() if k in known or d.health.reason is not Reason.NOT_IN_CDI}
-    for key in sorted(known.keys() | now.keys()):
+    for key in sorted(known.keys() | now.keys(), key=lambda k: (k[0], id_order(k[1]))):
         before, after = known.get(key), now.get(key)
         about = {"resource": key[0], "device": key[1]}
         if after is None:

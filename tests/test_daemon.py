@@ -203,6 +203,11 @@ def test_an_id_in_the_log_always_has_its_pci_address_beside_it(hgx: Hgx) -> None
     assert {event["device"]: event["pci_address"] for event in found}["11"] == "0000:df:00.0"
 
 
+def test_devices_are_found_in_the_order_of_their_numbers(hgx: Hgx) -> None:
+    found = hgx.daemon.events("device found")
+    assert [int(event["device"]) for event in found] == list(range(12))
+
+
 def test_list_says_beforehand_what_is_advertised(hgx: Hgx) -> None:
     done = run_command("list", "--fake-sysfs=hgx-h100", "--output=json")
     listed = {
