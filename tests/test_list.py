@@ -479,7 +479,7 @@ def test_a_function_whose_read_hangs_is_named_and_the_command_ends(places: Place
         (["--fake-sysfs=nowhere"], ["--fake-sysfs", "'nowhere'", "hgx-h100"]),
         (["--output=xml"], ["--output", "table", "json"]),
         (["--gpu-alias=9"], ["--gpu-alias", "'9'"]),
-        (["extra"], ["extra"]),
+        (["extra"], ["extra", "(see sandbox-plugin list --help)"]),
     ],
 )
 def test_what_is_given_wrong_is_named_in_one_line(

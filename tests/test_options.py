@@ -127,6 +127,24 @@ def test_no_folder_for_temporary_files_is_a_failure_in_one_line(said: Said, monk
     assert said("--fake-sysfs=gh200") == (1, "No usable temporary directory found in ['/tmp']")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["fake-node", "bind", "node", "0000:1b:00.0", "nvidia"], "nvidia (see sandbox-plugin fake-node bind --help)"),
+        (["fake-node", "presets", "--all"], "--all (see sandbox-plugin fake-node presets --help)"),
+        (["list", "extra", "--more"], "extra --more (see sandbox-plugin list --help)"),
+        (["--more"], "--more (see sandbox-plugin run --help)"),
+    ],
+)
+def test_what_a_command_does_not_know_is_named_with_the_help_of_that_command(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"sandbox-plugin: unrecognized arguments: {told}\n"
+
+
 # Where a value comes from
 
 

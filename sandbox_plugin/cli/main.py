@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from sandbox_plugin import __version__
 from sandbox_plugin.cli.signals import Interrupted, interrupting
@@ -59,19 +60,23 @@ def _run(arguments: list[str]) -> int:
     for command in (run, list_devices, demo, fake_node):
         command.add_parser(commands)
     try:
-        args, unknown = parser.parse_known_args(arguments)
+        args = parser.parse_args(arguments)
     except SystemExit:  # it has printed help
         flush()
         raise
-    if unknown:
-        words = " ".join(unknown)
-        parser.exit(2, f"sandbox-plugin: unrecognized arguments: {words} (see {parser.prog} {arguments[0]} --help)\n")
     status: int = args.run(args)
     return status
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage in front of it."""
+    """Says what is wrong in one line, without the usage in front of it, and which help to read."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's own, but the parser of a command names what it does not know: the outer one has other help."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"sandbox-plugin: {message} (see {self.prog} --help)\n")
