@@ -307,7 +307,9 @@ def known(function: PciFunction, **settings: Any) -> Device:
     [
         (host(), Reason.GONE, "not on the PCI bus"),
         (host(gpu(A, vfio=None)), Reason.NOT_BOUND, f"{A} is bound to no driver"),
-        (host(gpu(A, vfio=None, driver="nvidia")), Reason.NOT_BOUND, f"{A} is bound to nvidia"),
+        (host(gpu(A, vfio=None, driver="nvidia")), Reason.NOT_BOUND, f"{A} is bound to nvidia, not to a vfio driver"),
+        (host(gpu(A, vfio=None, driver="vfio-pci")), Reason.NOT_BOUND, f"{A} is still being bound"),
+        (host(gpu(A, vfio=3, cdev=False)), Reason.NOT_BOUND, f"{A} is still being bound: it has no VFIO cdev yet"),
         (host(gpu(A, vfio=4)), Reason.NOT_BOUND, "was bound again and is now vfio4"),
         (host(gpu(A, vfio=3, virtual_functions=2)), Reason.NOT_BOUND, "no longer offered"),
         (host(unreadable={A: "sysfs has not answered"}), Reason.UNREADABLE, f"{A}: sysfs has not answered"),
@@ -318,6 +320,7 @@ def test_a_device_that_is_not_there_any_more_says_why(facts: HostFacts, reason: 
     found = why_lost(known(gpu(A, vfio=3)), facts)
     assert found.reason is reason
     assert words in found.detail
+    assert "driver, not" not in found.detail
 
 
 def test_any_function_of_a_device_may_be_the_unreadable_one() -> None:

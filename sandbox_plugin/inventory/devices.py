@@ -213,10 +213,12 @@ def why_lost(device: Device, facts: HostFacts) -> Health:
         where = "there" if device.mdev else "on the PCI bus"
         return Health(reason=Reason.GONE, detail=f"{device.address} is not {where} any more")
     if not is_vfio_bound(function, facts):
-        holder = f"bound to {function.driver}" if function.driver else "bound to no driver"
-        return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is {holder}, not to a vfio driver")
+        holder = f"bound to {function.driver}, not to a vfio driver" if function.driver else "bound to no driver"
+        return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is {holder}")
     if device.is_cdev and function.vfio is not None and device.node != node_of_cdev(function.vfio.number):
         detail = f"{device.address} was bound again and is now vfio{function.vfio.number}"
         return Health(reason=Reason.NOT_BOUND, detail=detail)
+    if device.is_cdev and (function.vfio is None or function.vfio.cdev is None):
+        return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is still being bound: it has no VFIO cdev yet")
     why = f": it {_has_vfs(function)}" if function.virtual_functions else ""
     return Health(reason=Reason.NOT_BOUND, detail=f"{device.address} is no longer offered{why}")
