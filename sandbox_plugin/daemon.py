@@ -290,6 +290,9 @@ def _report_devices(known: dict[DeviceKey, Device], inventory: Inventory) -> dic
             log.info("device dropped", **about, pci_address=before.address)
         elif before is None or before.health != after.health or before.address != after.address:
             event = "device found" if before is None else "device changed"
-            say = log.info if after.health.healthy else log.warning
-            say(event, **about, pci_address=after.address, health=str(after.health))
+            about["pci_address"] = after.address
+            if after.health.healthy:
+                log.info(event, **about, health="Healthy")
+            else:
+                log.warning(event, **about, health="Unhealthy", reason=str(after.health))
     return now

@@ -71,8 +71,7 @@ def test_for_confidential_guests_group_nodes_are_unhealthy_with_that_reason_and_
         given(kubelet, [one])
     assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
     assert "confidential guests need an iommufd cdev" in (refused.value.details() or "")
-    health = running.wait_for("device found", resource=PGPU, device=one)["health"]
-    assert health.startswith("no-cdev: ")
+    running.wait_for("device found", resource=PGPU, device=one, health="Unhealthy", reason="no-cdev: ")
 
 
 # KubeVirt

@@ -217,7 +217,7 @@ def test_vgpus_come_and_go_while_the_daemon_runs_each_type_as_a_resource(
     vgpus.remove(first)
     kubelet.wait_for(lambda: kubelet.unhealthy(small) == set(gone))
     assert kubelet.healthy(small) == set(vgpus.node_of(second))
-    running.wait_for("device changed", resource=small, health=f"gone: {first} is not there any more")
+    running.wait_for("device changed", resource=small, reason=f"gone: {first} is not there any more")
     without = cdi_of(small, vgpus.node_of(second)) | cdi_of(large, kept[large]) | cdi_of(PGPU, whole[PGPU])
     wait_for_specs(places, without)
 
@@ -272,7 +272,7 @@ def test_virtual_functions_are_devices_and_what_carries_them_is_not_until_they_a
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == set(nodes_of(node, T4)))
     assert kubelet.healthy(PGPU) == set(nodes_of(node, GEFORCE))
     why = f"not-bound: {T4} is no longer offered: it has 3 SR-IOV virtual functions enabled"
-    running.wait_for("device changed", resource=PGPU, pci_address=T4, health=why)
+    running.wait_for("device changed", resource=PGPU, pci_address=T4, reason=why)
     parts_now = nodes_of(node, *parts[:2])
     assert_allocates(kubelet.plugin(resource), [[device_id] for device_id in parts_now], parts_now)
     specs = cdi_of(PGPU, nodes_of(node, GEFORCE)) | cdi_of(resource, parts_now)

@@ -48,7 +48,7 @@ def test_what_pods_hold_and_the_node_does_not_show_is_listed_unhealthy_from_the_
     assert kubelet.healthy(PGPU) == {group_of(node, GEFORCE), group_of(node, T4)}
     assert kubelet.resources() == {PGPU}
     (found,) = plugin.events("device found", resource=PGPU, device="99")
-    assert found["health"] == "gone: pod default/old holds it, but this node shows no such device"
+    assert found["reason"] == "gone: pod default/old holds it, but this node shows no such device"
 
 
 def test_what_is_in_use_although_no_pod_holds_it_is_unhealthy_until_a_pod_does(
@@ -63,7 +63,7 @@ def test_what_is_in_use_although_no_pod_holds_it_is_unhealthy_until_a_pod_does(
     plugin = daemon(node, QUICK)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held} and kubelet.unhealthy(PGPU) == {taken})
     (found,) = plugin.events("device found", resource=PGPU, device=taken)
-    assert found["health"] == f"in-use-elsewhere: {T4} is in use (enable is 1) although no pod holds it"
+    assert found["reason"] == f"in-use-elsewhere: {T4} is in use (enable is 1) although no pod holds it"
     pods.hold("another", PGPU, taken)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held, taken})
 
@@ -96,10 +96,10 @@ def test_a_pod_that_ends_with_its_vm_leaves_nothing_in_use_and_its_group_is_free
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"1", "2"})
     node.set_enable("0000:42:00.0", 0)
     pods.release("vm")
-    plugin.wait_for("device changed", device="1", health="healthy", timeout=3 * INTERVAL)
+    plugin.wait_for("device changed", device="1", health="Healthy", timeout=3 * INTERVAL)
     assert not plugin.events("device changed", device="0")
     *before, settling, healthy = plugin.events("device changed", device="1")
-    assert [event["health"].partition(":")[0] for event in (*before, settling)] == ["group-taken", "settling"]
+    assert [event["reason"].partition(":")[0] for event in (*before, settling)] == ["group-taken", "settling"]
     settled_for = datetime.fromisoformat(healthy["timestamp"]) - datetime.fromisoformat(settling["timestamp"])
     assert settled_for < timedelta(seconds=INTERVAL)
 

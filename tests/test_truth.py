@@ -247,7 +247,7 @@ class NodeMachine(RuleBasedStateMachine):
         for entry in self._daemon.events():
             if entry["event"] not in ("device found", "device changed"):
                 continue
-            key, reason = (entry["resource"], entry["device"]), entry["health"].partition(":")[0]
+            key, reason = (entry["resource"], entry["device"]), entry.get("reason", "healthy").partition(":")[0]
             was = before.get(key, "not-bound")
             assert reason != "settling" or was not in ("not-bound", "gone", "healthy"), (was, entry)
             before[key] = reason
