@@ -15,10 +15,19 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from daemon import Places
 from loop import run
+from names import PGPU, T4
 
+from sandbox_plugin.daemon import Rescans
 from sandbox_plugin.host import uevents
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.uevents import UeventSource
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.model import Reason
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Settings
 
 KERNEL, PROCESS = 0, 4711
 GPU = "0000:1b:00.0"
@@ -195,3 +204,35 @@ def test_a_socket_that_fails_is_replaced_and_what_happened_meanwhile_is_looked_a
             await bench.looks(3)
 
     run(body())
+
+
+@pytest.mark.parametrize("failures", [0, 1], ids=["at once", "after a scan that had no means"])
+def test_the_outcome_of_a_recovery_is_taken_in_by_the_next_scan(
+    places: Places, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    node = places.node("workstation")
+    group = str(node.function(T4).iommu_group)
+    monkeypatch.setattr("sandbox_plugin.daemon._RETRY", 0.01)
+
+    async def body() -> Reason | None:
+        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        rescans = Rescans(HostPaths(node.root), registry, interval=3600)
+        async with asyncio.TaskGroup() as group_of_tasks:
+            task = group_of_tasks.create_task(rescans.run())
+            before = await registry.newer_than(0)
+            scanner: Any = rescans._scanner
+            scan, left = scanner.scan, [OutOfResources("no descriptors")] * failures
+
+            async def scarce() -> Any:
+                if left:
+                    raise left.pop()
+                return await scan()
+
+            scanner.scan = scarce
+            rescans.note_aer(T4, "FAILED_RECOVERY")
+            rescans.wake()
+            inventory = await registry.newer_than(before.version)
+            task.cancel()
+        return {device.id: device.health.reason for device in inventory.resources[PGPU]}[group]
+
+    assert run(body()) is Reason.FATAL_ERROR
