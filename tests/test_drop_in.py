@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,8 @@ MODELS = {
     "0x20b3": "GA100_A100-SXM-64GB",
 }
 """What the reference calls the models of the presets, by device ID."""
+UEVENTS = 15
+"""NETLINK_KOBJECT_UEVENT of include/uapi/linux/netlink.h."""
 SERVED = ["hgx-h100", "hgx-h100-group", "rtx-pro-6000", "uneven"]
 """Presets on which the reference works. On `workstation` it does with a resource for each model: under one alias its
 two GPUs fight over one socket. It skips the driver of `gh200`."""
@@ -264,8 +266,9 @@ def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
         pytest.skip("needs root that may mount")
     node = fake_node(preset)
     node.unbind(FIRST_GPU)  # its node is not in the copy
-    with slot(places, node):
+    with slot(places, node) as running:
         kubelet.wait_for(lambda: healthy(kubelet) == ids_of(reference_devices(node.root)))
+        assert hears_kernel_events(running.pid)
         assert sockets(places.kubelet) == {"sandbox-pgpu.sock", "sandbox-nvswitch.sock"}
         node.bind(FIRST_GPU)
         wanted = reference_devices(node.root)
@@ -279,6 +282,16 @@ def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
         kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {lost})
         wait_until(lambda: names_in_specs(places) == names_of(rest), "no spec of a node that is gone")
         assert healthy(kubelet) == ids_of(rest)
+
+
+def hears_kernel_events(pid: int) -> bool:
+    """Whether a process has a netlink socket in the kernel's own group of uevents."""
+    opened = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed at this moment
+            opened.add(os.readlink(descriptor))
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/netlink").read_text().splitlines()[1:]]
+    return any(int(row[1]) == UEVENTS and int(row[3], 16) & 1 and f"socket:[{row[-1]}]" in opened for row in rows)
 
 
 def healthy(kubelet: GrpcKubelet) -> dict[str, set[str]]:
