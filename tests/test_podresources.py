@@ -1,0 +1,73 @@
+"""How often the kubelet's PodResources is asked: Kata's own questions share its limit of calls."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from facts import gpu, host
+from loop import run
+
+from sandbox_plugin.api import v1
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.kubelet import podresources
+from sandbox_plugin.kubelet.podresources import YOUNG, HoldingsPoller
+from sandbox_plugin.model import HostFacts
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Settings
+
+LEAST = 5.0
+"""Seconds between two questions, by the contract."""
+A, B = "0000:01:00.0", "0000:02:00.0"
+
+
+def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_for_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions: list[Path] = []
+    pauses: list[float] = []
+
+    async def body() -> None:
+        pause_is_over = asyncio.Event()
+
+        async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
+            questions.append(socket)
+            return v1.ListPodResourcesResponse()
+
+        async def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            await pause_is_over.wait()
+            pause_is_over.clear()
+
+        async def everybody_had_a_turn() -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        monkeypatch.setattr(podresources, "list_pods", list_pods)
+        monkeypatch.setattr(podresources, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
+        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        registry.observe(host(gpu(A)))
+        poller = HoldingsPoller(socket=tmp_path / "kubelet.sock", registry=registry, clock=lambda: 10 * YOUNG)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(poller.run())
+            await everybody_had_a_turn()
+            assert len(questions) == 1, "who holds what is asked at the start"
+            pause_is_over.set()
+            registry.observe(host(gpu(A), gpu(B, vfio=1, group=51)))
+            await everybody_had_a_turn()
+            assert len(questions) == 1, "nothing waits for an answer"
+            registry.observe(HostFacts())
+            await everybody_had_a_turn()
+            assert len(questions) == 2, "devices left: does a pod hold them?"
+            registry.observe(host(gpu(A)))
+            await everybody_had_a_turn()
+            assert len(questions) == 2, "whatever happens, not before the pause is over"
+            pause_is_over.set()
+            await everybody_had_a_turn()
+            assert len(questions) == 3, "the other one is still waited for"
+            task.cancel()
+
+    run(body())
+    assert pauses == [LEAST] * 3
