@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon import Places
 from loop import run
 from watchfiles import awatch
 
 from sandbox_plugin.host import watch
-from sandbox_plugin.host.watch import FolderWatcher
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.watch import FolderWatcher, host_folders
 
 
 class Looks:
@@ -148,3 +150,17 @@ def test_changes_without_a_pause_are_told_of_while_they_go_on(tmp_path: Path) ->
         return told[5] - told[0]
 
     assert run(count()) < 4  # five times 0.1 s, not five times 1.6
+
+
+@pytest.mark.parametrize(
+    ("preset", "drivers"),
+    [("gh200", {"vfio-pci", "nvgrace_gpu_vfio_pci"}), ("empty", {"vfio-pci"})],
+    ids=["with a variant driver", "before vfio is loaded"],
+)
+def test_of_a_host_the_folders_of_every_vfio_driver_and_of_the_nodes_are_watched(
+    places: Places, preset: str, drivers: set[str]
+) -> None:
+    """Each for itself: in a fake tree the others would speak too, on a node perhaps none of them."""
+    root = places.node(preset).root
+    watched = {str(folder.relative_to(root)) for folder in host_folders(HostPaths(root))}
+    assert watched == {f"sys/bus/pci/drivers/{name}" for name in drivers} | {"dev/vfio", "dev/vfio/devices"}
