@@ -13,6 +13,7 @@ from names import NVSWITCH, PGPU
 
 from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Placement, Reason, id_order
 from sandbox_plugin.settings import ResourceRule, Settings
 
@@ -414,3 +415,46 @@ def test_the_order_of_the_functions_makes_no_difference(facts: HostFacts, chance
         (d.resource, d.id, d.node, d.health) for d in find(facts).devices
     }
     assert again.unoffered == find(facts).unoffered
+
+
+# Whose a resource name is that PodResources or a CDI spec tells of
+
+
+RULE = ResourceRule(label="resources[0]", name="amd.com/gpu", vendors=frozenset({0x1002}))
+GIVEN = {(0x10DE, 0x2335): "H200"}
+H100_NAME = "nvidia.com/GH100_H100_SXM5_80GB"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours", "others"),
+    [
+        (
+            Settings(resources=(RULE,)),
+            {PGPU, NVSWITCH, "amd.com/gpu", f"{H100_NAME}_VF", "nvidia.com/UNKNOWN_10DE_2FFF_VF"},
+            {
+                H100_NAME,
+                "nvidia.com/gpu",
+                "nvidia.com/",
+                "nvidia.com/_VF",
+                "amd.com/pgpu",
+                "pgpu",
+                "nvidia.com/pgpu_VF",
+            },
+        ),
+        (
+            Settings(gpu_alias="", model_names=GIVEN),
+            {H100_NAME, NVSWITCH, "nvidia.com/UNKNOWN_10DE_2FFF", "nvidia.com/H200", "nvidia.com/H200_VF"},
+            {PGPU, "nvidia.com/GRID_T4-1Q", "amd.com/gpu", "nvidia.com/", f"example.com/{H100_NAME}"},
+        ),
+        (
+            Settings(gpu_alias="gpus", nvswitch_alias="", model_names=GIVEN),
+            {"nvidia.com/gpus", "nvidia.com/UNKNOWN_10DE_22A3"},
+            {PGPU, NVSWITCH, "nvidia.com/"},
+        ),
+    ],
+    ids=["aliases and a rule", "a resource for each model", "another alias"],
+)
+def test_a_resource_is_ours_if_a_device_can_have_it_by_these_settings(
+    settings: Settings, ours: set[str], others: set[str]
+) -> None:
+    assert {name for name in ours | others if may_be_ours(name, settings, NAMES)} == ours
