@@ -417,6 +417,17 @@ def test_the_order_of_the_functions_makes_no_difference(facts: HostFacts, chance
     assert again.unoffered == find(facts).unoffered
 
 
+@pytest.mark.parametrize("cdev", [True, False], ids=["cdevs", "groups"])
+def test_a_node_that_is_missing_in_the_hosts_dev_does_not_exist_so_that_no_spec_names_it(cdev: bool) -> None:
+    functions = [gpu(A, vfio=3, group=59, cdev=cdev), gpu(B, vfio=4, group=60, cdev=cdev)]
+    lost, kept = (d.node for d in find(host(*functions)).devices)
+    for seen, exists in ((None, {lost, kept}), ({kept}, {kept}), (set(), set())):
+        dev_nodes = None if seen is None else frozenset(seen)
+        devices = find(host(*functions, dev_nodes=dev_nodes)).devices
+        assert [d.node for d in devices] == [lost, kept]
+        assert {d.node for d in devices if d.node_exists} == exists
+
+
 # Whose a resource name is that PodResources or a CDI spec tells of
 
 
