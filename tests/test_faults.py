@@ -46,6 +46,7 @@ from trials import (
 from truth import Truth
 
 from sandbox_plugin.ending import PATIENCE
+from sandbox_plugin.outputs.cdi_owner import MARK
 
 RESTARTS = int(os.environ.get("KUBELET_RESTARTS", "10"))
 
@@ -640,6 +641,22 @@ def test_after_a_start_on_a_read_only_disk_what_an_earlier_run_wrote_counts(
             plugin.wait_for("cdi trouble", resource=PGPU, reason="Read-only file system")
             kubelet.wait_for(lambda: kubelet.healthy(PGPU) == others and kubelet.unhealthy(PGPU) == {"4"})
             subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            wait_until_it_sees(kubelet, Truth(node.root))
+
+
+@as_root
+def test_a_stale_spec_that_cannot_be_removed_is_named_by_its_path_and_removed_when_it_can_be(
+    fake_node: MakeNode, kubelet: GrpcKubelet, places: Places
+) -> None:
+    node = fake_node("workstation")
+    with small_disk(places.cdi) as disk:
+        stale = disk / "nvidia.com-left-behind.yaml"
+        stale.write_bytes(MARK.encode())
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with Daemon(places, node, QUICK) as plugin:
+            plugin.wait_for("cdi trouble", path=str(stale), reason="Read-only file system")
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            plugin.wait_for("stale cdi spec removed", path=str(stale))
             wait_until_it_sees(kubelet, Truth(node.root))
 
 

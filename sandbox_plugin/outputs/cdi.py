@@ -111,7 +111,9 @@ class CdiWriter:
     _not_stale: dict[str, files.Stamp] = field(default_factory=dict)
     """Names of other files of the folder that need no second look, as they were when they were read."""
     _troubles: Troubles[str] = field(default_factory=Troubles)
-    """By resource, or by the name of a stale spec."""
+    """By resource."""
+    _stale_troubles: Troubles[Path] = field(default_factory=Troubles)
+    """By stale spec, or for the folder as a whole."""
     _replaced: dict[str, int] = field(default_factory=dict)
     """How often somebody else's spec was replaced: two writers are named once, not each time."""
 
@@ -145,7 +147,10 @@ class CdiWriter:
 
     def _patience(self) -> float:
         pause = self._not_before - asyncio.get_running_loop().time()
-        return max(pause, min(self.recheck, 1.0) if self._troubles.now else self.recheck)
+        return max(pause, min(self.recheck, 1.0) if self._has_trouble() else self.recheck)
+
+    def _has_trouble(self) -> bool:
+        return bool(self._troubles.now or self._stale_troubles.now)
 
     async def _follow_inventory(self) -> None:
         inventory = self.registry.current
@@ -172,11 +177,13 @@ class CdiWriter:
         for resource in written:
             log.info("cdi spec written", resource=resource, path=str(self.folder / cdi_file_name(resource)))
         stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
-        self._tell_of_trouble(trouble | stale)
+        self._tell_of_trouble(trouble)
+        for path, why in self._stale_troubles.update(stale).items():
+            log.error("cdi trouble", path=str(path), reason=why)
 
     def _tell_of_trouble(self, trouble: dict[str, str]) -> None:
-        for about, why in self._troubles.update(trouble).items():
-            log.error("cdi trouble", resource=about, reason=why)
+        for resource, why in self._troubles.update(trouble).items():
+            log.error("cdi trouble", resource=resource, reason=why)
 
     async def _sync_one(self, resource: str, wanted: bytes, devices: Sequence[Device]) -> bool:
         """Makes the file what is wanted; says whether that is news. When it fails, `_on_disk` has what is there."""
@@ -217,17 +224,17 @@ class CdiWriter:
             )
         return times <= 2
 
-    async def _remove_stale(self, wanted: set[str]) -> dict[str, str]:
+    async def _remove_stale(self, wanted: set[str]) -> dict[Path, str]:
         """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
         look = _remove_stale(self.folder, wanted, self.is_ours, self._not_stale)
         try:
             outcome = await self._uninterrupted(look)
         except OSError as error:
-            return {self.folder.name: f"stale CDI specs in {self.folder} cannot be looked for: {error.strerror}"}
+            return {self.folder: f"stale CDI specs cannot be looked for: {error.strerror}"}
         self._not_stale = outcome.not_stale
         for file in outcome.removed:
             log.info("stale cdi spec removed", path=str(file))
-        return {file.name: f"stale CDI spec {file} cannot be removed: {why}" for file, why in outcome.stuck.items()}
+        return {file: f"this stale CDI spec cannot be removed: {why}" for file, why in outcome.stuck.items()}
 
     async def _uninterrupted(self, work: Awaitable[_T]) -> _T:
         """Waits for file work to end, however long that takes, and tells when the folder does not answer.
