@@ -44,3 +44,8 @@ class Trouble:
         is_news = now is not None and now != self._now
         self._now = now
         return is_news
+
+
+def first_failure(error: BaseException) -> BaseException:
+    """What made a group of tasks fail, or groups within groups; an error that is not a group is itself."""
+    return first_failure(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

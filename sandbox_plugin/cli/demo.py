@@ -29,6 +29,7 @@ from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.story import Story, StoryError, Told
 from sandbox_plugin.settings import UsageError
+from sandbox_plugin.trouble import first_failure
 
 _HEALTH_INTERVAL = 1.0
 """Seconds; the daemon's own default is 5."""
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             run_until_signal(lambda: _play(args.preset, node, folder), {})
         except BaseExceptionGroup as failures:
-            error = _first(failures)
+            error = first_failure(failures)
             if isinstance(error, OSError):
                 raise error from None
             if not isinstance(error, StoryError):
@@ -76,11 +77,6 @@ def run(args: argparse.Namespace) -> int:
             print(f"sandbox-plugin: the demo stopped: {error}", file=sys.stderr)
             return 1
     return 0
-
-
-def _first(error: BaseException) -> BaseException:
-    """What made a group of tasks fail, or groups within groups."""
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 async def _play(preset: str, node: FakeNode, folder: Path) -> None:

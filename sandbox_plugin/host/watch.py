@@ -20,6 +20,7 @@ from watchfiles._rust_notify import WatchfilesRustInternalError
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.threads import is_lack_of_threads, on_thread
 from sandbox_plugin.model import is_vfio_driver
+from sandbox_plugin.trouble import first_failure
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -59,7 +60,7 @@ class FolderWatcher:
                 if trouble is None or faults is not None:
                     raise
                 if not self._failing:
-                    reason = f"{_first(trouble)}; until that works, changes there are found by the timer alone"
+                    reason = f"{first_failure(trouble)}; until that works, changes there are found by the timer alone"
                     log.warning("folders not watched", path=[str(folder) for folder in self._folders], reason=reason)
                 self._failing = True
                 await asyncio.sleep(self.retry)
@@ -111,10 +112,6 @@ class FolderWatcher:
 def _is_trouble(error: BaseException) -> bool:
     """Whether there can be no watch: for want of watches, descriptors or a thread, or for a name that is not UTF-8."""
     return isinstance(error, OSError | WatchfilesRustInternalError | UnicodeEncodeError) or is_lack_of_threads(error)
-
-
-def _first(error: BaseException) -> BaseException:
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 def _inode(path: Path) -> int | None:
