@@ -12,7 +12,8 @@ from pathlib import Path
 _ATTRIBUTE_LIMIT = 4096
 """Bytes: a sysfs attribute is one page at most (Documentation/filesystems/sysfs.rst)."""
 
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Errors that say what this process, or the machine, lacks, and nothing about what was to be read."""
 
 
 class OutOfResources(Exception):
@@ -66,5 +67,5 @@ def listed(folder: str | Path) -> list[str]:
 
 def refuse_if_out_of_resources(error: OSError) -> None:
     """Raises `OutOfResources` if this error is of that kind."""
-    if error.errno in _OUT_OF_RESOURCES:
+    if error.errno in OUT_OF_RESOURCES:
         raise OutOfResources(error.strerror) from None

@@ -10,10 +10,12 @@ import os
 import stat
 from pathlib import Path
 
+from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
+
 Stamp = tuple[int, int, int, int]
 """Inode number, times of content and inode change (ns), size in bytes: a file with the same stamp is not read again."""
 
-NO_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+NO_RESOURCES = (*OUT_OF_RESOURCES, errno.EAGAIN)
 """Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
 _TEMPORARY = ".sandbox-plugin.tmp"
 """Not .yaml and not .json: readers of a CDI folder do not look at it."""
