@@ -53,8 +53,9 @@ which is to come within 0.1 s."""
 _CDI_RECHECK = 5.0
 """Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0
-"""Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered.
-Also those in which a CDI folder is to say where it is."""
+"""Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
+_FOLDER_PATIENCE = 1.0
+"""Seconds that a CDI folder gets to say where it is; on a dead mount it never does."""
 
 
 async def run(settings: Settings, ending: Ending) -> None:
@@ -133,7 +134,7 @@ async def cdi_folders(settings: Settings) -> tuple[Path, ...]:
 async def _real_path(folder: Path) -> str:
     """Where a folder is when all links are followed, or what it is called where that does not answer."""
     try:
-        async with asyncio.timeout(_FIRST_ANSWER):
+        async with asyncio.timeout(_FOLDER_PATIENCE):
             return await on_thread(os.path.realpath)(folder)
     except (OSError, TimeoutError):
         return str(folder)
