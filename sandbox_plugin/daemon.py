@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,11 +26,13 @@ from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import FolderWatcher, host_folders
+from sandbox_plugin.inventory.ledger import DeviceKey
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, may_be_ours
-from sandbox_plugin.inventory.state import DeviceKey, Inventory
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
+from sandbox_plugin.kubelet.servicer import LastLook
 from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason, id_order
 from sandbox_plugin.outputs.cdi import CdiWriter
@@ -69,7 +71,7 @@ async def run(settings: Settings, ending: Ending) -> None:
     needs_cdi = settings.consumer is Consumer.KATA
     registry = Registry(settings, names, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE))
+    endpoints = Endpoints(settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=rescans.wake))
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
     cdi_writer = CdiWriter(
@@ -82,8 +84,16 @@ async def run(settings: Settings, ending: Ending) -> None:
     def look_at_kubelet() -> None:
         turn.look()
         endpoints.look()
+        poller.hurry()
+
+    def begin_to_serve() -> None:
+        registry.serve()
+        poller.hurry()
 
     async with Parts(ending) as group:
+        # First: only what PodResources is asked after this plugin began to serve tells who holds what.
+        parts = [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]
+        group.create_task(serve(turn, begin_to_serve, parts, ending))
         await group.create_task(poller.ask(patience=_FIRST_ANSWER))
         is_real = settings.host_root == Path("/")
         if is_real:
@@ -100,7 +110,6 @@ async def run(settings: Settings, ending: Ending) -> None:
         group.create_task(report(registry))
         if needs_cdi:
             group.create_task(watch_cdi_folders(settings, cdi_writer.look, ending))
-        group.create_task(serve(turn, [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run], ending))
 
 
 async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], ending: Ending) -> None:
@@ -140,10 +149,13 @@ async def _real_path(folder: Path) -> str:
         return str(folder)
 
 
-async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]], ending: Ending) -> None:
+async def serve(
+    turn: Turn, begin: Callable[[], None], parts: Sequence[Callable[[], Coroutine[None, None, None]]], ending: Ending
+) -> None:
     """Runs what others on this node must not do at the same time, whenever it is this plugin's turn."""
     while True:
         async with turn.taken(), Parts(ending) as group:
+            begin()
             tasks = [group.create_task(part()) for part in parts]
             await turn.lost()
             for task in tasks:
@@ -219,7 +231,7 @@ class Endpoints:
     settings: Settings
     registry: Registry
     ending: Ending
-    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    why_not: LastLook
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
 

@@ -101,6 +101,11 @@ class PciFunction:
         """Vendor and device ID: what pci.ids names."""
         return (self.vendor, self.device)
 
+    @property
+    def is_off_the_bus(self) -> bool:
+        """Whether the link was read, and nothing answered."""
+        return is_off_the_bus(self.link_speed, self.link_width)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IommuGroup:
@@ -128,6 +133,8 @@ class HostFacts:
     """Whether /proc/devices shows that the kernel makes VFIO cdevs. It shows nothing before vfio is loaded."""
     dev_nodes: frozenset[str] | None = None
     """Nodes under the host's live /dev/vfio (`/dev/vfio/12`); None where only a copy, or nothing, is visible."""
+    vfio_devs: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """`vfioN` -> address of its function, as `/sys/class/vfio-dev` has it, also of one that cannot be read."""
     unreachable: str | None = None
     """Why there is nothing at all: the PCI bus folder itself could not be read."""
     began_at: float = field(default=-math.inf, compare=False)
@@ -147,7 +154,9 @@ class Reason(StrEnum):
     FATAL_ERROR = "fatal-error"
     IN_USE_ELSEWHERE = "in-use-elsewhere"
     GROUP_TAKEN = "group-taken"
+    HELD_AS_ANOTHER = "held-as-another"
     ID_HELD = "id-held"
+    HOLDERS_UNKNOWN = "holders-unknown"
     NOT_IN_CDI = "not-in-cdi"
     SETTLING = "settling"
 
@@ -226,6 +235,20 @@ class Device:
         return tuple(sorted({p.numa_node for p in self.placements if p.numa_node is not None}))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objection:
+    """What a last look found against giving a device away."""
+
+    why: str
+    in_use: frozenset[str] = frozenset()
+    """Functions of its IOMMU group that a VM has: none that the pod which asks could have started already."""
+
+
+def is_off_the_bus(link_speed: str | None, link_width: int | None) -> bool:
+    """Whether a link register of all ones was read: nothing answers (measured; drivers/pci/pci-sysfs.c decodes it)."""
+    return link_speed == "Unknown" and link_width == 63
+
+
 def node_of_cdev(number: int | str) -> str:
     """The VFIO node of vfioN (vfio_device_devnode in drivers/vfio/device_cdev.c)."""
     return f"{_CDEV_FOLDER}vfio{number}"
@@ -239,6 +262,12 @@ def node_of_group(number: int | str) -> str:
 def is_vfio_driver(driver: str | None) -> bool:
     """Whether a driver of this name gives functions to VMs: vfio-pci, and those of vendors have `vfio` in it too."""
     return driver is not None and "vfio" in driver
+
+
+def group_of_node(node: str) -> int | None:
+    """The IOMMU group that a node is for; None for a cdev's."""
+    name = node.removeprefix("/dev/vfio/")
+    return int(name) if name != node and name.isascii() and name.isdecimal() and len(name) < 10 else None
 
 
 def id_order(device_id: str) -> tuple[int, int, str]:

@@ -29,7 +29,7 @@ from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.topology import places_by_id
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
 from sandbox_plugin.kubelet.wellformed import MessageCodec
-from sandbox_plugin.model import Device, Placement
+from sandbox_plugin.model import Device, Objection, Placement
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
 
@@ -92,7 +92,7 @@ async def timed(devices: Mapping[str, Device], policy: Policy, calls: int) -> di
 
 
 def servicer(devices: Mapping[str, Device], policy: Policy) -> DevicePluginServicer:
-    async def nothing(_: Any) -> Mapping[str, str]:
+    async def nothing(_: Any) -> Mapping[str, Objection]:
         return {}
 
     return DevicePluginServicer(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from names import PGPU
 
-from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance
+from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance, allocate
+from sandbox_plugin.inventory.ledger import ADMISSION, PROMISE_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.sharing import ADMISSION, PROMISE_UNUSED
-from sandbox_plugin.inventory.state import DeviceKey, Holdings, Inventory, Signals
+from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
@@ -35,10 +35,13 @@ class Node:
     wake_at: float | None = None
     facts: HostFacts = field(default_factory=HostFacts)
 
-    def look(self, facts: HostFacts | None = None, *, after: float = 0.0, **news: Any) -> Node:
+    def look(
+        self, facts: HostFacts | None = None, *, after: float = 0.0, allocated: Sequence[DeviceKey] = (), **news: Any
+    ) -> Node:
         """One step `after` seconds later; `news` are signals of this step alone.
 
-        With facts it is a scan; without, something was learnt, and what was scanned last still counts.
+        With facts it is a scan; without, something was learnt, and what was scanned last still counts. Then an Allocate
+        is answered with what is `allocated`.
         """
         self.now += after
         if facts is not None:
@@ -46,14 +49,19 @@ class Node:
         signals = replace(self.signals, **news)
         names = ModelNames()
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, self.settings, names)
+        if allocated:
+            devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
+            self.inventory = allocate(self.inventory, devices, self.signals, self.now)
+            return self.look()
         return self
 
-    def pods(self, *held: str, after: float = 0.0, asked: float | None = None) -> Node:
+    def pods(self, *held: str, after: float = 0.0, asked: float | None = None, complete: bool = True) -> Node:
         """PodResources answers: these IDs are held by pods."""
         self.now += after
         pods: dict[DeviceKey, str] = {(PGPU, number): f"default/pod-{number}" for number in held}
         self.signals = replace(
-            self.signals, holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods)
+            self.signals,
+            holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods, complete=complete),
         )
         return self.look()
 
@@ -464,11 +472,11 @@ def test_what_is_in_use_when_it_is_first_seen_was_so_when_pod_resources_was_aske
 
 
 def test_an_answer_that_may_lack_anything_says_who_holds_what_and_no_more() -> None:
-    node = Node().pods("1", asked=-math.inf).look(mates(enable=1))
+    node = Node().pods("1", complete=False).look(mates(enable=1))
     assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
-    assert Node().pods(asked=-math.inf).look(host(gpu(A, enable=1))).reason("0") is None
-    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(asked=-math.inf)
-    assert gone.look(after=10 * RETIRE).pods(asked=-math.inf).listed == ["0"]
+    assert Node().pods(complete=False).look(host(gpu(A, enable=1))).reason("0") is None
+    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(complete=False)
+    assert gone.look(after=10 * RETIRE).pods(complete=False).listed == ["0"]
 
 
 def test_a_node_that_was_only_guessed_promises_nothing() -> None:

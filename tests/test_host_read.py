@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -538,13 +539,13 @@ def test_without_vfio_there_are_no_group_nodes(tmp_path: Path) -> None:
 
 
 def test_functions_with_a_vfio_device_are_listed_by_the_class(tree: Tree) -> None:
-    vfio = frozenset(f.address for f in tree.node.functions() if f.vfio)
-    assert bus.list_vfio_devices(tree.paths) == vfio
+    vfio = {f"vfio{f.vfio.number}": f.address for f in tree.node.functions() if f.vfio}
+    assert bus.list_vfio_devs(tree.paths) == vfio
     tree.node.unbind(T4)
     (tree.paths.vfio_dev_class / "vfio77").symlink_to("astray")
-    assert bus.list_vfio_devices(tree.paths) == vfio - {T4}
+    assert bus.list_vfio_devs(tree.paths) == {name: address for name, address in vfio.items() if address != T4}
     shutil.rmtree(tree.paths.vfio_dev_class)
-    assert bus.list_vfio_devices(tree.paths) is None
+    assert bus.list_vfio_devs(tree.paths) is None
 
 
 @pytest.mark.parametrize(
@@ -623,47 +624,55 @@ def device(*addresses: str, node: str, mdev: bool = False) -> Device:
     )
 
 
+GEFORCE_AUDIO = "0000:01:00.1"
+
+
+def against(paths: HostPaths, device: Device) -> str | None:
+    objection = pci_function.objection(paths, device)
+    return None if objection is None else objection.why
+
+
 def test_a_device_that_is_still_bound_may_be_given_away(tree: Tree) -> None:
-    assert pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13")) is None
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) is None
 
 
 def test_a_cdev_that_is_still_bound_may_be_given_away(grace: Tree) -> None:
-    assert pci_function.why_not_bound(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
+    assert against(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
 
 
 def test_a_device_on_another_driver_or_none_may_not(tree: Tree) -> None:
     given = device(T4, node="/dev/vfio/13")
     tree.node.bind(T4, "nvidia")
-    assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to nvidia now"
+    assert against(tree.paths, given) == f"{T4} is bound to nvidia now"
     tree.node.unbind(T4)
-    assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to no driver now"
+    assert against(tree.paths, given) == f"{T4} is bound to no driver now"
 
 
 def test_a_device_with_another_number_may_not(grace: Tree) -> None:
-    why = pci_function.why_not_bound(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio3"))
+    why = against(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio3"))
     assert why == "/dev/vfio/devices/vfio3 is gone"
 
 
 def test_a_cdev_whose_dev_file_went_may_not(grace: Tree) -> None:
     grace.file("vfio-dev/vfio0/dev", GRACE_GPU).unlink()
     given = device(GRACE_GPU, node="/dev/vfio/devices/vfio0")
-    assert pci_function.why_not_bound(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
+    assert against(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
 
 
 def test_a_group_whose_node_went_may_not(tree: Tree) -> None:
     (tree.paths.vfio_class / "13").unlink()
-    assert pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
 
 
 def test_every_function_of_the_device_counts(tree: Tree) -> None:
     tree.node.bind(T4, "nvidia")
-    why = pci_function.why_not_bound(tree.paths, device(GEFORCE, T4, node="/dev/vfio/11"))
+    why = against(tree.paths, device(GEFORCE, T4, node="/dev/vfio/11"))
     assert why == f"{T4} is bound to nvidia now"
 
 
 def test_a_device_that_left_may_not(tree: Tree) -> None:
     tree.node.remove(T4)
-    why = pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13"))
+    why = against(tree.paths, device(T4, node="/dev/vfio/13"))
     assert why == f"{T4} is bound to no driver now"
 
 
@@ -671,9 +680,42 @@ def test_a_mediated_device_is_looked_for_where_it_is(tree: Tree) -> None:
     add_mdev(tree)
     (tree.paths.vfio_class / "70").mkdir()
     given = device(UUID, node="/dev/vfio/70", mdev=True)
-    assert pci_function.why_not_bound(tree.paths, given) is None
+    assert against(tree.paths, given) is None
     (tree.paths.mdev_devices / UUID).unlink()
-    assert pci_function.why_not_bound(tree.paths, given) is not None
+    assert against(tree.paths, given) is not None
+
+
+def test_a_device_that_fell_off_the_bus_a_moment_ago_may_not(tree: Tree) -> None:
+    tree.node.sicken(T4)
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) == f"{T4} does not answer on the PCI bus now"
+
+
+def test_a_device_that_a_vm_has_may_not_and_is_said_to_be_in_use(tree: Tree) -> None:
+    tree.node.set_enable(T4, 1)
+    objection = pci_function.objection(tree.paths, device(GEFORCE, T4, node="/dev/vfio/13"))
+    assert objection is not None
+    assert objection.in_use == {T4}
+    assert objection.why == f"{T4} in its IOMMU group 1 is in use (enable is 1) by a VM that has not ended"
+
+
+def test_a_device_of_whose_group_a_vm_has_another_function_may_not(tree: Tree) -> None:
+    group = tree.node.function(GEFORCE).iommu_group
+    given = replace(device(GEFORCE, node=f"/dev/vfio/{group}"), iommu_group=group or 0)
+    assert pci_function.objection(tree.paths, given) is None
+    tree.node.set_enable(GEFORCE_AUDIO, 1)
+    objection = pci_function.objection(tree.paths, given)
+    assert objection is not None
+    assert objection.in_use == {GEFORCE_AUDIO}
+    tree.node.set_enable(GEFORCE_AUDIO, 0)
+    tree.node.bind(GEFORCE_AUDIO, "snd_hda_intel")
+    tree.node.set_attribute(GEFORCE_AUDIO, "enable", "1")
+    assert pci_function.objection(tree.paths, given) is None, "the host's driver has it; not-viable is another matter"
+
+
+def test_the_link_of_a_device_that_sleeps_is_not_read_when_it_is_given_away(tree: Tree) -> None:
+    tree.node.sicken(T4)
+    tree.node.set_attribute(T4, "power_state", "D3cold")
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) is None
 
 
 # When this process is at its own end
@@ -700,7 +742,7 @@ def test_a_want_of_descriptors_or_memory_is_no_word_about_the_host(
         with pytest.raises(sysfs.OutOfResources):
             bus.read_group_nodes(tree.paths)
         with pytest.raises(sysfs.OutOfResources):
-            pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13"))
+            pci_function.objection(tree.paths, device(T4, node="/dev/vfio/13"))
 
 
 def test_a_bus_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:

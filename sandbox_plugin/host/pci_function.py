@@ -11,12 +11,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
+from sandbox_plugin.model import (
+    Bar,
+    Device,
+    Objection,
+    PciFunction,
+    VfioDev,
+    is_off_the_bus,
+    is_vfio_driver,
+    node_of_cdev,
+)
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -26,6 +35,8 @@ _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
 _IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 """IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
+_BRIDGES = ("0x0600", "0x0604")
+"""Classes of host bridges and PCI-to-PCI bridges, as `class` begins."""
 _REGIONS_OF_FUNCTION = 7
 """Lines of `resource` that are the function's own: six BARs and the ROM; SR-IOV and bridge windows follow."""
 
@@ -56,7 +67,7 @@ def driver_of(paths: HostPaths, address: str) -> str | None:
 
 
 def read_function(
-    paths: HostPaths, address: str, before: PciFunction | None = None, vfio_devices: frozenset[str] | None = None
+    paths: HostPaths, address: str, before: PciFunction | None = None, vfio_devices: Collection[str] | None = None
 ) -> PciFunction:
     """Reads one function.
 
@@ -87,9 +98,12 @@ def read_function(
         raise FunctionUnreadable(str(error)) from None
     if is_for_vms:
         details = _read_details(paths, folder, function)
-        return PciFunction(**(_unchanging(function) | details), driver=driver, iommu_group=group, vfio=vfio)
-    # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it.
-    enable = _Optional(folder).number("enable") if driver is None and function.enable == 1 else None
+        now = PciFunction(**(_unchanging(function) | details), driver=driver, iommu_group=group, vfio=vfio)
+        return function if now == function and _binding(now) == _binding(function) else now
+    # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that is
+    # seen for the first time may have been.
+    may_be_a_vms = before is None or before.enable == 1 or before.vfio is not None or is_vfio_driver(before.driver)
+    enable = _Optional(folder).number("enable") if driver is None and may_be_a_vms else None
     if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
     return PciFunction(**_unchanging(function), driver=driver, iommu_group=group, enable=enable)
@@ -115,6 +129,10 @@ def _identify(folder: str, address: str) -> PciFunction:
     )
 
 
+def _binding(function: PciFunction) -> int | None:
+    return function.vfio.binding if function.vfio is not None else None
+
+
 def _unchanging(function: PciFunction) -> dict[str, Any]:
     """What can never change while the function is there."""
     names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision", "bars")
@@ -133,13 +151,11 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
             "bars": optional.bars(),
         }
     power_state = optional.text("power_state")
-    link_is_safe = power_state != "D3cold" and all(
-        _is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:]
-    )
+    link_speed, link_width = _read_link(paths, optional, function.bridges, power_state)
     details |= {
         "numa_node": _known_node(optional.number("numa_node")),
-        "link_speed": optional.text("current_link_speed") if link_is_safe else None,
-        "link_width": optional.number("current_link_width") if link_is_safe else None,
+        "link_speed": link_speed,
+        "link_width": link_width,
         "enable": optional.number("enable"),
         "power_state": power_state,
         "virtual_functions": _virtual_functions(folder),
@@ -174,20 +190,59 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
         raise FunctionUnreadable(str(error)) from None
 
 
-def why_not_bound(paths: HostPaths, device: Device) -> str | None:
-    """Looks once more, at as little as possible, before a device is promised. Returns what is wrong, or None."""
+def objection(paths: HostPaths, device: Device) -> Objection | None:
+    """Looks once more, at what is cheap, before a device is promised. Returns what speaks against it, or None."""
     for placement in device.placements:
         folder = f"{paths.mdev_devices if device.mdev else paths.pci_devices}/{placement.address}"
         try:
             driver, vfio = sysfs.link_name(f"{folder}/driver"), _vfio_dev(folder)
         except OSError as error:
-            return f"{placement.address}: {_why(error)}"
+            return Objection(why=f"{placement.address}: {_why(error)}")
         if driver is None or (vfio is None and not is_vfio_driver(driver)):
-            return f"{placement.address} is bound to {driver or 'no driver'} now"
+            return Objection(why=f"{placement.address} is bound to {driver or 'no driver'} now")
         node = node_of_cdev(vfio.number) if vfio is not None and vfio.cdev else None
         if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
-            return f"{device.node} is gone"
+            return Objection(why=f"{device.node} is gone")
+        if device.mdev:
+            continue
+        optional = _Optional(folder)
+        link = _read_link(paths, optional, placement.bridges, optional.text("power_state"))
+        if is_off_the_bus(*link):
+            return Objection(why=f"{placement.address} does not answer on the PCI bus now")
+    if used := _in_use(paths, device):
+        names = " and ".join(sorted(used))
+        detail = f"{names} in its IOMMU group {device.iommu_group} is in use (enable is 1) by a VM that has not ended"
+        return Objection(why=detail, in_use=used)
     return None
+
+
+def _in_use(paths: HostPaths, device: Device) -> frozenset[str]:
+    """The functions of its group that a VM has: a group's DMA has one owner."""
+    members = sysfs.listed(f"{paths.iommu_groups}/{device.iommu_group}/devices")
+    return frozenset(a for a in {*members, *(p.address for p in device.placements)} if _is_a_vms(paths, a))
+
+
+def _is_a_vms(paths: HostPaths, address: str) -> bool:
+    """Whether it is enabled, and not by a host driver; bridges are enabled for what is below them."""
+    folder = f"{paths.pci_devices}/{address}"
+    if sysfs.text_or_none(f"{folder}/enable") != "1":
+        return False
+    try:
+        driver = sysfs.link_name(f"{folder}/driver")
+    except OSError:
+        driver = None
+    if driver is None:
+        return not (sysfs.text_or_none(f"{folder}/class") or "").startswith(_BRIDGES)
+    return is_vfio_driver(driver) or _vfio_dev(folder) is not None
+
+
+def _read_link(
+    paths: HostPaths, optional: _Optional, bridges: tuple[str, ...], power_state: str | None
+) -> tuple[str | None, int | None]:
+    """Speed and width of the link; None where reading them would wake something."""
+    if power_state == "D3cold" or not all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in bridges[1:]):
+        return None, None
+    return optional.text("current_link_speed"), optional.number("current_link_width")
 
 
 class _Optional:

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.threads import start_thread
-from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
+from sandbox_plugin.model import Device, HostFacts, Objection, PciFunction, is_vfio_driver
 
 _Known = tuple[pci_function.Stamp, PciFunction]
 """A function as it was read, and what tells it from another in its place."""
@@ -112,7 +112,7 @@ class _Look:
     """One device is looked at once more, on a thread of its own."""
 
     began_at: float
-    answer: Future[str | Exception | None]
+    answer: Future[Objection | Exception | None]
     """What is wrong with it, None for nothing; or a fault of ours."""
 
 
@@ -125,16 +125,19 @@ class Recheck:
         ill = await recheck(devices)
 
     There is one look at a device at a time. Who asks while it goes on waits for its answer too; while it hangs, the
-    device is refused at once. So a device that hangs costs one thread, however often it is asked for.
+    device is refused at once. So a device that hangs costs one thread, however often it is asked for. `on_refusal` is
+    called for whatever speaks against a device: a scan should see it too.
     """
 
-    def __init__(self, paths: HostPaths, patience: float) -> None:
+    def __init__(self, paths: HostPaths, patience: float, *, on_refusal: Callable[[], None] = lambda: None) -> None:
         self._paths = paths
         self._patience = patience
-        self._looks: dict[tuple[str, str], _Look] = {}
-        """Node and PCI address -> the last look at that device. A number may be another device's by now."""
+        self._on_refusal = on_refusal
+        self._hanging: dict[tuple[str, str], _Look] = {}
+        """Node and PCI address -> a look at that device that has not been answered yet. A number may be another
+        device's by now."""
 
-    async def __call__(self, devices: Sequence[Device]) -> dict[str, str]:
+    async def __call__(self, devices: Sequence[Device]) -> dict[str, Objection]:
         """By ID, what speaks against giving these devices away now.
 
         Takes `patience` seconds at most; a device that has not answered by then is one of those.
@@ -144,13 +147,17 @@ class Recheck:
         fresh = [asyncio.wrap_future(look.answer) for look in looks.values() if now - look.began_at < self._patience]
         if fresh:
             await asyncio.wait(fresh, timeout=self._patience)
+        self._hanging = {key: look for key, look in self._hanging.items() if not look.answer.done()}
         answers = {device_id: self._answer(look, now) for device_id, look in looks.items()}
-        return {device_id: why for device_id, why in answers.items() if why is not None}
+        against = {device_id: why for device_id, why in answers.items() if why is not None}
+        if against:
+            self._on_refusal()
+        return against
 
-    def _answer(self, look: _Look, now: float) -> str | None:
+    def _answer(self, look: _Look, now: float) -> Objection | None:
         """The thread's own word: a loop that is busy hears of it later."""
         if now - look.began_at >= self._patience or not look.answer.done():
-            return _SILENCE
+            return Objection(why=_SILENCE)
         answer = look.answer.result()
         if isinstance(answer, Exception):
             raise answer
@@ -158,10 +165,10 @@ class Recheck:
 
     def _look(self, device: Device, now: float) -> _Look:
         key = (device.node, device.address)
-        last = self._looks.get(key)
+        last = self._hanging.get(key)
         if last is not None and not last.answer.done():
             return last
-        look = self._looks[key] = _Look(began_at=now, answer=Future())
+        look = self._hanging[key] = _Look(began_at=now, answer=Future())
 
         def work() -> None:
             look.answer.set_result(self._ask(device))
@@ -169,14 +176,14 @@ class Recheck:
         try:
             start_thread("recheck", work)
         except OSError as error:
-            look.answer.set_result(f"it cannot be looked at: {error.strerror}")
+            look.answer.set_result(Objection(why=f"it cannot be looked at: {error.strerror}"))
         return look
 
-    def _ask(self, device: Device) -> str | Exception | None:
+    def _ask(self, device: Device) -> Objection | Exception | None:
         try:
-            return pci_function.why_not_bound(self._paths, device)
+            return pci_function.objection(self._paths, device)
         except sysfs.OutOfResources as error:
-            return f"it cannot be looked at: {error}"
+            return Objection(why=f"it cannot be looked at: {error}")
         except Exception as error:  # it is for the caller to raise
             return error
 
@@ -248,7 +255,8 @@ class _Sweep:
 
     def run(self) -> None:
         try:
-            self.vfio_devices = bus.list_vfio_devices(self.paths)
+            vfio_devs = bus.list_vfio_devs(self.paths)
+            self.vfio_devices = None if vfio_devs is None else frozenset(vfio_devs.values())
             addresses = bus.list_addresses(self.paths)
         except OSError as error:
             self.unreachable = f"{error.filename}: {error.strerror}"
@@ -289,6 +297,7 @@ class _Sweep:
             group_nodes=group_nodes,
             kernel_has_cdevs=has_cdevs or bus.read_kernel_has_cdevs(self.paths),
             dev_nodes=bus.read_dev_nodes(self.paths),
+            vfio_devs=MappingProxyType(bus.list_vfio_devs(self.paths) or {}),
         )
 
     def _changed_meanwhile(self) -> list[str]:

@@ -10,10 +10,6 @@ from collections.abc import Sequence
 
 from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
 
-_OFF_THE_BUS_SPEED = "Unknown"
-_OFF_THE_BUS_WIDTH = 63
-"""What a link register of all ones reads as: nothing answers (measured; drivers/pci/pci-sysfs.c decodes it)."""
-
 _BRIDGE_CLASSES = (0x0600, 0x0604)
 """Host bridge and PCI-to-PCI bridge."""
 
@@ -56,14 +52,9 @@ def _has_needed_node(device: Device, require_iommufd: bool) -> Health:
     return Health(reason=Reason.NO_CDEV, detail=detail)
 
 
-def is_off_the_bus(function: PciFunction) -> bool:
-    """Whether the link was read, and nothing answered."""
-    return function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH
-
-
 def _on_the_bus(functions: Sequence[PciFunction]) -> Health:
     for function in functions:
-        if is_off_the_bus(function):
+        if function.is_off_the_bus:
             return Health(
                 reason=Reason.OFF_THE_BUS,
                 detail=f"{function.address} does not answer on the PCI bus (link speed Unknown, width 63)",

@@ -23,7 +23,7 @@ import asyncio
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -38,8 +38,7 @@ from sandbox_plugin.inventory.naming import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.server import PluginServer
-from sandbox_plugin.kubelet.servicer import DevicePluginServicer
-from sandbox_plugin.model import Device
+from sandbox_plugin.kubelet.servicer import DevicePluginServicer, LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
 from sandbox_plugin.trouble import Trouble
@@ -115,7 +114,7 @@ class Endpoint:
     registry: Registry
     policy: Policy
     consumer: Consumer
-    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    why_not: LastLook
     """As in `DevicePluginServicer`."""
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING

@@ -11,17 +11,17 @@ cmd/kubelet/app/server.go begins both at once): what it names is held, and what 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
 from grpclib import GRPCError
 
 from sandbox_plugin.api import v1
-from sandbox_plugin.inventory.state import Holdings
+from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
@@ -51,7 +51,11 @@ class HoldingsPoller:
     _kubelet: sockets.Identity | None = None
     _kubelet_since: float = 0.0
     """When the kubelet that made this socket began, by `clock`."""
-    _last: Holdings | None = None
+    _hurried: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def hurry(self) -> None:
+        """There may be another kubelet, or much may have happened: what somebody waits for is asked for now."""
+        self._hurried.set()
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -60,17 +64,23 @@ class HoldingsPoller:
             if self._answered and not inventory.waits_for_holdings:
                 await self.registry.newer_than(inventory.version)
                 continue
+            self._hurried.clear()
             await self.ask()
-            await asyncio.sleep(INTERVAL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL):
+                    await self._hurried.wait()
 
     async def ask(self, patience: float = _TIMEOUT) -> None:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""
         asked_at = self.clock()
         is_young = self._is_young()
+        is_there = True
+        learnt = None
         try:
             async with asyncio.timeout(patience):
-                learnt = holdings(await list_pods(self.socket), asked_at)
+                learnt = holdings(await list_pods(self.socket), asked_at, complete=not is_young)
         except FileNotFoundError:
+            is_there = False
             self._complain("socket does not exist")
         except TimeoutError:
             self._complain(f"no answer in {patience:g} s")
@@ -83,8 +93,7 @@ class HoldingsPoller:
         else:
             self._trouble.update(None)
             self._answered = self._answered or not is_young
-            self._last = without_absences(learnt, self._last) if is_young else learnt
-            self.registry.learn(holdings=self._last)
+        self.registry.learn(holdings=learnt, pod_resources=is_there)
 
     def _is_young(self) -> bool:
         """Whether the kubelet has just started. A socket that we see for the first time tells its age by its mtime."""
@@ -104,11 +113,12 @@ async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
     return await call(socket, lambda channel: v1.PodResourcesListerStub(channel).list(v1.ListPodResourcesRequest()))
 
 
-def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:
+def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: bool) -> Holdings:
     """Which pod holds which device, out of an answer. Raises `MalformedMessage`."""
     check(answer)
     return Holdings(
         asked_at=asked_at,
+        complete=complete,
         pods={
             (devices.resource_name, device_id): f"{pod.namespace}/{pod.name}"
             for pod in answer.pod_resources
@@ -117,10 +127,3 @@ def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:
             for device_id in devices.device_ids
         },
     )
-
-
-def without_absences(answer: Holdings, before: Holdings | None) -> Holdings:
-    """What an answer tells that may lack some pods: who holds what, and of nobody that he does not any more."""
-    if before is None:
-        return replace(answer, asked_at=-math.inf)
-    return Holdings(asked_at=before.asked_at, pods={**before.pods, **answer.pods})

@@ -36,7 +36,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.kubelet.podresources import holdings
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.kubelet.wellformed import MalformedMessage
-    from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, VfioDev
+    from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
     from sandbox_plugin.outputs.cdi_rules import read_spec
     from sandbox_plugin.registry import Registry
     from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
@@ -115,7 +115,7 @@ def messages(_: Path) -> Callable[[bytes], None]:
         elif kind < b"\xaa" and (request := _parsed(v1beta1.AllocateRequest(), body)):
             _try(lambda: asyncio.run(servicer.allocate(request)))
         elif answer := _parsed(v1.ListPodResourcesResponse(), body):
-            _try(lambda: holdings(answer, 0.0))
+            _try(lambda: holdings(answer, 0.0, complete=True))
 
     return one
 
@@ -168,7 +168,7 @@ async def _servicer() -> DevicePluginServicer:
     registry = Registry(Settings(), ModelNames(), requires_cdi=False)
     registry.observe(HostFacts(functions=gpus, groups=groups))
 
-    async def fine(devices: Sequence[Device]) -> Mapping[str, str]:
+    async def fine(devices: Sequence[Device]) -> Mapping[str, Objection]:
         return {}
 
     return DevicePluginServicer(
