@@ -75,7 +75,7 @@ class PciFunction:
     enable: int | None = None
     """1 while someone, a VM for a vfio-bound function, has the function enabled.
 
-    Also read, for as long as it is 1, of a function that was unbound from vfio while a VM had it.
+    Of a function without a driver it is 1 or None: 1 for as long as a VM has it that had it when it was unbound.
     """
     power_state: str | None = None
     """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""

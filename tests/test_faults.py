@@ -906,7 +906,7 @@ def test_a_part_that_fails_unexpectedly_ends_the_process_loudly_with_status_1(
 
 HOLDINGS_FAIL = """
 from sandbox_plugin.kubelet import podresources
-def boom(*args):
+def boom(*args, **more):
     raise AttributeError("a fault of our own")
 podresources.holdings = boom
 """

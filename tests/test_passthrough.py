@@ -6,6 +6,7 @@ Cases of single conditions and of files that are wrong are in test_devices.py an
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import uuid
@@ -38,6 +39,7 @@ from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import claim
 from sandbox_plugin.model import NVIDIA, HostFacts, PciFunction, Reason
+from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import ResourceRule, Settings
 
 A, B, C = (f"0000:0{bus}:00.0" for bus in (1, 2, 3))
@@ -261,7 +263,7 @@ def test_virtual_functions_are_devices_and_what_carries_them_is_not_until_they_a
     node = workstation(places, kernel)
     running = daemon(node, QUICK)
     whole = {PGPU: nodes_of(node, GEFORCE, T4)}
-    assert_serves(kubelet, places, whole)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == set(whole[PGPU]))
 
     parts = ("0000:02:00.4", "0000:02:00.5", "0000:02:00.6")
     carry(node, T4, *parts)
@@ -282,6 +284,18 @@ def test_virtual_functions_are_devices_and_what_carries_them_is_not_until_they_a
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == set(whole[PGPU]))
     kubelet.wait_for(lambda: kubelet.unhealthy(resource) == set(parts_now))
     assert_allocates(kubelet.plugin(PGPU), [list(whole[PGPU])], whole[PGPU])
+
+
+def test_who_has_a_physical_function_has_its_virtual_functions_too() -> None:
+    """As a VM that enables them itself: vfio-pci lets nobody else open them."""
+    clock = itertools.count(100.0)
+    registry = Registry(Settings(), NAMES, requires_cdi=False, clock=lambda: next(clock))
+    registry.observe(host(gpu(A, vfio=1)))
+    registry.allocate([(PGPU, "1")])
+    part = gpu(B, vfio=2, group=51, physical_function=A)
+    registry.observe(host(gpu(A, vfio=1, virtual_functions=1), part))
+    (virtual,) = (d for devices in registry.current.resources.values() for d in devices if d.address == B)
+    assert virtual.health.reason is Reason.GROUP_TAKEN
 
 
 @BOTH

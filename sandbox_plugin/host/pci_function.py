@@ -103,7 +103,8 @@ def read_function(
     # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that is
     # seen for the first time may have been.
     may_be_a_vms = before is None or before.enable == 1 or before.vfio is not None or is_vfio_driver(before.driver)
-    enable = _Optional(folder).number("enable") if driver is None and may_be_a_vms else None
+    is_enabled = driver is None and may_be_a_vms and sysfs.text_or_none(f"{folder}/enable") == "1"
+    enable = 1 if is_enabled else None
     if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
     return PciFunction(**_unchanging(function), driver=driver, iommu_group=group, enable=enable)

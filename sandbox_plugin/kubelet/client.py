@@ -22,14 +22,14 @@ class NoAnswerError(Exception):
 async def call(socket: Path, method: Callable[[Channel], Awaitable[_T]]) -> _T:
     """One call over a connection of its own: `method` makes it, and does nothing else.
 
-    Raises GRPCError for an answer that is an error, FileNotFoundError without a socket, and `NoAnswerError` for
-    whatever else grpclib, h2 and betterproto raise when the other side goes away, or answers with nonsense: assertions
-    and AttributeErrors among them.
+    Raises GRPCError for an answer that is an error, FileNotFoundError without a socket, PermissionError for one that we
+    may not use, and `NoAnswerError` for whatever else grpclib, h2 and betterproto raise when the other side goes away,
+    or answers with nonsense: assertions and AttributeErrors among them.
     """
     channel = Channel(path=str(socket), codec=MessageCodec())
     try:
         return await method(channel)
-    except (GRPCError, FileNotFoundError):
+    except (GRPCError, FileNotFoundError, PermissionError):
         raise
     except OSError as error:
         raise NoAnswerError(error.strerror or str(error)) from None

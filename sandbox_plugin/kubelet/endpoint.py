@@ -330,6 +330,6 @@ async def _outcome(kubelet: Path, request: v1beta1.RegisterRequest) -> str | Non
         await call(kubelet, lambda channel: v1beta1.RegistrationStub(channel).register(request))
     except GRPCError as error:
         return f"the kubelet answered {error.status.name}: {error.message}"
-    except (NoAnswerError, FileNotFoundError) as error:
+    except (NoAnswerError, FileNotFoundError, PermissionError) as error:
         return f"the kubelet does not answer: {error}"
     return None

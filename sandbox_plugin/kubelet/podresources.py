@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from grpclib import GRPCError
+from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.ledger import Holdings
@@ -34,6 +34,9 @@ YOUNG = 30.0
 """Seconds after its start in which a kubelet may not know all of its pods."""
 _TIMEOUT = 4.0
 """Seconds for one answer."""
+
+_NEVER = (Status.UNIMPLEMENTED, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED)
+"""Answers of who does not serve this API, or not to us: nothing is to be waited for."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -84,9 +87,13 @@ class HoldingsPoller:
             self._complain("socket does not exist")
         except TimeoutError:
             self._complain(f"no answer in {patience:g} s")
+        except PermissionError as error:
+            is_there = False
+            self._complain(str(error.strerror))
         except NoAnswerError as error:
             self._complain(str(error))
         except GRPCError as error:
+            is_there = error.status not in _NEVER
             self._complain(f"{error.status.name}: {error.message}")
         except MalformedMessage as error:
             self._complain(f"the answer is malformed: {error}")
