@@ -39,6 +39,7 @@ def withheld(
     unknown: dict[DeviceKey, Health] = {}
     uses = _uses_by_group(ledger)
     is_awaited = signals.pod_resources and not math.isfinite(ledger.told_at)
+    # Then any node may be held under another name, or its number have been another function's.
     is_unheard = signals.pod_resources and ledger.heard is None
     if not ledger.grants and not uses and not is_awaited:
         return Verdicts(taken=taken, unknown=unknown)
@@ -57,9 +58,7 @@ def withheld(
             health = _taken_by(device, own, holders, ledger) or _in_use(device, group, own, holders, used, ledger)
             if health is not None:
                 taken[key] = health
-            elif (is_awaited and (group.is_shared or _is_former(device, former))) or (
-                is_unheard and (used or signals.in_cdi is None)
-            ):
+            elif is_unheard or (is_awaited and (group.is_shared or _is_former(device, former))):
                 unknown[key] = _awaited(device)
             elif own is None and not was_healthy(key) and any(is_undecided(a, u, ledger) for a, u in used):
                 unknown[key] = _awaited(device)  # what was Healthy stays so: another look will tell in a moment
