@@ -15,6 +15,9 @@ from types import MappingProxyType
 
 NVIDIA = 0x10DE
 """PCI vendor ID of NVIDIA."""
+D3COLD = "D3cold"
+"""`power_state` of a function without power, and of one whose registers read all ones (pci_power_up and
+pci_update_current_state in drivers/pci/pci.c)."""
 _CDEV_FOLDER = "/dev/vfio/devices/"
 
 
@@ -79,6 +82,11 @@ class PciFunction:
     """
     power_state: str | None = None
     """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""
+    runtime_status: str | None = None
+    """`power/runtime_status`: active, suspended and so on. Read of a function in D3cold alone."""
+    has_power: bool | None = None
+    """Of a function in D3cold, whether nothing can have cut its power: every bridge above is awake, and it has no ACPI
+    power resource of its own. None for any other function."""
     bars: tuple[Bar, ...] = ()
     bridges: tuple[str, ...] = ()
     """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""

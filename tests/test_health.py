@@ -72,7 +72,10 @@ def test_a_device_that_answers_in_a_viable_group_with_a_node_is_healthy() -> Non
         {"link_speed": "2.5 GT/s PCIe", "link_width": 63},
         {"link_speed": "2.5 GT/s PCIe", "link_width": 1},
         {"power_state": "D3hot"},
+        {"power_state": "D3hot", "runtime_status": "active"},
         {"power_state": "D3cold", "link_speed": None, "link_width": None},
+        {"power_state": "D3cold", "runtime_status": "suspended", "has_power": False, "link_speed": None},
+        {"power_state": "D3cold", "runtime_status": "resuming", "has_power": True, "link_speed": None},
         {"power_state": "unknown"},
         {"enable": None, "numa_node": None, "fatal_errors": 7},
     ],
@@ -85,6 +88,14 @@ def test_a_device_that_does_not_answer_is_off_the_bus() -> None:
     found = verdict(host(gpu(A, **GONE)))
     assert found.reason is Reason.OFF_THE_BUS
     assert A in found.detail
+
+
+@pytest.mark.parametrize("has_power", [True, False])
+def test_a_device_in_d3cold_that_the_kernel_takes_for_awake_is_off_the_bus(has_power: bool) -> None:
+    found = verdict(host(gpu(A, power_state="D3cold", runtime_status="active", has_power=has_power, link_speed=None)))
+    assert found.reason is Reason.OFF_THE_BUS
+    assert f"{A} does not answer" in found.detail
+    assert "D3cold although its runtime_status is active" in found.detail
 
 
 def test_of_a_group_every_function_must_answer() -> None:

@@ -211,6 +211,67 @@ def test_a_link_of_a_device_that_merely_sleeps_lightly_is_read(tree: Tree) -> No
     assert (found.power_state, found.link_speed, found.link_width) == ("D3hot", "Unknown", 63)
 
 
+# In D3cold
+
+
+def test_of_a_function_in_d3cold_it_is_told_whether_the_kernel_takes_it_for_awake_and_whether_it_has_power(
+    tree: Tree,
+) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    tree.node.set_attribute(GEFORCE, "power/runtime_status", "active")
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.runtime_status, found.has_power) == ("D3cold", "active", True)
+    assert (found.link_speed, found.unread) == (None, ())
+
+
+@pytest.mark.parametrize("name", ["power_resources_D3hot", "real_power_state"])
+def test_a_function_in_d3cold_may_have_no_power_where_acpi_can_cut_it(tree: Tree, name: str) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    acpi = tree.paths.root / "sys/devices/LNXSYSTM:00/device:2a"
+    acpi.mkdir(parents=True)
+    tree.file("firmware_node", GEFORCE).symlink_to(acpi)
+    assert tree.read(GEFORCE).has_power is True
+    os.mkfifo(acpi / name)  # to read it would ask the firmware
+    assert tree.read(GEFORCE).has_power is False
+
+
+@pytest.mark.parametrize(
+    "put", [below_a_sleeping_bridge, below_a_bridge_that_cannot_say, below_a_sleeping_bridge_of_an_old_kernel]
+)
+def test_a_function_in_d3cold_may_have_no_power_below_a_bridge_that_sleeps(
+    tree: Tree, put: Callable[[Tree], None]
+) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    put(tree)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.has_power, found.link_speed) == ("D3cold", False, None)
+
+
+@pytest.mark.parametrize("state", ["D0", "D3hot", "unknown"])
+def test_what_is_asked_in_d3cold_is_not_asked_of_any_other_function(tree: Tree, state: str) -> None:
+    tree.node.set_attribute(GEFORCE, "power_state", state)
+    tree.put_fifo("power/runtime_status", GEFORCE)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.runtime_status, found.has_power) == (state, None, None)
+
+
+def test_a_function_that_is_woken_while_it_is_read_is_not_taken_to_be_in_d3cold(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    real = sysfs.text
+
+    def wake(file: str, limit: int = 4096) -> str:
+        if file.endswith("power/runtime_status"):
+            tree.node.set_attribute(GEFORCE, "power_state", "D0")
+            tree.node.set_attribute(GEFORCE, "power/runtime_status", "active")
+        return real(file, limit)
+
+    monkeypatch.setattr(sysfs, "text", wake)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.runtime_status) == ("D0", "active")
+
+
 # What is missing, nonsense or unreadable
 
 

@@ -343,6 +343,14 @@ def test_a_gpu_that_does_not_answer_is_unhealthy(
     assert f"Unhealthy: off-the-bus: {T4} does not answer" in capsys.readouterr().out
 
 
+def test_a_gpu_that_is_dead_in_d3cold_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    node.sicken(T4, cold=True)
+    document = listed(node.root, "--all")
+    assert healths(document) == {GEFORCE: "Healthy", T4: "off-the-bus"}
+    (facts,) = (function["facts"] for function in document["functions"] if function["pci_address"] == T4)
+    assert (facts["power_state"], facts["runtime_status"], facts["has_power"]) == ("D3cold", "suspended", True)
+
+
 def test_a_gpu_whose_node_is_not_in_dev_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
     (node.root / "dev/vfio" / str(node.function(T4).iommu_group)).unlink()
     assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "no-node"}
@@ -453,6 +461,7 @@ def test_what_can_block_in_the_kernel_is_never_opened(places: Places) -> None:
 def test_the_link_of_a_device_is_not_read_while_that_would_wake_something(places: Places, asleep: str) -> None:
     node = places.node("gh200")
     node.set_attribute(asleep, "power_state", "D3cold")
+    (node.folder(GH200) / "firmware_node/power_resources_D3hot").mkdir(parents=True)
     for name in ("current_link_speed", "current_link_width"):
         (node.folder(GH200) / name).unlink()
         os.mkfifo(node.folder(GH200) / name)

@@ -175,6 +175,8 @@ def _facts_as_json(function: PciFunction) -> dict[str, Any]:
         "vfio_device": None if function.vfio is None else function.vfio.number,
         "cdev": None if function.vfio is None else function.vfio.cdev,
         "power_state": function.power_state,
+        "runtime_status": function.runtime_status,
+        "has_power": function.has_power,
         "link_speed": function.link_speed,
         "link_width": function.link_width,
         "fatal_errors": function.fatal_errors,

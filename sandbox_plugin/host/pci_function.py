@@ -16,7 +16,7 @@ from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
+from sandbox_plugin.model import D3COLD, Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -24,6 +24,8 @@ _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
+_ACPI_POWER_RESOURCES = ("power_resources_D3hot", "real_power_state")
+"""What an ACPI device has whose power ACPI can cut (drivers/acpi/power.c and drivers/acpi/device_sysfs.c)."""
 _IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
 """IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
 _REGIONS_OF_FUNCTION = 7
@@ -133,9 +135,8 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
             "bars": optional.bars(),
         }
     power_state = optional.text("power_state")
-    link_is_safe = power_state != "D3cold" and all(
-        _is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:]
-    )
+    bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:])
+    link_is_safe = power_state != D3COLD and bridges_awake
     details |= {
         "numa_node": _known_node(optional.number("numa_node")),
         "link_speed": optional.text("current_link_speed") if link_is_safe else None,
@@ -145,7 +146,24 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
         "virtual_functions": _virtual_functions(folder),
         "fatal_errors": optional.fatal_errors(),
     }
+    if power_state == D3COLD:
+        details |= _read_d3cold(folder, optional, bridges_awake=bridges_awake)
     return details | {"unread": tuple(optional.unread)}
+
+
+def _read_d3cold(folder: str, optional: _Optional, *, bridges_awake: bool) -> dict[str, Any]:
+    """What tells a function that sleeps without power from one that is dead.
+
+    Nothing here wakes it or asks the firmware: of what ACPI knows, that it is there is enough.
+    """
+    runtime_status = optional.text("power/runtime_status")
+    switches = any(os.path.exists(f"{folder}/firmware_node/{name}") for name in _ACPI_POWER_RESOURCES)
+    return {
+        "runtime_status": runtime_status,
+        "has_power": bridges_awake and not switches,
+        # Once more: if it was woken between the two reads, they do not contradict each other.
+        "power_state": optional.text("power_state"),
+    }
 
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:

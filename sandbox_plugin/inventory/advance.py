@@ -29,7 +29,7 @@ from sandbox_plugin.inventory.sharing import (
     why_taken,
 )
 from sandbox_plugin.inventory.state import DeviceKey, Inventory, Memory, Promise, Signals, Track
-from sandbox_plugin.inventory.tracking import FATAL_QUIET, follow, held_but_unknown
+from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, follow, held_but_unknown, why_silent
 from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, Reason, id_order
 from sandbox_plugin.settings import Settings
 
@@ -82,10 +82,8 @@ def _health(
     track = tracks[key]
     if track.gone_since is not None or not track.device.health.healthy:
         return track.device.health
-    for address, _ in sorted(track.silent):
-        return Health(
-            reason=Reason.OFF_THE_BUS, detail=f"{address} did not answer on the PCI bus and has been asleep since"
-        )
+    if (silent := why_silent(track)) is not None:
+        return silent
     for _, error in sorted(track.fatal_errors.items()):
         return Health(reason=Reason.FATAL_ERROR, detail=error.words)
     return why_taken(key, tracks, promises, signals)
@@ -138,6 +136,7 @@ def _wake_at(
     times = [t.well_since + SETTLE for t in tracks.values() if t.ill and t.well_since is not None]
     fatal_errors = [error for t in tracks.values() for error in t.fatal_errors.values()]
     times += [error.since + FATAL_QUIET for error in fatal_errors if error.since is not None]
+    times += [since + DEAD for t in tracks.values() for since in t.unanswered.values()]
     if signals.holdings is None:
         times += [p.at + PROMISE_UNUSED for p in promises.values()]
     return min((time for time in times if time > now), default=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
+from sandbox_plugin.model import D3COLD, HEALTHY, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
 
 _OFF_THE_BUS_SPEED = "Unknown"
 _OFF_THE_BUS_WIDTH = 63
@@ -56,17 +56,29 @@ def _has_needed_node(device: Device, require_iommufd: bool) -> Health:
     return Health(reason=Reason.NO_CDEV, detail=detail)
 
 
-def is_off_the_bus(function: PciFunction) -> bool:
-    """Whether the link was read, and nothing answered."""
-    return function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH
+def may_be_dead(function: PciFunction) -> bool:
+    """Whether it does not answer, or is in D3cold although nothing can have cut its power.
+
+    The latter passes for a moment when the bridge above has just been woken: the kernel resumes what is below after it
+    (pci_pm_bridge_power_up_actions in drivers/pci/pci-driver.c).
+    """
+    return _silence(function) is not None or (function.power_state == D3COLD and function.has_power is True)
+
+
+def _silence(function: PciFunction) -> str | None:
+    """What proves that it does not answer; None: nothing does."""
+    if function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH:
+        return "link speed Unknown, width 63"
+    if function.power_state == D3COLD and function.runtime_status == "active":
+        return "the kernel has set it to D3cold although its runtime_status is active"
+    return None
 
 
 def _on_the_bus(functions: Sequence[PciFunction]) -> Health:
     for function in functions:
-        if is_off_the_bus(function):
+        if why := _silence(function):
             return Health(
-                reason=Reason.OFF_THE_BUS,
-                detail=f"{function.address} does not answer on the PCI bus (link speed Unknown, width 63)",
+                reason=Reason.OFF_THE_BUS, detail=f"{function.address} does not answer on the PCI bus ({why})"
             )
     return HEALTHY
 
