@@ -119,6 +119,9 @@ class IommuGroup:
     """Addresses of every function in the group, readable or not, sorted."""
     noiommu: bool = False
     """A group without an IOMMU (vfio's unsafe no-IOMMU mode): never offered."""
+    firmware_mappings: tuple[str, ...] = ()
+    """Regions of memory, each as `first-last` in hex, that the firmware wants mapped for a function of this group at
+    all times: `direct` in `reserved_regions`, without those that the kernel lets go of (`direct-relaxable`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +154,7 @@ class Reason(StrEnum):
     NO_CDEV = "no-cdev"
     NO_NODE = "no-node"
     NOT_VIABLE = "not-viable"
+    FIRMWARE_MAPPING = "firmware-mapping"
     OFF_THE_BUS = "off-the-bus"
     FATAL_ERROR = "fatal-error"
     IN_USE_ELSEWHERE = "in-use-elsewhere"

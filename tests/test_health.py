@@ -155,6 +155,16 @@ def test_a_sibling_that_left_meanwhile_is_no_longer_one() -> None:
     assert verdict(with_member(host(gpu(A)), SOUND)) == HEALTHY
 
 
+@pytest.mark.parametrize("cdev", [True, False])
+def test_a_group_in_which_the_firmware_maps_memory_cannot_be_given_to_a_vm(cdev: bool) -> None:
+    facts = host(gpu(A, cdev=cdev), sound("snd_hda_intel"))
+    found = verdict(
+        replace(facts, groups={50: replace(facts.groups[50], firmware_mappings=("0x7e000000-0x7e0fffff",))})
+    )
+    assert found.reason is Reason.FIRMWARE_MAPPING, "whatever else is wrong can be put right, and does not help"
+    assert "IOMMU group 50 at all times (0x7e000000-0x7e0fffff)" in found.detail
+
+
 def test_a_group_needs_its_node_in_sysfs() -> None:
     facts = host(gpu(A, group=5, cdev=False))
     assert verdict(facts) == HEALTHY

@@ -586,6 +586,34 @@ def test_a_group_without_an_iommu_is_told_from_others(tree: Tree) -> None:
     assert (groups[T4_GROUP].noiommu, groups[GEFORCE_GROUP].noiommu) == (True, False)
 
 
+MSI = "0x00000000fee00000 0x00000000feefffff msi\n"
+DIRECT = "0x000000007e000000 0x000000007e0fffff direct\n"
+DIRECT_MAPPING = "0x000000007e000000-0x000000007e0fffff"
+
+
+@pytest.mark.parametrize(
+    ("lines", "mappings"),
+    [
+        (MSI, ()),
+        (f"{DIRECT}{MSI}", (DIRECT_MAPPING,)),
+        (f"{MSI}{DIRECT}{DIRECT}", (DIRECT_MAPPING, DIRECT_MAPPING)),
+        ("0x0000000000000000 0x0000000000ffffff direct-relaxable\n", ()),
+        ("0x0000000000000000 0x0000000000ffffff reserved\n", ()),
+        ("", ()),
+        ("direct\n\n0x1 direct\n0x1 0x2 direct 0x3\n", ()),
+        (None, ()),
+    ],
+)
+def test_what_the_firmware_maps_in_a_group_is_what_is_direct_and_not_relaxable(
+    tree: Tree, lines: str | None, mappings: tuple[str, ...]
+) -> None:
+    file = tree.paths.iommu_groups / str(T4_GROUP) / "reserved_regions"
+    file.unlink()
+    if lines is not None:
+        file.write_text(lines)
+    assert bus.read_firmware_mappings(tree.paths, T4_GROUP) == mappings
+
+
 def test_group_nodes_are_those_that_the_class_shows_as_numbers_with_an_iommu_or_without(tree: Tree) -> None:
     for name in ("noiommu-3", "noiommu-x", "vfio", "\u00b2", "\u0661"):
         (tree.paths.vfio_class / name).mkdir()

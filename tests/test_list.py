@@ -351,6 +351,13 @@ def test_a_gpu_that_is_dead_in_d3cold_is_unhealthy(node: FakeNode, listed: Calla
     assert (facts["power_state"], facts["runtime_status"], facts["has_power"]) == ("D3cold", "suspended", True)
 
 
+def test_a_gpu_in_whose_group_the_firmware_maps_memory_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    regions = node.root / f"sys/kernel/iommu_groups/{node.function(T4).iommu_group}/reserved_regions"
+    regions.unlink()
+    regions.write_text("0x000000007e000000 0x000000007e0fffff direct\n")
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "firmware-mapping"}
+
+
 def test_a_gpu_whose_node_is_not_in_dev_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
     (node.root / "dev/vfio" / str(node.function(T4).iommu_group)).unlink()
     assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "no-node"}

@@ -41,6 +41,7 @@ def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -
     for verdict in (
         _has_needed_node(device, require_iommufd),
         _on_the_bus(functions),
+        _without_firmware_mappings(device, facts),
         _viable(device, facts),
         _node_is_there(device, facts),
     ):
@@ -81,6 +82,20 @@ def _on_the_bus(functions: Sequence[PciFunction]) -> Health:
                 reason=Reason.OFF_THE_BUS, detail=f"{function.address} does not answer on the PCI bus ({why})"
             )
     return HEALTHY
+
+
+def _without_firmware_mappings(device: Device, facts: HostFacts) -> Health:
+    """A VM's memory cannot be where the firmware wants its own, so the kernel refuses the group to every VM.
+
+    From Linux 6.6 by __iommu_device_set_domain in drivers/iommu/iommu.c. Before, Intel's IOMMU does it
+    (intel_iommu_attach_device), and with any other vfio lets no VM map its memory there (vfio_iommu_resv_exclude in
+    drivers/vfio/vfio_iommu_type1.c).
+    """
+    mappings = facts.groups[device.iommu_group].firmware_mappings
+    if not mappings:
+        return HEALTHY
+    what = f"the firmware wants memory mapped in IOMMU group {device.iommu_group} at all times ({', '.join(mappings)})"
+    return Health(reason=Reason.FIRMWARE_MAPPING, detail=f"{what}, so the kernel gives this group to no VM")
 
 
 def _viable(device: Device, facts: HostFacts) -> Health:
