@@ -18,14 +18,17 @@ NVIDIA = 0x10DE
 D3COLD = "D3cold"
 """`power_state` of a function without power, and of one whose registers read all ones (pci_power_up and
 pci_update_current_state in drivers/pci/pci.c)."""
+ROM = 6
+"""Index of the expansion ROM among the BARs."""
 _CDEV_FOLDER = "/dev/vfio/devices/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One base address register (or the expansion ROM, index 6) of a PCI function.
+    """One base address register (or the expansion ROM) of a PCI function.
 
-    `size` is in bytes. A region that the firmware left unassigned is not listed.
+    `size` is in bytes; 0 for one without an address whose size the kernel does not know either. One that the kernel has
+    given up (a line of zeros) is not listed.
     """
 
     index: int
@@ -34,6 +37,8 @@ class Bar:
     wide: bool
     """64-bit memory region."""
     io: bool
+    unset: bool = False
+    """It has no address, and without one the kernel does not enable the function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,8 @@ class PciFunction:
     """Of a function in D3cold, whether nothing can have cut its power: every bridge above is awake, and it has no ACPI
     power resource of its own. None for any other function."""
     bars: tuple[Bar, ...] = ()
+    reset_methods: tuple[str, ...] | None = None
+    """How the kernel can reset this function alone: `reset_method`. None where that is not told (before Linux 5.15)."""
     bridges: tuple[str, ...] = ()
     """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""
     virtual_functions: int = 0
@@ -156,6 +163,7 @@ class Reason(StrEnum):
     NOT_VIABLE = "not-viable"
     FIRMWARE_MAPPING = "firmware-mapping"
     OFF_THE_BUS = "off-the-bus"
+    NO_ADDRESS = "no-address"
     FATAL_ERROR = "fatal-error"
     IN_USE_ELSEWHERE = "in-use-elsewhere"
     GROUP_TAKEN = "group-taken"

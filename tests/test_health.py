@@ -9,9 +9,9 @@ import pytest
 from facts import gpu, host
 
 from sandbox_plugin.inventory.devices import find_devices
-from sandbox_plugin.inventory.health import assess, is_vfio_bound
+from sandbox_plugin.inventory.health import assess, is_vfio_bound, remarks
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
+from sandbox_plugin.model import HEALTHY, Bar, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
 
 A, B = "0000:01:00.0", "0000:02:00.0"
@@ -102,6 +102,17 @@ def test_of_a_group_every_function_must_answer() -> None:
     facts = host(gpu(A, group=5, cdev=False), gpu(B, vfio=1, group=5, cdev=False, **GONE))
     assert verdict(facts).reason is Reason.OFF_THE_BUS
     assert B in verdict(facts).detail
+
+
+def bar(index: int, *, io: bool = False, unset: bool = False) -> Bar:
+    return Bar(index=index, size=4096, prefetchable=False, wide=False, io=io, unset=unset)
+
+
+def test_a_device_with_a_bar_that_has_no_address_cannot_be_enabled_and_the_bar_is_named() -> None:
+    assert verdict(host(gpu(A, bars=(bar(0), bar(2), bar(4))))) == HEALTHY
+    found = verdict(host(gpu(A, bars=(bar(0), bar(2, unset=True), bar(4, unset=True)))))
+    detail = f"{A} has no address for BAR 2, BAR 4: the kernel cannot enable it"
+    assert found == Health(reason=Reason.NO_ADDRESS, detail=detail)
 
 
 @pytest.mark.parametrize("driver", [None, "vfio-pci", "vfio_something", "pci-stub"])
@@ -210,3 +221,31 @@ def test_of_several_faults_the_one_that_matters_most_is_told() -> None:
 def test_what_others_do_with_the_device_is_not_judged_here() -> None:
     device: Device = find_devices(host(gpu(A, enable=1)), Settings(), ModelNames()).devices[0]
     assert device.health == HEALTHY
+
+
+# Remarks
+
+
+@pytest.mark.parametrize(
+    ("function", "is_odd"),
+    [
+        (gpu(A, bars=(bar(0),)), True),
+        (gpu(A, bars=(bar(0), bar(5, io=True), bar(6))), True),
+        (gpu(A, bars=(bar(0), bar(2), bar(4))), False),
+        (gpu(A, bars=(bar(1),)), False),
+        (gpu(A, bars=()), False),
+        (gpu(A, bars=(bar(0),), class_code=0x068000), False),
+        (gpu(A, bars=(bar(0),), physical_function=B), False),
+    ],
+)
+def test_a_gpu_that_has_only_its_first_bar_left_is_remarked_on(function: PciFunction, is_odd: bool) -> None:
+    assert bool(remarks(function)) is is_odd
+    assert all("only BAR 0 is left" in remark for remark in remarks(function))
+
+
+@pytest.mark.parametrize(("methods", "is_odd"), [((), True), (("flr", "bus"), False), (None, False)])
+def test_a_function_that_cannot_be_reset_is_remarked_on(methods: tuple[str, ...] | None, is_odd: bool) -> None:
+    found = remarks(gpu(A, reset_methods=methods))
+    assert bool(found) is is_odd
+    assert all("cannot reset it" in remark for remark in found)
+    assert verdict(host(gpu(A, reset_methods=methods))) == HEALTHY

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,79 @@ def test_a_region_that_the_firmware_left_unassigned_is_not_listed(tree: Tree) ->
     assert tree.read().bars == (Bar(index=2, size=4096, prefetchable=False, wide=False, io=False),)
 
 
+UNSET, ROM_ENABLED = 0x20000000, 0x1
+
+
+def with_region(tree: Tree, index: int, last: int, flags: int) -> None:
+    """Only this region, from 0 to `last`: without an address, all begin at 0."""
+    lines = [f"0x{0:016x} 0x{0:016x} 0x{0:016x}"] * 13
+    lines[index] = f"0x{0:016x} 0x{last:016x} 0x{flags:016x}"
+    tree.node.set_attribute(T4, "resource", "\n".join(lines))
+
+
+@pytest.mark.parametrize(("last", "size"), [(0xFFFFFFF, 256 * MIB), (0, 0)], ids=["size known", "size not known"])
+def test_a_region_that_could_not_be_given_an_address_is_listed_as_such(tree: Tree, last: int, size: int) -> None:
+    with_region(tree, 1, last, 0x14220C | UNSET)
+    assert tree.read().bars == (Bar(index=1, size=size, prefetchable=True, wide=True, io=False, unset=True),)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_expansion_rom_needs_an_address_only_while_it_is_switched_on(tree: Tree, enabled: bool) -> None:
+    with_region(tree, 6, 0x7FFFF, 0x46200 | UNSET | (ROM_ENABLED if enabled else 0))
+    (rom,) = tree.read().bars
+    assert (rom.index, rom.unset) == (6, enabled)
+
+
+def test_regions_of_virtual_functions_do_not_count(tree: Tree) -> None:
+    with_region(tree, 8, 0xFFFFFFF, 0x14220C | UNSET)
+    assert tree.read().bars == ()
+
+
+def test_a_region_without_an_address_is_read_again_until_it_has_one(tree: Tree) -> None:
+    whole = tree.file("resource").read_text()
+    with_region(tree, 1, 0xFFFFFFF, 0x14220C | UNSET)
+    before = tree.read()
+    tree.node.set_attribute(T4, "resource", whole)
+    after = pci_function.read_function(tree.paths, T4, before)
+    assert [bar.unset for bar in after.bars] == [False] * 3
+    tree.put_fifo("resource")
+    assert pci_function.read_function(tree.paths, T4, after).bars == after.bars
+
+
+def test_regions_may_have_another_size_when_a_function_is_bound_again(tree: Tree) -> None:
+    before = tree.read()
+    tree.node.unbind(T4)
+    unbound = pci_function.read_function(tree.paths, T4, before)
+    with_region(tree, 1, 0xFFFFFFFF, 0x14220C)
+    tree.node.bind(T4)
+    for known in (before, unbound):
+        known = replace(known, vfio=known.vfio and replace(known.vfio, binding=1))  # inode numbers are used again here
+        found = pci_function.read_function(tree.paths, T4, known)
+        assert [bar.size for bar in found.bars] == [4096 * MIB]
+
+
+@pytest.mark.parametrize(
+    ("method", "has_reset", "methods"),
+    [
+        ("flr bus", True, ("flr", "bus")),
+        ("", True, ()),
+        (None, True, None),
+        (None, False, ()),
+    ],
+    ids=["some", "switched off", "old kernel", "none from the start"],
+)
+def test_the_ways_to_reset_a_function_are_told(
+    tree: Tree, method: str | None, has_reset: bool, methods: tuple[str, ...] | None
+) -> None:
+    if method is None:
+        tree.file("reset_method").unlink()
+    else:
+        tree.node.set_attribute(T4, "reset_method", method)
+    if not has_reset:
+        tree.file("reset").unlink()
+    assert tree.read().reset_methods == methods
+
+
 @pytest.mark.parametrize(
     ("content", "count"),
     [
@@ -448,7 +522,7 @@ def test_whatever_sysfs_says_a_function_is_read_or_refused(battered: Tree, conte
         assert 0 <= found.device <= 0xFFFF
         assert 0 <= found.class_code <= 0xFFFFFF
         assert found.numa_node is None or 0 <= found.numa_node < 1 << 31
-        assert all(bar.size > 0 for bar in found.bars)
+        assert all(bar.size > 0 or bar.unset for bar in found.bars)
         assert all("\n" not in line for line in found.unread)
     finally:
         for name, content in before.items():

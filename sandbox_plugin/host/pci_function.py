@@ -16,7 +16,7 @@ from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import D3COLD, Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
+from sandbox_plugin.model import D3COLD, ROM, Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -26,8 +26,10 @@ _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
 _ACPI_POWER_RESOURCES = ("power_resources_D3hot", "real_power_state")
 """What an ACPI device has whose power ACPI can cut (drivers/acpi/power.c and drivers/acpi/device_sysfs.c)."""
-_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
-"""IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
+_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64, _UNSET = 0x100, 0x200, 0x2000, 0x100000, 0x20000000
+"""IORESOURCE_IO, _MEM, _PREFETCH, _MEM_64 and _UNSET of the kernel's include/linux/ioport.h."""
+_ROM_ENABLE = 0x1
+"""IORESOURCE_ROM_ENABLE: the expansion ROM is switched on."""
 _REGIONS_OF_FUNCTION = 7
 """Lines of `resource` that are the function's own: six BARs and the ROM; SR-IOV and bridge windows follow."""
 
@@ -88,13 +90,13 @@ def read_function(
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
     if is_for_vms:
-        details = _read_details(paths, folder, function)
-        return PciFunction(**(_unchanging(function) | details), driver=driver, iommu_group=group, vfio=vfio)
+        details = _read_details(paths, folder, function, vfio)
+        return PciFunction(**(_kept(function) | details), driver=driver, iommu_group=group, vfio=vfio)
     # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it.
     enable = _Optional(folder).number("enable") if driver is None and function.enable == 1 else None
     if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
-    return PciFunction(**_unchanging(function), driver=driver, iommu_group=group, enable=enable)
+    return PciFunction(**_kept(function), driver=driver, iommu_group=group, enable=enable)
 
 
 def _identify(folder: str, address: str) -> PciFunction:
@@ -117,13 +119,13 @@ def _identify(folder: str, address: str) -> PciFunction:
     )
 
 
-def _unchanging(function: PciFunction) -> dict[str, Any]:
-    """What can never change while the function is there."""
+def _kept(function: PciFunction) -> dict[str, Any]:
+    """What can never change while the function is there, or only while no driver has it."""
     names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision", "bars")
-    return {name: getattr(function, name) for name in (*names, "bridges", "physical_function")}
+    return {name: getattr(function, name) for name in (*names, "reset_methods", "bridges", "physical_function")}
 
 
-def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[str, Any]:
+def _read_details(paths: HostPaths, folder: str, function: PciFunction, vfio: VfioDev | None) -> dict[str, Any]:
     """What else the folder of a function says that a vfio driver holds."""
     optional = _Optional(folder)
     details: dict[str, Any] = {}
@@ -132,8 +134,12 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
             "subsystem_vendor": optional.hex("subsystem_vendor", 4),
             "subsystem_device": optional.hex("subsystem_device", 4),
             "revision": optional.hex("revision", 2),
-            "bars": optional.bars(),
         }
+    # A BAR that has an address keeps it and its size while a driver has the function (resource_resize_store in
+    # drivers/pci/pci-sysfs.c); one without may get it whenever the bus is scanned again.
+    is_bound_anew = vfio is None or function.vfio is None or function.vfio.binding != vfio.binding
+    if is_bound_anew or not function.bars or any(bar.unset for bar in function.bars):
+        details |= {"bars": optional.bars(), "reset_methods": optional.reset_methods()}
     power_state = optional.text("power_state")
     bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:])
     link_is_safe = power_state != D3COLD and bridges_awake
@@ -259,6 +265,13 @@ class _Optional:
             self.unread.append("resource: not lines of three numbers")
             return ()
 
+    def reset_methods(self) -> tuple[str, ...] | None:
+        """Where the kernel knows no way from the start, both `reset_method` and `reset` are missing."""
+        text = self.text("reset_method")
+        if text is None:
+            return None if os.path.lexists(f"{self._folder}/reset") else ()
+        return tuple(text.split())
+
     def fatal_errors(self) -> int | None:
         """The last line of `aer_dev_fatal` is TOTAL_ERR_FATAL (Documentation/ABI/testing/sysfs-bus-pci-devices-aer)."""
         for line in (self.text("aer_dev_fatal") or "").splitlines():
@@ -269,15 +282,18 @@ class _Optional:
 
 
 def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
+    """What is unset is what pci_enable_resources in drivers/pci/setup-res.c refuses: not a ROM that is switched off."""
     for index, line in enumerate(lines):
         start, end, flags = (int(word, 16) for word in line.split())
-        if flags & (_IO_REGION | _MEM_REGION) and end > start:
+        unset = bool(flags & _UNSET) and (index != ROM or bool(flags & _ROM_ENABLE))
+        if flags & (_IO_REGION | _MEM_REGION) and (end > start or unset):
             yield Bar(
                 index=index,
-                size=end - start + 1,
+                size=end - start + 1 if end > start else 0,
                 prefetchable=bool(flags & _PREFETCH),
                 wide=bool(flags & _MEM_64),
                 io=bool(flags & _IO_REGION),
+                unset=unset,
             )
 
 

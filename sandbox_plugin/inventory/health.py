@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sandbox_plugin.model import D3COLD, HEALTHY, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
+from sandbox_plugin.model import D3COLD, HEALTHY, ROM, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
 
 _OFF_THE_BUS_SPEED = "Unknown"
 _OFF_THE_BUS_WIDTH = 63
@@ -16,6 +16,8 @@ _OFF_THE_BUS_WIDTH = 63
 
 _BRIDGE_CLASSES = (0x0600, 0x0604)
 """Host bridge and PCI-to-PCI bridge."""
+_DISPLAY = 0x03
+"""Base class of GPUs."""
 
 
 def is_bridge(function: PciFunction) -> bool:
@@ -41,6 +43,7 @@ def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -
     for verdict in (
         _has_needed_node(device, require_iommufd),
         _on_the_bus(functions),
+        _has_addresses(functions),
         _without_firmware_mappings(device, facts),
         _viable(device, facts),
         _node_is_there(device, facts),
@@ -82,6 +85,27 @@ def _on_the_bus(functions: Sequence[PciFunction]) -> Health:
                 reason=Reason.OFF_THE_BUS, detail=f"{function.address} does not answer on the PCI bus ({why})"
             )
     return HEALTHY
+
+
+def _has_addresses(functions: Sequence[PciFunction]) -> Health:
+    for function in functions:
+        if unset := [f"BAR {bar.index}" for bar in function.bars if bar.unset]:
+            return Health(
+                reason=Reason.NO_ADDRESS,
+                detail=f"{function.address} has no address for {', '.join(unset)}: the kernel cannot enable it",
+            )
+    return HEALTHY
+
+
+def remarks(function: PciFunction) -> list[str]:
+    """What is odd about a GPU or another function to offer, although it can be given to a VM."""
+    found = []
+    whole_gpu = function.class_code >> 16 == _DISPLAY and function.physical_function is None
+    if whole_gpu and [bar.index for bar in function.bars if not bar.io and bar.index != ROM] == [0]:
+        found.append("of its BARs only BAR 0 is left: there was no room for the others")
+    if function.reset_methods == ():
+        found.append("the kernel cannot reset it alone: the next VM may find what the last one left")
+    return found
 
 
 def _without_firmware_mappings(device: Device, facts: HostFacts) -> Health:
