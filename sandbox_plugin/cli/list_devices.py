@@ -146,6 +146,7 @@ def _all_functions(
 
 def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str | None) -> dict[str, Any]:
     """`reason` is null for what is offered."""
+    odd = remarks(function) if answer is not None and answer.resource is not None else []
     return {
         "pci_address": function.address,
         "class": f"{function.class_code:06x}",
@@ -155,7 +156,7 @@ def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str 
         "resource": answer.resource if answer is not None else None,
         "rule": answer.rule if answer is not None else None,
         "reason": "no rule matches" if answer is None else why_not,
-        "remarks": ("; ".join(remarks(function)) or None) if answer is not None else None,
+        "remarks": "; ".join(odd) or None,
         "facts": _facts_as_json(function),
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+from sandbox_plugin.inventory.carriers import what_they_carry
 from sandbox_plugin.inventory.health import assess, is_bridge, is_vfio_bound
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Claim, claim
@@ -45,9 +46,10 @@ def find_devices(facts: HostFacts, settings: Settings, names: ModelNames, *, cde
     cdevs = cdevs_known or facts.kernel_has_cdevs or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
     unoffered = dict(facts.unreadable)
     claimed = [(f, c) for f in facts.functions.values() if (c := claim(f, settings, names)) is not None]
+    carried = what_they_carry(facts)
     wanted: list[_Claimed] = []
     for function, its_claim in claimed:
-        if why_not := _why_not(function, its_claim, facts, cdevs=cdevs):
+        if why_not := _why_not(function, its_claim, facts, carried.get(function.address), cdevs=cdevs):
             unoffered[function.address] = why_not
         else:
             wanted.append((function, its_claim))
@@ -64,10 +66,13 @@ def find_devices(facts: HostFacts, settings: Settings, names: ModelNames, *, cde
 _Claimed = tuple[PciFunction, Claim]
 
 
-def _why_not(function: PciFunction, claim: Claim, facts: HostFacts, *, cdevs: bool) -> str | None:
+def _why_not(function: PciFunction, claim: Claim, facts: HostFacts, carried: str | None, *, cdevs: bool) -> str | None:
+    """`carried`: what the function carries, in words."""
     if claim.resource is None:
         return f"excluded by {claim.rule}"
     if not is_vfio_bound(function, facts):
+        if carried is not None:
+            return f"bound to {function.driver or 'no driver'} and carries {carried}: do not bind it to vfio-pci"
         return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
     if function.virtual_functions:
         return f"{_has_vfs(function)}; only those can be offered"
