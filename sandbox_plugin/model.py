@@ -15,14 +15,20 @@ from types import MappingProxyType
 
 NVIDIA = 0x10DE
 """PCI vendor ID of NVIDIA."""
+D3COLD = "D3cold"
+"""`power_state` of a function without power, and of one whose registers read all ones (pci_power_up and
+pci_update_current_state in drivers/pci/pci.c)."""
+ROM = 6
+"""Index of the expansion ROM among the BARs."""
 _CDEV_FOLDER = "/dev/vfio/devices/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One base address register (or the expansion ROM, index 6) of a PCI function.
+    """One base address register (or the expansion ROM) of a PCI function.
 
-    `size` is in bytes. A region that the firmware left unassigned is not listed.
+    `size` is in bytes; 0 for one without an address whose size the kernel does not know either. One that the kernel has
+    given up (a line of zeros) is not listed.
     """
 
     index: int
@@ -31,6 +37,8 @@ class Bar:
     wide: bool
     """64-bit memory region."""
     io: bool
+    unset: bool = False
+    """It has no address, and without one the kernel does not enable the function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +87,14 @@ class PciFunction:
     """
     power_state: str | None = None
     """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""
+    runtime_status: str | None = None
+    """`power/runtime_status`: active, suspended and so on. Read of a function in D3cold alone."""
+    has_power: bool | None = None
+    """Of a function in D3cold, whether nothing can have cut its power: every bridge above is awake, and it has no ACPI
+    power resource of its own. None for any other function."""
     bars: tuple[Bar, ...] = ()
+    reset_methods: tuple[str, ...] | None = None
+    """How the kernel can reset this function alone: `reset_method`. None where that is not told (before Linux 5.15)."""
     bridges: tuple[str, ...] = ()
     """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""
     virtual_functions: int = 0
@@ -102,9 +117,9 @@ class PciFunction:
         return (self.vendor, self.device)
 
     @property
-    def is_off_the_bus(self) -> bool:
-        """Whether the link was read, and nothing answered."""
-        return is_off_the_bus(self.link_speed, self.link_width)
+    def silence(self) -> str | None:
+        """What proves that it does not answer on the bus, in words; None: nothing does."""
+        return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +131,9 @@ class IommuGroup:
     """Addresses of every function in the group, readable or not, sorted."""
     noiommu: bool = False
     """A group without an IOMMU (vfio's unsafe no-IOMMU mode): never offered."""
+    firmware_mappings: tuple[str, ...] = ()
+    """Regions of memory, each as `first-last` in hex, that the firmware wants mapped for a function of this group at
+    all times: `direct` in `reserved_regions`, without those that the kernel lets go of (`direct-relaxable`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +168,9 @@ class Reason(StrEnum):
     NO_CDEV = "no-cdev"
     NO_NODE = "no-node"
     NOT_VIABLE = "not-viable"
+    FIRMWARE_MAPPING = "firmware-mapping"
     OFF_THE_BUS = "off-the-bus"
+    NO_ADDRESS = "no-address"
     FATAL_ERROR = "fatal-error"
     IN_USE_ELSEWHERE = "in-use-elsewhere"
     GROUP_TAKEN = "group-taken"
@@ -244,9 +264,16 @@ class Objection:
     """Functions of its IOMMU group that a VM has: none that the pod which asks could have started already."""
 
 
-def is_off_the_bus(link_speed: str | None, link_width: int | None) -> bool:
-    """Whether a link register of all ones was read: nothing answers (measured; drivers/pci/pci-sysfs.c decodes it)."""
-    return link_speed == "Unknown" and link_width == 63
+def silence(
+    link_speed: str | None, link_width: int | None, power_state: str | None, runtime_status: str | None
+) -> str | None:
+    """What proves that a function does not answer on the bus, in words; None: nothing does."""
+    if link_speed == "Unknown" and link_width == 63:
+        # What a link register of all ones reads as (measured; drivers/pci/pci-sysfs.c decodes it).
+        return "link speed Unknown, width 63"
+    if power_state == D3COLD and runtime_status == "active":
+        return "the kernel has set it to D3cold although its runtime_status is active"
+    return None
 
 
 def node_of_cdev(number: int | str) -> str:

@@ -455,6 +455,66 @@ def test_a_dead_device_that_sleeps_is_dead_whatever_else_befalls_it_meanwhile() 
     assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
 
 
+COLD: dict[str, Any] = {**ASLEEP, "power_state": "D3cold", "runtime_status": "suspended", "has_power": True}
+"""In D3cold although nothing can have cut its power."""
+UNPOWERED = COLD | {"has_power": False}
+"""In D3cold below a bridge that sleeps too, or by ACPI."""
+
+
+def test_a_device_that_is_in_d3cold_with_power_is_dead_after_a_while_and_says_so_in_its_own_words() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **COLD)), after=10)
+    assert node.reason("0") is None, "the bridge above may just have been woken"
+    assert node.wake_at == node.now + DEAD
+    assert node.look_again(after=DEAD - 0.1).reason("0") is None
+    assert node.look_again(after=0.1).reason("0") is Reason.OFF_THE_BUS
+    assert f"{A} does not answer on the PCI bus: it is in D3cold although" in node.device("0").health.detail
+    assert node.look_again(after=10 * DEAD).reason("0") is Reason.OFF_THE_BUS
+    assert node.wake_at is None
+
+
+def test_a_device_that_sleeps_without_power_is_well_however_long() -> None:
+    node = Node().look(host(gpu(A, **UNPOWERED)))
+    assert node.reason("0") is None
+    assert node.wake_at is None
+    assert node.look_again(after=10 * DEAD).look_again(after=10 * DEAD).reason("0") is None
+
+
+def test_a_device_whose_bridge_was_woken_shortly_before_it_is_well() -> None:
+    node = Node().look(host(gpu(A, **UNPOWERED))).look(host(gpu(A, **COLD)), after=10)
+    for _ in range(3):
+        assert node.look(host(gpu(A)), after=DEAD - 0.1).reason("0") is None
+        assert node.look(host(gpu(A, **COLD)), after=0.2).reason("0") is None
+
+
+def test_a_device_that_is_in_d3cold_with_power_when_it_is_first_seen_is_not_given_away_meanwhile() -> None:
+    node = Node().look(host(gpu(A, **COLD)))
+    assert node.reason("0") is Reason.OFF_THE_BUS
+    assert node.look(host(gpu(A)), after=ARRIVAL / 2).reason("0") is None
+
+
+@pytest.mark.parametrize("sign", [OFF, COLD | {"runtime_status": "active"}])
+def test_a_device_that_was_seen_dead_and_is_suspended_in_d3cold_is_never_healthy_in_between(
+    sign: dict[str, Any],
+) -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **sign)), after=10)
+    assert node.reason("0") is Reason.OFF_THE_BUS
+    node.look(host(gpu(A, **COLD)), after=0.1)
+    for _ in range(10):
+        assert node.reason("0") is Reason.OFF_THE_BUS
+        node.look_again(after=DEAD / 5)
+
+
+def test_a_device_that_was_dead_in_d3cold_is_dead_until_its_link_is_read_or_it_is_bound_again() -> None:
+    first, second = (VfioDev(number=0, cdev="511:0", binding=inode) for inode in (77, 78))
+    node = Node().look(bound(first)).look(bound(first, **COLD), after=10).look_again(after=DEAD)
+    assert node.look(bound(first, **UNPOWERED), after=1).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
+    assert "has been asleep since" in node.device("0").health.detail
+    assert node.look(bound(second, **COLD), after=1).reason("0") is Reason.OFF_THE_BUS, "still dead"
+    assert node.look(bound(second, **UNPOWERED), after=0.1).reason("0") is None
+    node.look(bound(second, **COLD), after=1).look_again(after=DEAD)
+    assert node.look(bound(second), after=1).look_again(after=SETTLE).reason("0") is None
+
+
 def test_a_recovery_that_failed_at_the_bridge_above_failed() -> None:
     node = Node().look(host(gpu(A))).look(aer=((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")))
     assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR

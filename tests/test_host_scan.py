@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from conftest import MakeNode
 from loop import LIMIT, run
-from names import GEFORCE, T4
+from names import AUDIO, GEFORCE, T4
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
@@ -589,6 +590,79 @@ def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
         assert facts.functions[T4].device == 0x2330
 
     run(work())
+
+
+def reserve(paths: HostPaths, group: int, kind: str) -> None:
+    """A region that somebody wants to have for himself in an IOMMU group, and no other."""
+    file = paths.iommu_groups / str(group) / "reserved_regions"
+    file.unlink(missing_ok=True)
+    file.write_text(f"0x7e000000 0x7e0fffff {kind}\n")
+
+
+def test_what_the_firmware_maps_in_a_group_is_read_once_and_again_when_the_group_is_another(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    real = bus.read_firmware_mappings
+
+    def spy(paths: HostPaths, number: int) -> tuple[str, ...]:
+        reads.append(number)
+        return real(paths, number)
+
+    monkeypatch.setattr(bus, "read_firmware_mappings", spy)
+    scanner = HostScanner(paths, on_late=ignore)
+
+    def mappings() -> tuple[str, ...]:
+        reads.clear()
+        return run(scanner.scan()).groups[13].firmware_mappings
+
+    reserve(paths, 13, "direct")
+    assert (mappings(), reads) == (("0x7e000000-0x7e0fffff",), [11, 13])
+    assert (mappings(), reads) == (("0x7e000000-0x7e0fffff",), [])
+    node.remove(T4)  # with its group, which comes back with it
+    node.add(T4)
+    node.bind(T4)
+    group = paths.iommu_groups / "13"
+    group.rename(group.with_name("kept"))  # so that its inode number stays taken
+    shutil.copytree(group.with_name("kept"), group, symlinks=True)
+    assert (mappings(), reads) == ((), [13])
+    assert (mappings(), reads) == ((), [])
+
+
+def test_what_the_firmware_maps_in_a_group_is_read_again_when_another_function_comes_into_it(
+    node: FakeNode, paths: HostPaths
+) -> None:
+    node.remove(AUDIO)
+    scanner = HostScanner(paths, on_late=ignore)
+    assert run(scanner.scan()).groups[11].firmware_mappings == ()
+    node.add(AUDIO)
+    reserve(paths, 11, "direct")
+    assert run(scanner.scan()).groups[11].firmware_mappings == ("0x7e000000-0x7e0fffff",)
+
+
+def test_where_the_regions_of_a_group_hang_only_what_is_held_for_vms_in_it_is_unreadable(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {GEFORCE, AUDIO, "0000:01:00.2", "0000:01:00.3", T4}
+    with gate(monkeypatch, bus, "read_firmware_mappings") as hanging:
+
+        async def work() -> tuple[HostFacts, HostFacts]:
+            late = Late()
+            scanner = HostScanner(paths, on_late=late, patience=3 * PATIENCE)
+            silent = await scanner.scan()
+            hanging.open()
+            while late.calls < len(held):
+                late.called.clear()
+                await late.called.wait()
+            assert hanging.calls == len(held), "who is not waited for any more reads on"
+            return silent, await scanner.scan()
+
+        silent, answered = run(work())
+    assert silent.unreachable is None
+    assert dict(silent.unreadable) == dict.fromkeys(held, SILENCE)
+    assert silent.functions.keys() == answered.functions.keys() - held
+    assert answered.unreadable == {}
+    assert answered.groups.keys() == {11, 13}
 
 
 def test_a_second_scan_sees_everything_that_changed(node: FakeNode, paths: HostPaths) -> None:

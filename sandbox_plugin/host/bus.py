@@ -58,7 +58,7 @@ def read_groups(
     seen: dict[int | None, set[str]] = defaultdict(set)
     for function in functions.values():
         seen[function.iommu_group].add(function.address)
-    wanted = {f.iommu_group for f in functions.values() if f.vfio or is_vfio_driver(f.driver)}
+    wanted = {f.iommu_group for f in functions.values() if is_held_by_vfio(f)}
     groups = {}
     for number in sorted(n for n in wanted if n is not None):
         folder = f"{paths.iommu_groups}/{number}"
@@ -68,6 +68,29 @@ def read_groups(
             noiommu=number in without_iommu,
         )
     return groups
+
+
+def is_held_by_vfio(function: PciFunction) -> bool:
+    return function.vfio is not None or is_vfio_driver(function.driver)
+
+
+def group_inode(paths: HostPaths, number: int) -> int | None:
+    """Tells a group's folder from one that was there before under the same number; None if there is none."""
+    try:
+        return os.stat(f"{paths.iommu_groups}/{number}").st_ino
+    except OSError:
+        return None
+
+
+def read_firmware_mappings(paths: HostPaths, number: int) -> tuple[str, ...]:
+    """As in `IommuGroup.firmware_mappings`. The file has a line `start end type` for each region.
+
+    The kernel takes the group's lock for this (iommu_get_group_resv_regions in drivers/iommu/iommu.c), which whoever
+    attaches the group to an IOMMU domain holds: with a dead device that may take long. Raises `sysfs.OutOfResources`.
+    """
+    lines = (sysfs.text_or_none(f"{paths.iommu_groups}/{number}/reserved_regions") or "").splitlines()
+    regions = [line.split() for line in lines]
+    return tuple(f"{region[0]}-{region[1]}" for region in regions if len(region) == 3 and region[2] == "direct")
 
 
 def read_group_nodes(paths: HostPaths) -> tuple[frozenset[int], frozenset[int]]:

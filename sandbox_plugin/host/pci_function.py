@@ -17,14 +17,16 @@ from typing import Any
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import (
+    D3COLD,
+    ROM,
     Bar,
     Device,
     Objection,
     PciFunction,
     VfioDev,
-    is_off_the_bus,
     is_vfio_driver,
     node_of_cdev,
+    silence,
 )
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
@@ -33,8 +35,12 @@ _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
-_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
-"""IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
+_ACPI_POWER_RESOURCES = ("power_resources_D3hot", "real_power_state")
+"""What an ACPI device has whose power ACPI can cut (drivers/acpi/power.c and drivers/acpi/device_sysfs.c)."""
+_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64, _UNSET = 0x100, 0x200, 0x2000, 0x100000, 0x20000000
+"""IORESOURCE_IO, _MEM, _PREFETCH, _MEM_64 and _UNSET of the kernel's include/linux/ioport.h."""
+_ROM_ENABLE = 0x1
+"""IORESOURCE_ROM_ENABLE: the expansion ROM is switched on."""
 _BRIDGES = ("0x0600", "0x0604")
 """Classes of host bridges and PCI-to-PCI bridges, as `class` begins."""
 _REGIONS_OF_FUNCTION = 7
@@ -97,8 +103,8 @@ def read_function(
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
     if is_for_vms:
-        details = _read_details(paths, folder, function)
-        now = PciFunction(**(_unchanging(function) | details), driver=driver, iommu_group=group, vfio=vfio)
+        details = _read_details(paths, folder, function, vfio)
+        now = PciFunction(**(_kept(function) | details), driver=driver, iommu_group=group, vfio=vfio)
         return function if now == function and _binding(now) == _binding(function) else now
     # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that is
     # seen for the first time may have been.
@@ -107,7 +113,7 @@ def read_function(
     enable = 1 if is_enabled else None
     if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
-    return PciFunction(**_unchanging(function), driver=driver, iommu_group=group, enable=enable)
+    return PciFunction(**_kept(function), driver=driver, iommu_group=group, enable=enable)
 
 
 def _identify(folder: str, address: str) -> PciFunction:
@@ -134,13 +140,13 @@ def _binding(function: PciFunction) -> int | None:
     return function.vfio.binding if function.vfio is not None else None
 
 
-def _unchanging(function: PciFunction) -> dict[str, Any]:
-    """What can never change while the function is there."""
+def _kept(function: PciFunction) -> dict[str, Any]:
+    """What can never change while the function is there, or only while no driver has it."""
     names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision", "bars")
-    return {name: getattr(function, name) for name in (*names, "bridges", "physical_function")}
+    return {name: getattr(function, name) for name in (*names, "reset_methods", "bridges", "physical_function")}
 
 
-def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[str, Any]:
+def _read_details(paths: HostPaths, folder: str, function: PciFunction, vfio: VfioDev | None) -> dict[str, Any]:
     """What else the folder of a function says that a vfio driver holds."""
     optional = _Optional(folder)
     details: dict[str, Any] = {}
@@ -149,10 +155,15 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
             "subsystem_vendor": optional.hex("subsystem_vendor", 4),
             "subsystem_device": optional.hex("subsystem_device", 4),
             "revision": optional.hex("revision", 2),
-            "bars": optional.bars(),
         }
+    # A BAR that has an address keeps it and its size while a driver has the function (resource_resize_store in
+    # drivers/pci/pci-sysfs.c); one without may get it whenever the bus is scanned again.
+    is_bound_anew = vfio is None or function.vfio is None or function.vfio.binding != vfio.binding
+    if is_bound_anew or not function.bars or any(bar.unset for bar in function.bars):
+        details |= {"bars": optional.bars(), "reset_methods": optional.reset_methods()}
     power_state = optional.text("power_state")
-    link_speed, link_width = _read_link(paths, optional, function.bridges, power_state)
+    bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:])
+    link_speed, link_width = _read_link(optional, power_state, bridges_awake=bridges_awake)
     details |= {
         "numa_node": _known_node(optional.number("numa_node")),
         "link_speed": link_speed,
@@ -162,7 +173,24 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
         "virtual_functions": _virtual_functions(folder),
         "fatal_errors": optional.fatal_errors(),
     }
+    if power_state == D3COLD:
+        details |= _read_d3cold(folder, optional, bridges_awake=bridges_awake)
     return details | {"unread": tuple(optional.unread)}
+
+
+def _read_d3cold(folder: str, optional: _Optional, *, bridges_awake: bool) -> dict[str, Any]:
+    """What tells a function that sleeps without power from one that is dead.
+
+    Nothing here wakes it or asks the firmware: of what ACPI knows, that it is there is enough.
+    """
+    runtime_status = optional.text("power/runtime_status")
+    switches = any(os.path.exists(f"{folder}/firmware_node/{name}") for name in _ACPI_POWER_RESOURCES)
+    return {
+        "runtime_status": runtime_status,
+        "has_power": bridges_awake and not switches,
+        # Once more: if it was woken between the two reads, they do not contradict each other.
+        "power_state": optional.text("power_state"),
+    }
 
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
@@ -207,9 +235,13 @@ def objection(paths: HostPaths, device: Device) -> Objection | None:
         if device.mdev:
             continue
         optional = _Optional(folder)
-        link = _read_link(paths, optional, placement.bridges, optional.text("power_state"))
-        if is_off_the_bus(*link):
-            return Objection(why=f"{placement.address} does not answer on the PCI bus now")
+        power_state = optional.text("power_state")
+        bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in placement.bridges[1:])
+        link = _read_link(optional, power_state, bridges_awake=bridges_awake)
+        status = optional.text("power/runtime_status") if power_state == D3COLD else None
+        power_state = optional.text("power_state")  # once more, as in `_read_d3cold`
+        if why := silence(*link, power_state, status):
+            return Objection(why=f"{placement.address} does not answer on the PCI bus now ({why})")
     if used := _in_use(paths, device):
         names = " and ".join(sorted(used))
         detail = f"{names} in its IOMMU group {device.iommu_group} is in use (enable is 1) by a VM that has not ended"
@@ -237,11 +269,9 @@ def _is_a_vms(paths: HostPaths, address: str) -> bool:
     return is_vfio_driver(driver) or _vfio_dev(folder) is not None
 
 
-def _read_link(
-    paths: HostPaths, optional: _Optional, bridges: tuple[str, ...], power_state: str | None
-) -> tuple[str | None, int | None]:
+def _read_link(optional: _Optional, power_state: str | None, *, bridges_awake: bool) -> tuple[str | None, int | None]:
     """Speed and width of the link; None where reading them would wake something."""
-    if power_state == "D3cold" or not all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in bridges[1:]):
+    if power_state == D3COLD or not bridges_awake:
         return None, None
     return optional.text("current_link_speed"), optional.number("current_link_width")
 
@@ -297,6 +327,13 @@ class _Optional:
             self.unread.append("resource: not lines of three numbers")
             return ()
 
+    def reset_methods(self) -> tuple[str, ...] | None:
+        """Where the kernel knows no way from the start, both `reset_method` and `reset` are missing."""
+        text = self.text("reset_method")
+        if text is None:
+            return None if os.path.lexists(f"{self._folder}/reset") else ()
+        return tuple(text.split())
+
     def fatal_errors(self) -> int | None:
         """The last line of `aer_dev_fatal` is TOTAL_ERR_FATAL (Documentation/ABI/testing/sysfs-bus-pci-devices-aer)."""
         for line in (self.text("aer_dev_fatal") or "").splitlines():
@@ -307,15 +344,18 @@ class _Optional:
 
 
 def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
+    """What is unset is what pci_enable_resources in drivers/pci/setup-res.c refuses: not a ROM that is switched off."""
     for index, line in enumerate(lines):
         start, end, flags = (int(word, 16) for word in line.split())
-        if flags & (_IO_REGION | _MEM_REGION) and end > start:
+        unset = bool(flags & _UNSET) and (index != ROM or bool(flags & _ROM_ENABLE))
+        if flags & (_IO_REGION | _MEM_REGION) and (end > start or unset):
             yield Bar(
                 index=index,
-                size=end - start + 1,
+                size=end - start + 1 if end > start else 0,
                 prefetchable=bool(flags & _PREFETCH),
                 wide=bool(flags & _MEM_64),
                 io=bool(flags & _IO_REGION),
+                unset=unset,
             )
 
 

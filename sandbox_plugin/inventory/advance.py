@@ -27,7 +27,7 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.inventory.sharing import Verdicts, places_of_id, withheld
 from sandbox_plugin.inventory.state import Inventory, Memory, Signals, Track
-from sandbox_plugin.inventory.tracking import FATAL_QUIET, follow, held_but_unknown
+from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, follow, held_but_unknown, why_silent
 from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, Reason
 from sandbox_plugin.settings import Settings
 
@@ -168,10 +168,8 @@ def _verdict(track: Track, taken: Health | None) -> Health:
     """The verdict before damping and CDI have their say."""
     if track.gone_since is not None or not track.device.health.healthy:
         return track.device.health
-    for address, _ in sorted(track.silent):
-        return Health(
-            reason=Reason.OFF_THE_BUS, detail=f"{address} did not answer on the PCI bus and has been asleep since"
-        )
+    if (silent := why_silent(track)) is not None:
+        return silent
     for _, error in sorted(track.fatal_errors.items()):
         return Health(reason=Reason.FATAL_ERROR, detail=error.words)
     return HEALTHY if taken is None else taken
@@ -240,5 +238,6 @@ def _wake_at(tracks: Mapping[DeviceKey, Track], ledger: Ledger, now: float) -> f
     times = [t.well_since + SETTLE for t in tracks.values() if t.ill and t.well_since is not None]
     fatal_errors = [error for t in tracks.values() if t.fatal_errors for error in t.fatal_errors.values()]
     times += [error.since + FATAL_QUIET for error in fatal_errors if error.since is not None]
+    times += [since + DEAD for t in tracks.values() if t.unanswered for since in t.unanswered.values()]
     times += [grant.at + PROMISE_UNUSED for grant in ledger.grants.values() if ledger.pod_of(grant) is None]
     return min((time for time in times if time > now), default=None)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from sandbox_plugin.inventory.carriers import what_they_carry
 from sandbox_plugin.inventory.health import assess, is_bridge, is_vfio_bound
 from sandbox_plugin.inventory.ledger import Place
 from sandbox_plugin.inventory.naming import ModelNames
@@ -83,6 +84,8 @@ class _Seen:
     nodes_there: frozenset[str] | None
     """Those of its nodes that the host's /dev shows; None: it cannot be seen."""
     cdevs: bool
+    carried: tuple[tuple[str, str], ...]
+    """Which of them carry others for VMs, and what, in words."""
 
     def is_same_as(self, other: _Seen) -> bool:
         """Whether the same follows from both. `VfioDev.binding` does not count in comparisons elsewhere."""
@@ -144,6 +147,7 @@ def _by_group(facts: HostFacts, *, cdevs: bool) -> Iterable[tuple[int | None, _S
     functions: dict[int | None, list[PciFunction]] = defaultdict(list)
     for function in facts.functions.values():
         functions[function.iommu_group].append(function)
+    carried = what_they_carry(facts)
     for number, members in functions.items():
         group = facts.groups.get(number) if number is not None else None
         addresses = group.members if group is not None and facts.unreadable else ()
@@ -156,6 +160,7 @@ def _by_group(facts: HostFacts, *, cdevs: bool) -> Iterable[tuple[int | None, _S
                 has_group_node=number in facts.group_nodes,
                 nodes_there=_nodes_there(number, members, facts.dev_nodes) if group is not None else None,
                 cdevs=cdevs,
+                carried=tuple((f.address, carried[f.address]) for f in members if f.address in carried),
             ),
         )
 
@@ -176,8 +181,9 @@ def _judge(seen: _Seen, facts: HostFacts, settings: Settings, names: ModelNames)
     unoffered: dict[str, str] = {}
     wanted: list[_Claimed] = []
     has_unbound = False
+    carried = dict(seen.carried)
     for function, its_claim in claimed:
-        if why_not := _why_not(function, its_claim, facts, cdevs=cdevs):
+        if why_not := _why_not(function, its_claim, facts, carried.get(function.address), cdevs=cdevs):
             unoffered[function.address] = why_not
             has_unbound |= its_claim.resource is not None and not is_vfio_bound(function, facts)
         else:
@@ -208,10 +214,13 @@ def _group(seen: _Seen, devices: Sequence[Device], has_unbound: bool) -> Group |
 _Claimed = tuple[PciFunction, Claim]
 
 
-def _why_not(function: PciFunction, claim: Claim, facts: HostFacts, *, cdevs: bool) -> str | None:
+def _why_not(function: PciFunction, claim: Claim, facts: HostFacts, carried: str | None, *, cdevs: bool) -> str | None:
+    """`carried`: what the function carries, in words."""
     if claim.resource is None:
         return f"excluded by {claim.rule}"
     if not is_vfio_bound(function, facts):
+        if carried is not None:
+            return f"bound to {function.driver or 'no driver'} and carries {carried}: do not bind it to vfio-pci"
         return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
     if function.virtual_functions:
         return f"{_has_vfs(function)}; only those can be offered"

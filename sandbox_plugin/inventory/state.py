@@ -67,7 +67,7 @@ class Track:
     free_since: float | None = None
     """While it is gone: since when PodResources has shown that no pod holds it."""
     unanswered: Mapping[Bound, float] = field(default_factory=dict)
-    """Functions that did not answer on the bus when they were last asked, and when the first such scan began."""
+    """Functions that did not answer on the bus, or may be dead in D3cold, and when the first such scan began."""
     silent: frozenset[Bound] = frozenset()
     """Those that have not answered for so long that they count as dead, also while they sleep and are not asked."""
     fatal_counts: Mapping[Bound, int] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from sandbox_plugin.inventory.devices import Found, why_lost
+from sandbox_plugin.inventory.health import may_be_dead
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger
 from sandbox_plugin.inventory.state import Bound, FatalError, Signals, Track
 from sandbox_plugin.model import Device, Health, HostFacts, Reason, group_of_node, id_order
@@ -192,10 +193,10 @@ def _counts_on(marks: Iterable[Bound], device: Device, facts: HostFacts) -> set[
 
 
 def _unanswered(before: Mapping[Bound, float], device: Device, facts: HostFacts) -> dict[Bound, float]:
-    """Functions that do not answer, and since when."""
+    """Functions that do not answer or may be dead, and since when."""
     unanswered = {bound: before[bound] for bound in _counts_on(before, device, facts) if bound[0] in facts.unreadable}
     for bound in _bound(device):
-        if facts.functions[bound[0]].is_off_the_bus:
+        if may_be_dead(facts.functions[bound[0]]):
             unanswered[bound] = before.get(bound, facts.began_at)
     return unanswered
 
@@ -210,6 +211,24 @@ def _silent(
         if bound not in unanswered and facts.functions[bound[0]].link_speed is not None:
             silent.discard(bound)
     return frozenset(silent)
+
+
+def why_silent(track: Track) -> Health | None:
+    """What is remembered of a device that has nothing against it now, but may be dead. None: nothing.
+
+    In D3cold it may be dead for `DEAD` seconds before it counts, unless it has not been well since it was seen to be
+    ill, or at all: the next VM must not get it in between.
+    """
+    waits = track.ill or not track.been_well
+    for address, binding in sorted(track.silent | (track.unanswered.keys() if waits else set())):
+        why = "did not answer on the PCI bus and has been asleep since"
+        if (address, binding) in track.unanswered:
+            why = (
+                "does not answer on the PCI bus: it is in D3cold although all bridges above it are awake and ACPI has "
+                "no power resource for it"
+            )
+        return Health(reason=Reason.OFF_THE_BUS, detail=f"{address} {why}")
+    return None
 
 
 def _fatal_counts(device: Device, facts: HostFacts) -> dict[Bound, int]:

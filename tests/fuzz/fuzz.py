@@ -55,6 +55,7 @@ ATTRIBUTES = (
     "enable",
     "power_state",
     "resource",
+    "reset_method",
     "sriov_numvfs",
     "aer_dev_fatal",
     "vfio-dev/vfio3/dev",
