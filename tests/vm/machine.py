@@ -44,6 +44,9 @@ _DEVICES = (
 _KERNEL_LINE = (
     "console=ttyS0 intel_iommu=on loglevel=4 panic=-1 pcie_ports=native rdinit=/guest/init"
     # Not clocksource=tsc: on a busy host the kernel measures the emulator's TSC wrong, ten times too fast or too slow.
+    # A timer that repeats: on a busy host the emulator now and then loses the interrupt of one that is set anew each
+    # time, and then nothing on that CPU wakes by time any more ("rcu_sched detected stalls").
+    " nohz=off highres=off"
     " mitigations=off"  # they protect nobody here, and cost most where every instruction is emulated
 )
 _BOOT_SECONDS, _BOOTS = 120.0, 3
