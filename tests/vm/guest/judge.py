@@ -26,9 +26,9 @@ DeviceKey = tuple[str, str]
 IN_USE = "in use"
 """A pod's VM has the device, so the kernel refuses it to others; for the kubelet it is Healthy all the same. Without
 PodResources any VM may be a pod's."""
-EXCUSED = ("settling", "not-in-cdi")
-"""Reasons for which a device is Unhealthy although the kernel would give it away: it was ill a moment ago, or Kata
-would not find it yet."""
+EXCUSED = (IN_USE, "settling", "not-in-cdi")
+"""Besides, reasons for which a device is Unhealthy although the kernel would give it away: it was ill a moment ago, or
+Kata would not find it yet."""
 _NOT_ASKED = ("fatal-error", "off-the-bus")
 """Whoever opens a device in these states changes what the daemon sees: he is in the way of a recovery, or makes the
 kernel wait for a dead device and note that it sleeps. Cases that want to know ask for themselves."""
@@ -163,25 +163,24 @@ class Judge:
         """Those about which kernel and daemon disagree, with what each of them says."""
         reasons = self.reasons()
         left = {}
-        asked = [key for key in keys if not self._is_excused(reasons.get(key) in _NOT_ASKED, reasons.get(key) or "")]
+        asked = []
+        for key in keys:
+            if (reason := reasons.get(key)) in _NOT_ASKED:
+                self.excused[reason] += 1
+            else:
+                asked.append(key)
         for key, refused in zip(asked, self._ask(asked), strict=True):
             self.answers += 1
             resource, number = key
             healthy = number in self.kubelet.healthy(resource)
             if healthy == (refused is None):
                 continue
-            reason = reasons.get(key)
-            if self._is_excused(healthy and key in in_use, IN_USE):
-                continue
-            if self._is_excused(not healthy and reason in EXCUSED, reason or ""):
-                continue
-            left[key] = f"{'Healthy' if healthy else reason or 'not listed'}, and the kernel: {refused or 'lets it in'}"
+            excuse = (IN_USE if key in in_use else "Healthy") if healthy else reasons.get(key) or "not listed"
+            if excuse in EXCUSED:
+                self.excused[excuse] += 1
+            else:
+                left[key] = f"the daemon says {excuse}, and the kernel {refused or 'lets it in'}"
         return left
-
-    def _is_excused(self, condition: bool, name: str) -> bool:
-        if condition:
-            self.excused[name] += 1
-        return condition
 
     def _ask(self, keys: list[DeviceKey]) -> list[str | None]:
         """For each device why the kernel does not let a VM in, or None. Those of one group are asked in turn."""
@@ -205,13 +204,10 @@ class Judge:
     def reasons(self) -> dict[DeviceKey, str | None]:
         """The first word of the reason for which each device is Unhealthy, by the daemon's log; None: it is Healthy."""
         reasons: dict[DeviceKey, str | None] = {}
-        for line in self.log_path.read_text().splitlines():
+        whole_lines = self.log_path.read_text().rpartition("\n")[0]
+        for line in whole_lines.splitlines():
             said = json.loads(line) if line.startswith("{") else {}
             if said.get("event") in ("device found", "device changed"):
                 reason = said.get("reason")
                 reasons[said["resource"], said["device"]] = reason and reason.partition(":")[0]
         return reasons
-
-
-def is_bound(address: str) -> bool:
-    return driver(address) == "vfio-pci"
