@@ -61,8 +61,8 @@ EDU_ID = "1234 11e8"
 GPUS, EDUS, CARDS = "example.com/gpu", "example.com/edu", "example.com/card"
 OFFERED = {GPU: GPUS, TWIN: GPUS, FAR: GPUS, HOT: EDUS, CARD: CARDS, SOUND: CARDS, NIC: CARDS, DISK: CARDS}
 """What rules.toml offers, and under which name. SIBLING rides along in TWIN's group."""
-PATIENCE = 120.0
-"""Seconds; the machine is emulated, and where other work shares its cores a daemon takes over 30 s to start."""
+PATIENCE = 240.0
+"""Seconds; the machine is emulated, and where other work shares its cores a daemon takes 30 to 130 s to start."""
 HEALTH_INTERVAL = 2.0
 """Seconds. With it the power cut, which no event tells of, is seen."""
 ROUNDS = 20
