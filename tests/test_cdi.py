@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import os
+import socket
 import stat
 import threading
 import time
@@ -37,6 +38,7 @@ from trials import wait_until
 from sandbox_plugin.inventory.naming import ModelNames, cdi_file_name, check_resource_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device, HostFacts, Placement, Reason
+from sandbox_plugin.outputs import files
 from sandbox_plugin.outputs.cdi import CdiWriter, render_specs
 from sandbox_plugin.outputs.cdi_owner import MARK, ownership
 from sandbox_plugin.registry import Registry
@@ -509,6 +511,87 @@ def test_while_somebody_elses_spec_cannot_be_replaced_no_device_counts_as_writte
             assert read_folder(tmp_path) == {f"{PGPU}=3": ("/dev/vfio/devices/vfio3",)}
 
     asyncio.run(body())
+
+
+# What is in the way of a write
+
+
+def put_a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(path))
+
+
+def put_a_full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "something").touch()
+
+
+IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+    "a rest of an earlier write": lambda path: path.write_bytes(b"# Wri"),
+    "a pipe": os.mkfifo,
+    "a socket": put_a_socket,
+    "a folder": Path.mkdir,
+    "a link to a file": lambda path: path.symlink_to("somebody-elses"),
+    "another name of a file": lambda path: path.hardlink_to(path.parent / "somebody-elses"),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a folder with something in it": put_a_full_folder,
+}
+
+
+@pytest.mark.parametrize("what", IN_THE_WAY)
+def test_whatever_has_the_name_under_which_a_spec_is_written_first_neither_stops_the_writer_nor_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "somebody-elses").write_bytes(b"whatever")
+    temporary = tmp_path / f".{OURS}.sandbox-plugin.tmp"
+    IN_THE_WAY[what](temporary)
+
+    async def body() -> None:
+        async with bench(tmp_path) as at:
+            for number in (3, 4):
+                await at.show(with_gpus(number))
+                assert at.reason(str(number)) == (None, "")
+                assert read_folder(tmp_path).keys() == {f"{PGPU}={number}"}
+
+    asyncio.run(body())
+    left = {temporary.name} if what == "a folder with something in it" else set()
+    assert names_in(tmp_path) == {OURS, "somebody-elses", *left}
+    assert (tmp_path / "somebody-elses").read_bytes() == b"whatever"
+
+
+def test_where_no_name_is_free_the_reason_is_the_same_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    monkeypatch.setattr(files, "_create", refuse)
+    for _ in range(2):
+        with pytest.raises(FileExistsError) as raised:
+            files.replace(tmp_path / OURS, b"")
+        assert raised.value.filename == str(tmp_path / OURS)
+
+
+@pytest.mark.parametrize("umask", [0, 0o002, 0o077], ids=oct)
+def test_a_folder_that_is_missing_and_those_above_it_are_made_for_all_to_read_and_for_us_to_write_whatever_the_umask(
+    tmp_path: Path, umask: int
+) -> None:
+    private, above = tmp_path / "private", tmp_path / "private/above"
+    private.mkdir(mode=0o700)
+
+    async def body() -> None:
+        async with bench(above / "cdi") as at:
+            await at.show(with_gpus(3))
+
+    before = os.umask(umask)
+    try:
+        asyncio.run(body())
+    finally:
+        os.umask(before)
+    assert names_in(above / "cdi") == {OURS}
+    modes = [stat.S_IMODE(folder.stat().st_mode) for folder in (private, above, above / "cdi")]
+    assert modes == [0o700, 0o755, 0o755]
 
 
 # The real process

@@ -310,7 +310,7 @@ def _write_if_different(file: Path, resource: str, wanted: bytes, before: _Spec 
         try:
             written = files.replace(file, wanted)
         except FileNotFoundError:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(file.parent)
             written = files.replace(file, wanted)
     except OSError as error:
         return _Written(found=found, stamp=stamp, failure=error)
