@@ -48,12 +48,23 @@ class Registry:
         self._signals = Signals(in_cdi={} if requires_cdi else None)
         self._inventory = Inventory()
         self._wake_at: float | None = None
+        self._has_pod_resources = False
         self._changed = asyncio.Event()
         self._stepped = asyncio.Event()
 
     @property
     def current(self) -> Inventory:
         return self._inventory
+
+    @property
+    def holdings(self) -> Holdings | None:
+        """The latest answer of PodResources, if it ever gave one."""
+        return self._signals.holdings
+
+    @property
+    def has_pod_resources(self) -> bool:
+        """Whether PodResources is there, so that its answer can be waited for."""
+        return self._has_pod_resources
 
     async def newer_than(self, version: int) -> Inventory:
         """Waits, without polling, until the current inventory's version is above `version`, and returns it."""
@@ -87,10 +98,17 @@ class Registry:
         holdings: Holdings | None = None,
         in_cdi: Mapping[str, frozenset[str]] | None = None,
         cdi_trouble: Mapping[str, str] | None = None,
+        former: Mapping[DeviceKey, str] | None = None,
+        pod_resources: bool | None = None,
     ) -> Inventory:
         """Takes in what readers found out; what is not given stays as it was known."""
         if holdings is not None:
             self._signals = replace(self._signals, holdings=holdings)
+            self._has_pod_resources = True
+        if pod_resources is not None:
+            self._has_pod_resources = pod_resources
+        if former is not None:
+            self._signals = replace(self._signals, former=former)
         if in_cdi is not None:
             self._signals = replace(self._signals, in_cdi=in_cdi)
         if cdi_trouble is not None:

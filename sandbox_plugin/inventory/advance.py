@@ -21,6 +21,7 @@ from types import MappingProxyType
 
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.nodes import vfio_nodes
 from sandbox_plugin.inventory.sharing import (
     PROMISE_UNUSED,
     keep_promises,
@@ -55,12 +56,15 @@ def advance(
     healths = {key: _health(key, tracks, promises, signals) for key in tracks}
     tracks = {key: _damp(track, healths[key], now) for key, track in tracks.items()}
     listed = [replace(t.device, health=_listed_health(t, healths[key], signals)) for key, t in tracks.items()]
+    resources = _by_resource(listed)
+    has_former = any(resource not in resources for resource, _ in signals.former)
     inventory = Inventory(
         version=previous.version,
-        resources=_by_resource(listed),
+        resources=resources,
         unoffered=MappingProxyType(dict(found.unoffered)),
         without_spec=_without_spec(listed, signals),
-        waits_for_holdings=waits_for_holdings(tracks, promises, signals.holdings),
+        waits_for_holdings=has_former or waits_for_holdings(tracks, promises, signals.holdings),
+        nodes=vfio_nodes(facts),
         memory=Memory(tracks=tracks, promises=promises, cdevs=found.cdevs),
     )
     if not previous.version or _shown(inventory) != _shown(previous):

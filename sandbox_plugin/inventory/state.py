@@ -45,6 +45,9 @@ class Signals:
     """Resource -> IDs that are in a CDI spec on disk. None: this consumer needs no spec."""
     cdi_trouble: Mapping[str, str] = field(default_factory=dict)
     """Resource -> why its spec could not be written."""
+    former: Mapping[DeviceKey, str] = field(default_factory=dict)
+    """Device -> its node, by the specs that an earlier run left for resources which no device needs any more. Pods
+    may hold such devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +128,9 @@ class Inventory:
     """Resources whose devices should be in a CDI spec on disk, while none of them is."""
     waits_for_holdings: bool = False
     """Whether something here can only be settled by asking PodResources."""
+    nodes: frozenset[str] | None = None
+    """The VFIO nodes that exist, also those of no device here; None: not known. A change of them alone is no news: it
+    makes no new version."""
     memory: Memory = Memory()
 
     def device(self, resource: str, device_id: str) -> Device | None:
