@@ -14,7 +14,9 @@ import asyncio
 import math
 import os
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -37,6 +39,7 @@ from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason, id_order
 from sandbox_plugin.outputs.cdi import CdiWriter
 from sandbox_plugin.outputs.neighbours import NeighbourWatch
+from sandbox_plugin.outputs.stale import read_former
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
 from sandbox_plugin.trouble import Trouble, Troubles
@@ -57,7 +60,7 @@ _CDI_RECHECK = 5.0
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 _FOLDER_PATIENCE = 1.0
-"""Seconds that a CDI folder gets to say where it is; on a dead mount it never does."""
+"""Seconds that a CDI folder gets to say where it is, or what is in it; on a dead mount it never does."""
 
 
 async def run(settings: Settings, ending: Ending) -> None:
@@ -74,10 +77,11 @@ async def run(settings: Settings, ending: Ending) -> None:
     endpoints = Endpoints(settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=rescans.wake))
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
+    is_ours = partial(may_be_ours, settings=settings, names=names)
     cdi_writer = CdiWriter(
         folder=settings.cdi_dir,
         registry=registry,
-        is_ours=lambda resource: may_be_ours(resource, settings, names),
+        is_ours=is_ours,
         recheck=min(settings.health_interval, _CDI_RECHECK),
     )
 
@@ -94,7 +98,10 @@ async def run(settings: Settings, ending: Ending) -> None:
         # First: only what PodResources is asked after this plugin began to serve tells who holds what.
         parts = [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]
         group.create_task(serve(turn, begin_to_serve, parts, ending))
-        await group.create_task(poller.ask(patience=_FIRST_ANSWER))
+        asking = group.create_task(poller.ask(patience=_FIRST_ANSWER))
+        if needs_cdi:
+            await group.create_task(learn_former(settings.cdi_dir, registry, is_ours))
+        await asking
         is_real = settings.host_root == Path("/")
         if is_real:
             group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
@@ -110,6 +117,16 @@ async def run(settings: Settings, ending: Ending) -> None:
         group.create_task(report(registry))
         if needs_cdi:
             group.create_task(watch_cdi_folders(settings, cdi_writer.look, ending))
+
+
+async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:
+    """Tells the registry which nodes pods may hold under names that are not offered any more.
+
+    To be known, like their holders, before anything is offered. Later the CDI writer says when the folder is silent.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_FOLDER_PATIENCE):
+            registry.learn(former=await read_former(folder, is_ours))
 
 
 async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], ending: Ending) -> None:

@@ -116,7 +116,7 @@ class Registry:
     ) -> Inventory:
         """Takes in what readers found out; what is not given stays as it was known."""
         if holdings is not None:
-            self._signals = replace(self._signals, holdings=holdings)
+            self._signals = replace(self._signals, holdings=holdings, pod_resources=True)
         if in_cdi is not None:
             self._signals = replace(self._signals, in_cdi=in_cdi)
         if cdi_trouble is not None:

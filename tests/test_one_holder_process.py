@@ -60,8 +60,10 @@ class Walk:
         self.counts: Counter[str] = Counter()
         self._names = 0
         self._alias = "pgpu"
-        self._addresses = sorted(f.address for f in node.functions() if f.class_code in (0x030200, 0x068000))
+        # One GPU stays bound, so that there is always something to register.
+        _, *self._addresses = sorted(f.address for f in node.functions() if f.class_code in (0x030200, 0x068000))
         self._daemon = self._start()
+        self._daemon.wait_for("registered")
 
     def _start(self) -> Daemon:
         return Daemon(self.places, self.node, "--health-interval=0.1", f"--gpu-alias={self._alias}")
@@ -193,6 +195,7 @@ class Walk:
         else:
             self._end(old)
         self._daemon = self._start()
+        self._daemon.wait_for("registered")
         self.story.append("the plugin restarts")
 
     def change_alias(self) -> None:
@@ -201,18 +204,18 @@ class Walk:
         self.story.append(f"with the alias {self._alias}")
 
     def take_over(self) -> None:
-        if not self._daemon.events("registered"):
-            return  # it may not serve yet, and the newcomer would be first
         old, self._daemon = self._daemon, self._start()
         self._daemon.wait_for("standing by")
         for _ in range(self.dice.randrange(4)):
             self.admit()
         self._end(old)
-        self._daemon.wait_for("taking over")
+        self._daemon.wait_for("registered")
         self.story.append("another plugin takes over")
 
     def restart_kubelet(self) -> None:
+        since = self._daemon.mark()
         self.kubelet.restart()
+        self._daemon.wait_for("registered", since=since)
         self.story.append("the kubelet restarts")
 
 

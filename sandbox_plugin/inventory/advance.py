@@ -15,6 +15,7 @@ The rules it keeps:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory.devices import Found, find_devices
 from sandbox_plugin.inventory.ledger import PROMISE_UNUSED, DeviceKey, Ledger, Places
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.nodes import vfio_nodes
 from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.inventory.sharing import Verdicts, places_of_id, withheld
 from sandbox_plugin.inventory.state import Inventory, Memory, Signals, Track
@@ -55,7 +57,8 @@ def advance(
     tracks = follow(memory.tracks, found, facts, signals, now)
     ledger = _learn(memory, tracks, found, facts, signals, now, settings, names)
     if _is_steady(previous, found, tracks, ledger, signals):
-        return replace(previous, memory=replace(memory, facts=facts)), _wake_at(tracks, ledger, now)
+        nodes = previous.nodes if facts is memory.facts else vfio_nodes(facts)
+        return replace(previous, nodes=nodes, memory=replace(memory, facts=facts)), _wake_at(tracks, ledger, now)
     tracks |= held_but_unknown(ledger, partial(may_be_ours, settings=settings, names=names), tracks, found, facts, now)
     verdicts = withheld(found.groups, ledger, signals, previous.is_healthy)
     tracks, devices = _listed(tracks, verdicts, signals, now)
@@ -66,6 +69,7 @@ def advance(
         unoffered=MappingProxyType(dict(found.unoffered)),
         without_spec=_without_spec(devices.values(), signals),
         waits_for_holdings=_waits_for_holdings(tracks, ledger, found, signals),
+        nodes=vfio_nodes(facts),
         memory=Memory(tracks=tracks, ledger=ledger, facts=facts, found=found, signals=signals),
     )
     if not previous.version or _shown(inventory) != _shown(previous):
@@ -226,11 +230,9 @@ def _without_spec(devices: Iterable[Device], signals: Signals) -> frozenset[str]
 
 def _waits_for_holdings(tracks: Mapping[DeviceKey, Track], ledger: Ledger, found: Found, signals: Signals) -> bool:
     """Whether something can only be settled by asking PodResources."""
-    if ledger.grants or ledger.uses or any(t.gone_since is not None for t in tracks.values()):
+    if ledger.grants or ledger.uses or signals.former or any(t.gone_since is not None for t in tracks.values()):
         return True
-    if ledger.told_at > float("-inf"):
-        return False
-    return bool(signals.former) or any(group.is_shared for group in found.groups.values())
+    return not math.isfinite(ledger.told_at) and any(group.is_shared for group in found.groups.values())
 
 
 def _wake_at(tracks: Mapping[DeviceKey, Track], ledger: Ledger, now: float) -> float | None:

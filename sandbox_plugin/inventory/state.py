@@ -34,12 +34,13 @@ class Signals:
     serving_since: float = -math.inf
     """Since when this plugin serves, in monotonic seconds: what PodResources was asked before does not tell what
     another plugin gave until then."""
-    former: Mapping[DeviceKey, str] = field(default_factory=dict)
-    """CDI kind and device name -> node, from the specs of this plugin's earlier runs that are still in the folder."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     """Resource -> IDs that are in a CDI spec on disk. None: this consumer needs no spec."""
     cdi_trouble: Mapping[str, str] = field(default_factory=dict)
     """Resource -> why its spec could not be written."""
+    former: Mapping[DeviceKey, str] = field(default_factory=dict)
+    """Device -> its node, by the specs that an earlier run left for resources which no device needs any more. Pods
+    may hold such devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +117,9 @@ class Inventory:
     """Resources whose devices should be in a CDI spec on disk, while none of them is."""
     waits_for_holdings: bool = False
     """Whether something here can only be settled by asking PodResources."""
+    nodes: frozenset[str] | None = None
+    """The VFIO nodes that exist, also those of no device here; None: not known. A change of them alone is no news: it
+    makes no new version."""
     memory: Memory = Memory()
 
     def device(self, resource: str, device_id: str) -> Device | None:

@@ -27,8 +27,8 @@ class Ownership:
 
 
 def is_marked(content: bytes) -> bool:
-    """Whether this plugin wrote this spec, now or when it ran before."""
-    return content.startswith(_MARK_START)
+    """Whether this plugin wrote this spec, now or when it ran before, even if the write was cut off within the mark."""
+    return content.startswith(_MARK_START) or (content != b"" and _MARK_START.startswith(content))
 
 
 def ownership(content: bytes, resource: str) -> Ownership:

@@ -38,6 +38,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.kubelet.wellformed import MalformedMessage
     from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
     from sandbox_plugin.outputs.cdi_rules import read_spec
+    from sandbox_plugin.outputs.stale import read_stale
     from sandbox_plugin.registry import Registry
     from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
@@ -143,8 +144,8 @@ def uevent(_: Path) -> Callable[[bytes], None]:
 
 
 def cdi(_: Path) -> Callable[[bytes], None]:
-    """Any file that others put into the CDI folder is a spec, or is said to be wrong."""
-    return lambda data: _ignore(read_spec(data))
+    """Any file that others put into the CDI folder is a spec, or is said to be wrong; and it is ours or not."""
+    return lambda data: _ignore((read_spec(data), read_stale("nvidia.com-pgpu.yaml", data, lambda _: True)))
 
 
 def _ignore(_: object) -> None:
