@@ -13,7 +13,8 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,8 +91,11 @@ async def run(settings: Settings, ending: Ending) -> None:
         endpoints.look()
         poller.hurry()
 
-    def begin_to_serve() -> None:
-        registry.serve()
+    async def begin_to_serve() -> None:
+        since = time.monotonic()
+        if registry.current.version:  # else it is asked before anything is offered
+            await poller.ask(patience=_FIRST_ANSWER)
+        registry.serve(since)
         poller.hurry()
 
     async with Parts(ending) as group:
@@ -167,12 +171,15 @@ async def _real_path(folder: Path) -> str:
 
 
 async def serve(
-    turn: Turn, begin: Callable[[], None], parts: Sequence[Callable[[], Coroutine[None, None, None]]], ending: Ending
+    turn: Turn,
+    begin: Callable[[], Awaitable[None]],
+    parts: Sequence[Callable[[], Coroutine[None, None, None]]],
+    ending: Ending,
 ) -> None:
     """Runs what others on this node must not do at the same time, whenever it is this plugin's turn."""
     while True:
         async with turn.taken(), Parts(ending) as group:
-            begin()
+            await begin()
             tasks = [group.create_task(part()) for part in parts]
             await turn.lost()
             for task in tasks:

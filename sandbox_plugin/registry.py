@@ -99,9 +99,9 @@ class Registry:
         self._wake_at = late if self._wake_at is None else min(self._wake_at, late)
         return self._replace(allocate(self._inventory, devices, self._signals, now))
 
-    def serve(self) -> Inventory:
-        """Takes in that this plugin serves from now on, and that another one may have done so until now."""
-        self._signals = replace(self._signals, serving_since=self._clock())
+    def serve(self, since: float | None = None) -> Inventory:
+        """Takes in that this plugin serves since then, or now, and that another one may have done so until then."""
+        self._signals = replace(self._signals, serving_since=self._clock() if since is None else since)
         return self._step(self._signals)
 
     def learn(

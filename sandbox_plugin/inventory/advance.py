@@ -23,7 +23,7 @@ from types import MappingProxyType
 
 from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory.devices import Found, find_devices
-from sandbox_plugin.inventory.ledger import PROMISE_UNUSED, DeviceKey, Ledger, Places
+from sandbox_plugin.inventory.ledger import DeviceKey, Ledger, Places
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.nodes import vfio_nodes
 from sandbox_plugin.inventory.rules import may_be_ours
@@ -146,7 +146,7 @@ def _learn(
     if signals.busy:
         busy = {key: addresses for key, addresses in signals.busy.items() if key in tracks}
         ledger = ledgers.found_busy(ledger, busy, lambda key: tracks[key].device.iommu_group, now)
-    return ledgers.attribute_uses(ledgers.expire(ledger, now))
+    return ledgers.attribute_uses(ledgers.expire(ledger, now, has_pod_resources=signals.pod_resources))
 
 
 def _shown(inventory: Inventory) -> tuple[object, ...]:
@@ -241,5 +241,5 @@ def _wake_at(tracks: Mapping[DeviceKey, Track], ledger: Ledger, now: float) -> f
     fatal_errors = [error for t in tracks.values() if t.fatal_errors for error in t.fatal_errors.values()]
     times += [error.since + FATAL_QUIET for error in fatal_errors if error.since is not None]
     times += [since + DEAD for t in tracks.values() if t.unanswered for since in t.unanswered.values()]
-    times += [grant.at + PROMISE_UNUSED for grant in ledger.grants.values() if ledger.pod_of(grant) is None]
+    times += [ledger.ends_at(grant) for grant in ledger.grants.values()]
     return min((time for time in times if time > now), default=None)

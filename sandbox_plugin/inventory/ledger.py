@@ -146,6 +146,16 @@ class Ledger:
         return pod is not None and pod == self.pod_of(other) and self.named_by[one.key] is self.named_by[other.key]
 
     @property
+    def is_heard(self) -> bool:
+        """Whether PodResources has answered since this plugin serves, be it incompletely."""
+        return self.heard is not None and self.heard.asked_at >= self.serving_since
+
+    def ends_at(self, grant: Grant) -> float:
+        """When the grant ends, where there is no PodResources and nobody uses it."""
+        named_by = self.named_by.get(grant.key)
+        return PROMISE_UNUSED + max(grant.at, named_by.asked_at if named_by is not None else -math.inf)
+
+    @property
     def unplaced(self) -> list[Grant]:
         """Grants of which it is not known what group they are in; all of them are of other runs."""
         return [grant for grant in self.grants.values() if not grant.places.are_known]
@@ -186,7 +196,8 @@ def serve_since(ledger: Ledger, since: float) -> Ledger:
     """Another plugin may have served until then: what was told before does not say what it gave last."""
     if since == ledger.serving_since:
         return ledger
-    return replace(ledger, told_at=-math.inf, serving_since=since)
+    told_at = ledger.told_at if ledger.told_at >= since else -math.inf
+    return replace(ledger, told_at=told_at, serving_since=since)
 
 
 def found_busy(
@@ -254,18 +265,19 @@ def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
     return ledger.pod_of(grant) is not None or asked_at - grant.at >= ADMISSION
 
 
-def expire(ledger: Ledger, now: float) -> Ledger:
-    """Ends grants that PodResources has never named, where it does not answer: when they were used and are not any
-    more, or nobody has used them for `PROMISE_UNUSED`."""
-    unnamed = [(key, grant) for key, grant in ledger.grants.items() if ledger.pod_of(grant) is None]
-    over = [key for key, grant in unnamed if _is_expired(grant, ledger, now)]
-    if not over:
-        return ledger
-    return _with_grants(ledger, {key: grant for key, grant in ledger.grants.items() if key not in over})
+def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
+    """Ends grants of which PodResources tells nothing, where nobody uses them: when they were used since they were
+    given, or after `PROMISE_UNUSED`. One that it has named ends so only where it is not there any more."""
+    over = [
+        key
+        for key, grant in ledger.grants.items()
+        if (not has_pod_resources or ledger.pod_of(grant) is None) and _is_expired(grant, ledger, now)
+    ]
+    return _with_grants(ledger, {k: g for k, g in ledger.grants.items() if k not in over}) if over else ledger
 
 
 def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:
-    is_late = now >= grant.at + PROMISE_UNUSED
+    is_late = now >= ledger.ends_at(grant)
     if ledger.heard is not None and not is_late:
         return False  # the answer will come
     return (grant.was_used or is_late) and not any(a in ledger.uses for a in grant.places.addresses)

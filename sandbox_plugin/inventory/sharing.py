@@ -40,7 +40,7 @@ def withheld(
     uses = _uses_by_group(ledger)
     is_awaited = signals.pod_resources and not math.isfinite(ledger.told_at)
     # Then any node may be held under another name, or its number have been another function's.
-    is_unheard = signals.pod_resources and ledger.heard is None
+    is_unheard = signals.pod_resources and not ledger.is_heard
     if not ledger.grants and not uses and not is_awaited:
         return Verdicts(taken=taken, unknown=unknown)
     unplaced = ledger.unplaced
@@ -174,7 +174,8 @@ def places_of_id(
         return places_of(device)
     group = group_of_node(node)
     if group is not None:
-        return Places(node=node, group=group)
+        members = frozenset(facts.groups[group].members) if group in facts.groups else frozenset()
+        return Places(node=node, group=group, addresses=members)
     address = facts.vfio_devs.get(node.rpartition("/")[2])
     if address is None:
         return Places(node=node)
