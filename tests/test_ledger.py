@@ -33,7 +33,12 @@ class Plugin:
     now: float = 100.0
 
     def __post_init__(self) -> None:
-        self.registry = Registry(self.settings, ModelNames(), requires_cdi=False, clock=lambda: self.now)
+        is_kata = self.settings.consumer is Consumer.KATA
+        self.registry = Registry(self.settings, ModelNames(), requires_cdi=is_kata, clock=lambda: self.now)
+        numbers = frozenset(map(str, range(10)))
+        names = ("nvidia.com/pgpu", "nvidia.com/nvswitch", "nvidia.com/other", "example.com/grace")
+        if is_kata:
+            self.registry.learn(in_cdi=dict.fromkeys(names, numbers))
 
     def sees(self, *functions: Any, after: float = 1.0, **changes: Any) -> Plugin:
         """A scan."""
@@ -231,6 +236,13 @@ def test_while_pod_resources_has_not_answered_nothing_is_given_and_what_shares_a
     assert [plugin.reason(number) for number in "012"] == [Reason.HOLDERS_UNKNOWN, Reason.GROUP_TAKEN, None]
     plugin.hears(held(P="0"))
     assert [plugin.reason(number) for number in "012"] == [None, Reason.GROUP_TAKEN, None]
+
+
+def test_without_cdi_specs_every_device_waits_for_an_answer_that_names_all_pods() -> None:
+    """Nothing else could tell that a pod holds it under a name of the past."""
+    plugin = Plugin(Settings(consumer=Consumer.KUBEVIRT)).hears(complete=False).sees(gpu(A, vfio=0))
+    assert plugin.reason("0") is Reason.HOLDERS_UNKNOWN
+    assert plugin.hears().reason("0") is None
 
 
 def test_an_answer_that_may_lack_pods_ends_no_grant() -> None:

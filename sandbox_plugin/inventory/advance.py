@@ -232,6 +232,8 @@ def _waits_for_holdings(tracks: Mapping[DeviceKey, Track], ledger: Ledger, found
     """Whether something can only be settled by asking PodResources."""
     if ledger.grants or ledger.uses or signals.former or any(t.gone_since is not None for t in tracks.values()):
         return True
+    if signals.pod_resources and not ledger.is_heard:
+        return True
     return not math.isfinite(ledger.told_at) and any(group.is_shared for group in found.groups.values())
 
 

@@ -38,7 +38,7 @@ class Group:
 
     devices: tuple[Device, ...]
     places: tuple[Place, ...]
-    """Its number, the addresses of its functions, and the nodes of its devices."""
+    """Its number, the addresses of its functions, and the nodes of those and of its devices."""
     has_unbound: bool
     """A function that a rule wants is in it, and no vfio driver has that: a pod may have it from before."""
 
@@ -205,6 +205,8 @@ def _group(seen: _Seen, devices: Sequence[Device], has_unbound: bool) -> Group |
     if not devices or seen.group is None:
         return None
     places: list[Place] = [seen.group.number, *seen.group.members, *(d.node for d in devices)]
+    # Also of what is no device of ours: a number that a pod has may have gone to it.
+    places += [node_of_cdev(f.vfio.number) for f in seen.functions if f.vfio is not None and f.vfio.cdev]
     # Who has a physical function has its virtual ones: vfio-pci lets nobody else open them (vfio_pci_validate_vf_token
     # in drivers/vfio/pci/vfio_pci_core.c).
     places += [f.physical_function for f in seen.functions if f.physical_function is not None]

@@ -41,6 +41,7 @@ def withheld(
     is_awaited = signals.pod_resources and not math.isfinite(ledger.told_at)
     # Then any node may be held under another name, or its number have been another function's.
     is_unheard = signals.pod_resources and not ledger.is_heard
+    without_specs = signals.in_cdi is None  # then nothing but PodResources tells of former names
     if not ledger.grants and not uses and not is_awaited:
         return Verdicts(taken=taken, unknown=unknown)
     unplaced = ledger.unplaced
@@ -58,7 +59,7 @@ def withheld(
             health = _taken_by(device, own, holders, ledger) or _in_use(device, group, own, holders, used, ledger)
             if health is not None:
                 taken[key] = health
-            elif is_unheard or (is_awaited and (group.is_shared or _is_former(device, former))):
+            elif is_unheard or (is_awaited and (group.is_shared or without_specs or _is_former(device, former))):
                 unknown[key] = _awaited(device)
             elif own is None and not was_healthy(key) and any(is_undecided(a, u, ledger) for a, u in used):
                 unknown[key] = _awaited(device)  # what was Healthy stays so: another look will tell in a moment
