@@ -165,7 +165,10 @@ class Judge:
         left = {}
         asked = []
         for key in keys:
-            if (reason := reasons.get(key)) in _NOT_ASKED:
+            is_unhealthy, reason = key[1] in self.kubelet.unhealthy(key[0]), reasons.get(key)
+            if is_unhealthy and reason is None:
+                left[key] = "the daemon says Unhealthy, and its log does not say why"  # the kubelet is told first
+            elif is_unhealthy and reason in _NOT_ASKED:
                 self.excused[reason] += 1
             else:
                 asked.append(key)
