@@ -23,7 +23,7 @@ from pathlib import Path
 import daemon as daemon_process
 import psutil
 import pytest
-from attacker import Attacker, attacker
+from bare import BareClient, bare_client
 from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places, sockets
 from grpc import StatusCode
@@ -336,11 +336,11 @@ def test_a_stream_that_ends_while_something_is_sent_over_it_is_lost_at_once(
     """Not only when the garbage collector comes by."""
     kubelet.manners = Manners.FORGETS
     with ExitStack() as stack:
-        clients: list[Attacker] = []
+        clients: list[BareClient] = []
 
         def connect(_: str) -> None:
             if not clients:
-                clients.append(stack.enter_context(attacker(socket_of(places))))
+                clients.append(stack.enter_context(bare_client(socket_of(places))))
 
         kubelet.on_register = connect  # a connection that is made now counts as the kubelet's
         plugin = daemon(fake_node("workstation"), PYTHONPATH=tampered(places, "import gc; gc.disable()"))
@@ -352,7 +352,7 @@ def test_a_stream_that_ends_while_something_is_sent_over_it_is_lost_at_once(
         plugin.wait_for("registered", resource=PGPU)
         kubelet.manners = Manners.POLITE
         if cut:
-            client.close()
+            client.socket.close()
         else:
             client.http.reset_stream(stream)
             client.send()

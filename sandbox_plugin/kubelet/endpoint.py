@@ -159,7 +159,7 @@ class Endpoint:
             try:
                 yield
             finally:
-                await server.end()
+                server.end()
         finally:
             listener.close()
             sockets.remove(self.path, own)
@@ -200,8 +200,9 @@ class Endpoint:
             yield
         finally:
             current = self._registration
-            if current is not None and current.kubelet == registration.kubelet:
-                # Also when it is an older registration's: it is the current one that the same kubelet drops.
+            if current is not None and (current.kubelet, current.own) == (registration.kubelet, registration.own):
+                # Also when it is an older registration's: it is the current one that the same kubelet drops. Not when
+                # it went over an older socket of ours: we hung up there before we registered again.
                 current.ended = True
                 self._bell.set()
 
