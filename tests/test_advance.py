@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -586,3 +587,45 @@ def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
 def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
     node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
     assert node.look_again(after=PROMISE_UNUSED + 1).wake_at is None
+
+
+# What a step costs, in calls of functions: that does not depend on the machine
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions are called, in Python and below."""
+    number = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal number
+        number += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return number
+
+
+def many(count: int) -> HostFacts:
+    return host(*(gpu(f"{n >> 8:04x}:{n & 255:02x}:00.0", vfio=n, group=n) for n in range(count)))
+
+
+def test_an_allocate_costs_the_same_on_a_node_with_8_devices_and_with_1024() -> None:
+    costs = []
+    for count in (8, 1024):
+        node = Node().look(many(count)).pods(*map(str, range(count // 2)))
+        devices = [node.device("3")]
+        costs.append(calls_of(lambda n=node, d=devices: allocate(n.inventory, d, n.signals, n.now)))  # type: ignore[misc]
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("held", [0, 1], ids=["nothing held", "all held"])
+def test_what_a_scan_costs_grows_no_faster_than_the_node(held: int) -> None:
+    costs = []
+    for count in (128, 1024):
+        facts = many(count)
+        node = Node().look(facts).pods(*map(str, range(count * held)))
+        costs.append(calls_of(lambda n=node, f=facts: n.look(f, after=1)))  # type: ignore[misc]
+    assert costs[1] <= 9 * costs[0]

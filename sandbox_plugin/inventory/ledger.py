@@ -178,8 +178,10 @@ def give(ledger: Ledger, devices: Iterable[Device], now: float) -> Ledger:
         if (old := grants.pop(key, None)) is not None:
             for place in old.places.all:
                 by_place[place] = tuple(k for k in by_place[place] if k != key)
-            for other in [g for g in grants.values() if ledger.are_one_pods(g, old) or 0 != g.heir == old.allocation]:
-                grants[other.key] = replace(other, heir=number)
+            for other in ledger.touching(old.places.all):
+                is_old_pods = ledger.are_one_pods(other, old) or 0 != other.heir == old.allocation
+                if is_old_pods and other.key in grants:
+                    grants[other.key] = replace(grants[other.key], heir=number)
         grants[key] = Grant(key=key, places=places_of(device), at=now, allocation=number)
         for place in grants[key].places.all:
             by_place[place] = (*by_place.get(place, ()), key)

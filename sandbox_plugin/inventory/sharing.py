@@ -44,12 +44,11 @@ def withheld(
     without_specs = signals.in_cdi is None  # then nothing but PodResources tells of former names
     if not ledger.grants and not uses and not is_awaited:
         return Verdicts(taken=taken, unknown=unknown)
-    unplaced = ledger.unplaced
     former = _former_nodes(signals)
     for number, group in groups.items():
         holders = ledger.touching(group.places)
         if group.has_unbound:
-            holders += [grant for grant in unplaced if grant not in holders]
+            holders += [grant for grant in ledger.unplaced if grant not in holders]
         used = uses.get(number, ())
         if not holders and not used and not is_awaited:
             continue
