@@ -1044,6 +1044,9 @@ class TestCommand:
         run("enable", folder, T4, 0)
         assert "off the bus" in run("sicken", folder, T4)
         assert "off the bus" not in run("heal", folder, T4)
+        assert "off the bus" in run("sicken", folder, T4, "--cold")
+        assert (FakeNode.open(folder).folder(T4) / "power_state").read_text() == "D3cold\n"
+        assert "off the bus" not in run("heal", folder, T4)
         assert T4 in run("remove", folder, T4)
         assert run("show", folder).splitlines()[-1] == f"removed: {T4}"
         assert "no driver" in run("add", folder, T4)
