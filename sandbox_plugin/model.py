@@ -231,6 +231,8 @@ class Device:
     iommu_group: int
     mates: tuple[str, ...] = ()
     """IDs of the other devices in its IOMMU group, which the kernel gives to one VM only, of any resource."""
+    group_functions: tuple[str, ...] = ()
+    """Functions of its group that a VM may have: those that a vfio driver has, or had when a VM had them."""
     mdev: bool = False
     """A mediated device: the address is a UUID."""
     group_node: str | None = None

@@ -510,3 +510,11 @@ def test_a_resource_is_ours_if_a_device_can_have_it_by_these_settings(
     settings: Settings, ours: set[str], others: set[str]
 ) -> None:
     assert {name for name in ours | others if may_be_ours(name, settings, NAMES)} == ours
+
+
+def test_a_device_knows_all_functions_of_its_group_that_a_vm_may_have() -> None:
+    bridge = gpu(C, vfio=None, group=9, enable=1, class_code=0x060400)
+    left_by_a_vm = gpu("0000:04:00.0", vfio=None, group=9, enable=1)
+    idle = gpu("0000:05:00.0", vfio=None, group=9)
+    (device,) = find(host(gpu(A, vfio=1, group=9), bridge, left_by_a_vm, idle)).devices
+    assert device.group_functions == (A, "0000:04:00.0")

@@ -789,6 +789,7 @@ def device(*addresses: str, node: str, mdev: bool = False) -> Device:
         model="GPU",
         placements=tuple(Placement(address=a, numa_node=None, bridges=()) for a in addresses),
         iommu_group=1,
+        group_functions=addresses,
         mdev=mdev,
     )
 
@@ -870,13 +871,14 @@ def test_a_device_that_a_vm_has_may_not_and_is_said_to_be_in_use(tree: Tree) -> 
 
 
 def test_a_device_of_whose_group_a_vm_has_another_function_may_not(tree: Tree) -> None:
-    group = tree.node.function(GEFORCE).iommu_group
-    given = replace(device(GEFORCE, node=f"/dev/vfio/{group}"), iommu_group=group or 0)
+    given = replace(device(GEFORCE, node="/dev/vfio/11"), group_functions=(GEFORCE, GEFORCE_AUDIO))
     assert pci_function.objection(tree.paths, given) is None
     tree.node.set_enable(GEFORCE_AUDIO, 1)
     objection = pci_function.objection(tree.paths, given)
     assert objection is not None
     assert objection.in_use == {GEFORCE_AUDIO}
+    tree.node.unbind(GEFORCE_AUDIO)
+    assert pci_function.objection(tree.paths, given) is not None, "it is the VM's until that lets go"
     tree.node.set_enable(GEFORCE_AUDIO, 0)
     tree.node.bind(GEFORCE_AUDIO, "snd_hda_intel")
     tree.node.set_attribute(GEFORCE_AUDIO, "enable", "1")

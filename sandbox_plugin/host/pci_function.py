@@ -41,8 +41,6 @@ _IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64, _UNSET = 0x100, 0x200, 0x2000, 0x10
 """IORESOURCE_IO, _MEM, _PREFETCH, _MEM_64 and _UNSET of the kernel's include/linux/ioport.h."""
 _ROM_ENABLE = 0x1
 """IORESOURCE_ROM_ENABLE: the expansion ROM is switched on."""
-_BRIDGES = ("0x0600", "0x0604")
-"""Classes of host bridges and PCI-to-PCI bridges, as `class` begins."""
 _REGIONS_OF_FUNCTION = 7
 """Lines of `resource` that are the function's own: six BARs and the ROM; SR-IOV and bridge windows follow."""
 
@@ -251,22 +249,18 @@ def objection(paths: HostPaths, device: Device) -> Objection | None:
 
 def _in_use(paths: HostPaths, device: Device) -> frozenset[str]:
     """The functions of its group that a VM has: a group's DMA has one owner."""
-    members = sysfs.listed(f"{paths.iommu_groups}/{device.iommu_group}/devices")
-    return frozenset(a for a in {*members, *(p.address for p in device.placements)} if _is_a_vms(paths, a))
+    return frozenset(address for address in device.group_functions if _is_a_vms(f"{paths.pci_devices}/{address}"))
 
 
-def _is_a_vms(paths: HostPaths, address: str) -> bool:
-    """Whether it is enabled, and not by a host driver; bridges are enabled for what is below them."""
-    folder = f"{paths.pci_devices}/{address}"
+def _is_a_vms(folder: str) -> bool:
+    """Whether it is enabled, and no host driver has it."""
     if sysfs.text_or_none(f"{folder}/enable") != "1":
         return False
     try:
         driver = sysfs.link_name(f"{folder}/driver")
     except OSError:
-        driver = None
-    if driver is None:
-        return not (sysfs.text_or_none(f"{folder}/class") or "").startswith(_BRIDGES)
-    return is_vfio_driver(driver) or _vfio_dev(folder) is not None
+        return True
+    return driver is None or is_vfio_driver(driver) or _vfio_dev(folder) is not None
 
 
 def _read_link(optional: _Optional, power_state: str | None, *, bridges_awake: bool) -> tuple[str | None, int | None]:

@@ -197,8 +197,13 @@ def _judge(seen: _Seen, facts: HostFacts, settings: Settings, names: ModelNames)
         unoffered |= left_out
     build = _by_cdev if cdevs else _of_group
     judge = partial(assess, facts=facts, require_iommufd=settings.require_iommufd)
-    devices = _with_mates([replace(d, health=judge(d)) for d in build(wanted, facts, names)])
+    vms = tuple(f.address for f in seen.functions if is_vfio_bound(f, facts) or _may_be_unbound_under_a_vm(f))
+    devices = _with_mates([replace(d, health=judge(d), group_functions=vms) for d in build(wanted, facts, names)])
     return _Part(seen=seen, devices=devices, unoffered=unoffered, group=_group(seen, devices, has_unbound))
+
+
+def _may_be_unbound_under_a_vm(function: PciFunction) -> bool:
+    return function.driver is None and function.enable == 1 and not is_bridge(function)
 
 
 def _group(seen: _Seen, devices: Sequence[Device], has_unbound: bool) -> Group | None:
