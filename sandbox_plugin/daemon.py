@@ -39,7 +39,7 @@ from sandbox_plugin.kubelet.servicer import LastLook
 from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason, id_order
 from sandbox_plugin.outputs.cdi import CdiWriter
-from sandbox_plugin.outputs.neighbours import NeighbourWatch
+from sandbox_plugin.outputs.foreign_specs import ForeignSpecWatch
 from sandbox_plugin.outputs.stale import read_former
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
@@ -136,22 +136,23 @@ async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str]
 async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], ending: Ending) -> None:
     """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
     recheck = min(settings.health_interval, _CDI_RECHECK)
+    watches: list[ForeignSpecWatch] = []
     async with Parts(ending) as group:
         for folder in await cdi_folders(settings):
-            group.create_task(watch_cdi_folder(folder, recheck, on_change, ending))
+            watches.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(watches)))
+            group.create_task(watch_cdi_folder(watches[-1], on_change, ending))
 
 
-async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[], None], ending: Ending) -> None:
+async def watch_cdi_folder(specs: ForeignSpecWatch, on_change: Callable[[], None], ending: Ending) -> None:
     """Looks after the specs of others in this folder."""
-    neighbours = NeighbourWatch(folder=folder, recheck=recheck)
 
     def look() -> None:
-        neighbours.look()
+        specs.look()
         on_change()
 
     async with Parts(ending) as group:
-        group.create_task(neighbours.run())
-        group.create_task(FolderWatcher(folders=lambda: [folder], on_change=look, step=_UNHURRIED).run())
+        group.create_task(specs.run())
+        group.create_task(FolderWatcher(folders=lambda: [specs.folder], on_change=look, step=_UNHURRIED).run())
 
 
 async def cdi_folders(settings: Settings) -> tuple[Path, ...]:

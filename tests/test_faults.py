@@ -837,7 +837,7 @@ def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_
 HANGING_FOLDER = """
 import os
 from sandbox_plugin.host import watch
-from sandbox_plugin.outputs import neighbours
+from sandbox_plugin.outputs import foreign_specs
 def hanging(function):
     def hang(path):
         if "etc/cdi" in str(path) and os.path.exists(os.environ["HANGS"]):
@@ -845,7 +845,7 @@ def hanging(function):
                 pass
         return function(path)
     return hang
-neighbours._specs_below = hanging(neighbours._specs_below)
+foreign_specs._specs_below = hanging(foreign_specs._specs_below)
 watch._inode = hanging(watch._inode)
 """
 

@@ -1,6 +1,6 @@
 """Small files: told apart without being read, read without waiting, replaced whole.
 
-What CdiWriter and NeighbourWatch both need. Every call may hang on a dead mount: call these on a thread.
+What CdiWriter and ForeignSpecWatch both need. Every call may hang on a dead mount: call these on a thread.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
@@ -23,9 +22,9 @@ from sandbox_plugin.inventory.naming import cdi_file_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.outputs import files
+from sandbox_plugin.outputs.cdi_lint import read_spec
 from sandbox_plugin.outputs.cdi_owner import is_marked, stated_kind
-from sandbox_plugin.outputs.cdi_rules import read_spec
-from sandbox_plugin.outputs.spec_text import LARGEST, parse
+from sandbox_plugin.outputs.spec_text import LARGEST
 
 _VFIO_NODE = re.compile(r"/dev/vfio/(devices/vfio)?[0-9]+")
 """A device's own node: the reference plugin puts /dev/vfio/vfio beside it."""
@@ -77,21 +76,12 @@ def read_stale(name: str, content: bytes, is_ours: Callable[[str], bool]) -> Sta
         kind = None
     if not is_marked(content) and not (kind is not None and is_ours(kind)):
         return None
-    if kind is None or not read_spec(content).devices:
+    if kind is None or not (devices := read_spec(content).devices):
         return StaleSpec()
-    return StaleSpec(kind=kind, nodes=_nodes(content))
-
-
-def _nodes(content: bytes) -> dict[str, str]:
-    """Device name -> its VFIO node, in a spec that Kata takes."""
-    spec: Any = parse(content)
-    nodes: dict[str, str] = {}
-    for device in spec["devices"]:
-        entries = device["containerEdits"].get("deviceNodes")
-        for entry in entries if isinstance(entries, list) else ():
-            if _VFIO_NODE.fullmatch(entry["path"].text):
-                nodes.setdefault(device["name"].text, entry["path"].text)
-    return nodes
+    nodes = {
+        device.partition("=")[2]: next(filter(_VFIO_NODE.fullmatch, paths), None) for device, paths in devices.items()
+    }
+    return StaleSpec(kind=kind, nodes={name: node for name, node in nodes.items() if node is not None})
 
 
 # How long they stay

@@ -37,7 +37,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.kubelet.wellformed import MalformedMessage
     from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
-    from sandbox_plugin.outputs.cdi_rules import read_spec
+    from sandbox_plugin.outputs.cdi_lint import read_spec
     from sandbox_plugin.outputs.stale import read_stale
     from sandbox_plugin.registry import Registry
     from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
