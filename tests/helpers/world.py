@@ -1,0 +1,713 @@
+"""A world for the pure middle: hardware, VMs, a kubelet, plugins that come and go, and a clock that is not real.
+
+What is true is kept as plain objects, and judged without any idea of the daemon's: after each Allocate that was
+granted, nothing that the pod got may be in other hands (`Hands`). The plugins in it are real registries, driven
+directly; they see what a plugin sees, as late as a plugin sees it.
+
+Usage:
+
+    world = World(layout="mates")
+    world.start_plugin(Settings(), serves=True)
+    world.admit([(PGPU, 1)])              # raises `TwoHolders`
+    world.settle()                        # everybody leaves; raises `NotOffered`
+
+`search` does random things to it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hardware import Function, Kernel, Vm
+
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.state import DeviceKey, Holdings
+from sandbox_plugin.kubelet.podresources import YOUNG
+from sandbox_plugin.model import Device, HostFacts, node_of_cdev, node_of_group
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Consumer, Policy, ResourceRule, Settings
+
+NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3): "GH100 [H100 NVSwitch]"})
+UNUSED = 600.0
+"""Seconds after which, without PodResources, a pod that uses nothing counts as gone: that is what is promised."""
+_INTERVAL = 5.0
+_PATIENCE = 4.0
+"""Seconds that PodResources gets for an answer."""
+
+
+class TwoHolders(AssertionError):
+    """Something was given to a pod while it was in other hands."""
+
+
+class NotOffered(AssertionError):
+    """A device that nobody has is not offered."""
+
+
+# Pods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    """One device in an answer of Allocate, for as long as the kubelet keeps the answer."""
+
+    key: DeviceKey
+    node: str
+    group_node: str | None
+    """As well given, to KubeVirt."""
+    addresses: tuple[str, ...]
+    """Named in the environment, for KubeVirt."""
+    bindings: tuple[int, ...]
+    consumer: Consumer
+    plugin: Plugin
+    at: float
+
+
+@dataclass(eq=False, kw_only=True)
+class Pod:
+    name: str
+    shows_at: float
+    """When PodResources begins to name it."""
+    grants: list[Grant] = field(default_factory=list)
+    is_live: bool = True
+    """The kubelet keeps its IDs from other pods."""
+    vm: Vm | None = None
+    vm_ended_at: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Hands:
+    """What somebody has, or will have as soon as the VM starts."""
+
+    nodes: frozenset[str] = frozenset()
+    groups: frozenset[int] = frozenset()
+    addresses: frozenset[str] = frozenset()
+
+    def __and__(self, other: Hands) -> Hands:
+        return Hands(self.nodes & other.nodes, self.groups & other.groups, self.addresses & other.addresses)
+
+    def __or__(self, other: Hands) -> Hands:
+        return Hands(self.nodes | other.nodes, self.groups | other.groups, self.addresses | other.addresses)
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes or self.groups or self.addresses)
+
+    def __str__(self) -> str:
+        groups = [f"group {n}" for n in sorted(self.groups)]
+        return ", ".join([*sorted(self.nodes), *groups, *sorted(self.addresses)])
+
+
+# Plugins
+
+
+@dataclass(eq=False, kw_only=True)
+class Question:
+    """One to PodResources that is not answered yet."""
+
+    asked_at: float
+    arrives_at: float
+    answer: Holdings | None
+    """As it was when the kubelet got the question; None: it is to be made when it arrives."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Plugin:
+    """One run of the plugin: a registry, and what the daemon does around it."""
+
+    name: str
+    settings: Settings
+    registry: Registry
+    began_at: float
+    serves: bool = False
+    next_scan: float = 0.0
+    scan: tuple[float, HostFacts] | None = None
+    """One that is under way: when its facts come, and what they are."""
+    scanned_at: float = math.inf
+    """When the first scan began."""
+    scan_began: float = -math.inf
+    """When the latest scan began that has been taken in."""
+    next_question: float = 0.0
+    question: Question | None = None
+    has_answer: bool = False
+    """PodResources has answered once, by a kubelet that knew its pods."""
+    is_there: bool | None = None
+    """Whether PodResources' socket was there when it was last asked."""
+    named: dict[DeviceKey, float] = field(default_factory=dict)
+    """Device -> when the latest answer was asked for that names a pod that holds it."""
+    known_enabled: set[str] = field(default_factory=set)
+    in_cdi: Mapping[str, frozenset[str]] | None = None
+    former: Mapping[DeviceKey, str] = field(default_factory=dict)
+    last: Holdings | None = None
+
+    def learn(self, **news: Any) -> None:
+        """`Registry.learn`, of as much as it understands."""
+        understood = {name: value for name, value in news.items() if name in _LEARNS}
+        if understood:
+            self.registry.learn(**understood)
+
+    def learn_holdings(self, asked_at: float, pods: Mapping[DeviceKey, str], *, complete: bool) -> None:
+        for key in pods:
+            self.named[key] = asked_at
+        if _HAS_COMPLETE:
+            news: dict[str, Any] = {"asked_at": asked_at, "pods": pods, "complete": complete}
+            self.learn(holdings=Holdings(**news))
+            return
+        if not complete:
+            before = self.last or Holdings(asked_at=-math.inf)
+            asked_at, pods = before.asked_at, {**before.pods, **pods}
+        self.last = Holdings(asked_at=asked_at, pods=pods)
+        self.learn(holdings=self.last)
+
+
+_LEARNS = frozenset(inspect.signature(Registry.learn).parameters)
+_HAS_COMPLETE = "complete" in {f.name for f in fields(Holdings)}
+
+ALIASES = ("pgpu", "pgpu", "other", "")
+GRACE_RULE = ResourceRule(label="resources[0]", name="example.com/grace", drivers=frozenset({"nvgrace_gpu_vfio_pci"}))
+
+
+def hardware(kind: str) -> list[Function]:
+    """The functions of a machine, none bound yet. Group numbers are small, so that they meet those of vfioN."""
+
+    def group(number: int, *kinds: str) -> list[Function]:
+        addresses = tuple(f"0000:{number:02x}:00.{n}" for n in range(len(kinds)))
+        return [
+            Function(address=a, kind=k, group=number, mates=tuple(m for m in addresses if m != a))
+            for a, k in zip(addresses, kinds, strict=True)
+        ]
+
+    layouts: dict[str, list[tuple[str, ...]]] = {
+        "singles": [("gpu",), ("gpu",), ("gpu",), ("switch",)],
+        "mates": [("gpu", "gpu"), ("gpu",), ("switch", "switch")],
+        "switches": [("gpu",), ("gpu",), ("switch", "switch", "switch", "switch")],
+        "riders": [("gpu", "audio"), ("gpu", "gpu", "audio"), ("switch",)],
+        "mixed": [("gpu", "switch"), ("gpu", "audio"), ("gpu",)],
+        "virtual": [("gpu",), ("gpu",), ("switch",)],
+    }
+    functions = [f for n, kinds in enumerate(layouts[kind], 1) for f in group(n, *kinds)]
+    if kind == "virtual":
+        for n in range(2):
+            virtual = Function(address=f"0000:02:01.{n}", kind="vf", group=20 + n, carrier="0000:02:00.0")
+            mediated = Function(address=f"00000000-0000-0000-0000-{n:012x}", kind="mdev", group=30 + n)
+            virtual.is_present = mediated.is_present = False
+            functions += [virtual, mediated]
+    return functions
+
+
+LAYOUTS = ("singles", "mates", "mates", "switches", "riders", "mixed", "virtual")
+
+
+class World:
+    """Everything, from one seed."""
+
+    def __init__(
+        self,
+        *,
+        cdevs: bool = True,
+        layout: str = "mates",
+        pod_resources: str = "there",
+        settings: Settings | None = None,
+        kubelet_age: float = 1000.0,
+    ) -> None:
+        self.now = 1000.0
+        self.kernel = Kernel(hardware(layout), cdevs=cdevs)
+        for function in self.kernel.present:
+            self.kernel.bind(function, "vfio-pci")
+        self.pods: list[Pod] = []
+        """Live ones, and those whose VM has outlived them."""
+        self.allocated: dict[DeviceKey, Pod] = {}
+        """The kubelet's own book."""
+        self.pod_resources = pod_resources
+        """`there`, `slow` or `absent`."""
+        self.kubelet_began = self.now - kubelet_age
+        self.cdi: dict[str, dict[str, str]] = {}
+        """Resource -> device name -> node: the specs that lie in the folder."""
+        self.plugin: Plugin | None = None
+        """The one that serves."""
+        self.standby: Plugin | None = None
+        self.settings = settings or Settings()
+        self.counts: Counter[str] = Counter()
+        self.history: list[str] | None = None
+        self.dice = random.Random(0)
+        self._names = 0
+
+    def note(self, *words: object) -> None:
+        if self.history is not None:
+            self.history.append(f"{self.now - 1000:9.2f}  {' '.join(map(str, words))}")
+
+    def _name(self, kind: str) -> str:
+        self._names += 1
+        return f"{kind}{self._names}"
+
+    # Time
+
+    def wait(self, seconds: float) -> None:
+        """Time goes on, and the plugins do what they do in it."""
+        end = self.now + seconds
+        piece = max(2.5, seconds / 12)
+        while self.now < end:
+            self.now = min(end, self.now + piece)
+            for plugin in self.plugins:
+                self._follow(plugin)
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        return [p for p in (self.plugin, self.standby) if p is not None]
+
+    def _follow(self, plugin: Plugin) -> None:
+        if plugin.scan is not None and self.now >= plugin.scan[0]:
+            self._take_scan(plugin)
+        if plugin.question is not None and self.now >= plugin.question.arrives_at:
+            self._take_answer(plugin)
+        wake_at = plugin.registry._wake_at
+        if plugin.scan is None and (self.now >= plugin.next_scan or (wake_at is not None and self.now >= wake_at)):
+            self.begin_scan(plugin)
+        waits = plugin.registry.current.waits_for_holdings or not plugin.has_answer
+        if plugin.question is None and waits and self.now >= plugin.next_question:
+            self.ask(plugin)
+
+    # What a plugin sees
+
+    def begin_scan(self, plugin: Plugin, takes: float = 0.0) -> None:
+        plugin.next_scan = self.now + _INTERVAL
+        plugin.scan = (self.now + takes, self.kernel.facts(self.now, plugin.known_enabled))
+        if not takes:
+            self._take_scan(plugin)
+
+    def _take_scan(self, plugin: Plugin) -> None:
+        assert plugin.scan is not None
+        facts = plugin.scan[1]
+        plugin.scan = None
+        self.note(plugin.name, "takes in a scan of", f"{facts.began_at - 1000:.2f}")
+        plugin.registry.observe(facts)
+        plugin.scan_began = facts.began_at
+        plugin.scanned_at = min(plugin.scanned_at, facts.began_at)
+        self._write_specs(plugin)
+
+    def ask(self, plugin: Plugin, takes: float | None = None) -> None:
+        """The question to PodResources. `takes`: seconds until it is answered, where that is not left to chance."""
+        plugin.next_question = self.now + _INTERVAL
+        plugin.is_there = self.pod_resources != "absent"
+        plugin.learn(pod_resources=plugin.is_there)
+        self._write_specs(plugin)
+        if not plugin.is_there:
+            self.note(plugin.name, "finds no PodResources")
+            return
+        if takes is None:
+            takes = self.dice.choice((0.5, 2.0, 3.9, math.inf)) if self.pod_resources == "slow" else 0.0
+        if takes > _PATIENCE:
+            return
+        answer = self._answer(self.now) if self.dice.random() < 0.5 else None
+        plugin.question = Question(asked_at=self.now, arrives_at=self.now + takes, answer=answer)
+        if not takes:
+            self._take_answer(plugin)
+
+    def _answer(self, asked_at: float) -> Holdings:
+        is_young = self.now - self.kubelet_began < YOUNG
+        named = [p for p in self.pods if p.is_live and p.shows_at <= self.now]
+        if is_young:
+            named = [p for p in named if self.dice.random() < 0.5]
+        pods = {g.key: f"default/{p.name}" for p in named for g in p.grants}
+        return Holdings(asked_at=asked_at, pods=pods)
+
+    def _take_answer(self, plugin: Plugin) -> None:
+        question = plugin.question
+        assert question is not None
+        plugin.question = None
+        is_young = question.asked_at - self.kubelet_began < YOUNG
+        answer = question.answer or self._answer(question.asked_at)
+        words = "complete" if not is_young else "young"
+        self.note(plugin.name, f"hears ({words}, asked {question.asked_at - 1000:.2f})", dict(answer.pods))
+        plugin.has_answer |= not is_young
+        plugin.learn_holdings(question.asked_at, answer.pods, complete=not is_young)
+        self._write_specs(plugin)
+
+    def _write_specs(self, plugin: Plugin) -> None:
+        """What the CDI writer does, where this plugin has one and it is its turn."""
+        if plugin.settings.consumer is not Consumer.KATA:
+            return
+        if plugin.serves:
+            resources = plugin.registry.current.resources
+            specs = {r: {d.id: d.node for d in listed if d.node_exists} for r, listed in resources.items()}
+            self.cdi |= {resource: named for resource, named in specs.items() if named}
+            kept = {g.key[0] for p in self.pods if p.is_live for g in p.grants}
+            self.cdi = {r: named for r, named in self.cdi.items() if specs.get(r) or r in kept}
+            in_cdi = {resource: frozenset(named) for resource, named in specs.items() if named}
+            if in_cdi != plugin.in_cdi:
+                plugin.in_cdi = in_cdi
+                plugin.learn(in_cdi=in_cdi)
+        served = plugin.registry.current.resources
+        former = {(r, i): node for r, named in self.cdi.items() if r not in served for i, node in named.items()}
+        if former != plugin.former:
+            plugin.former = former
+            plugin.learn(former=former)
+
+    # Plugins come and go
+
+    def start_plugin(self, settings: Settings, *, serves: bool) -> Plugin:
+        """A new run: nothing is remembered."""
+        needs_cdi = settings.consumer is Consumer.KATA
+        registry = Registry(settings, NAMES, requires_cdi=needs_cdi, clock=lambda: self.now)
+        plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry, began_at=self.now)
+        self.note(plugin.name, "starts" if serves else "stands by", _words(settings))
+        for pod in self.pods:  # a start takes longer than the kubelet takes to note an answer
+            pod.shows_at = min(pod.shows_at, self.now)
+        if serves:
+            self.plugin = plugin
+            self._begin_turn(plugin)
+        else:
+            self.standby = plugin
+        self._follow(plugin)
+        return plugin
+
+    def end_plugin(self) -> None:
+        if self.plugin is not None:
+            self.note(self.plugin.name, "ends")
+        self.plugin = None
+
+    def take_over(self) -> None:
+        """The one that serves gives its turn to the one that stands by."""
+        self.plugin, self.standby = self.standby, None
+        if self.plugin is not None:
+            for pod in self.pods:
+                pod.shows_at = min(pod.shows_at, self.now)
+            self.note(self.plugin.name, "takes over")
+            self._begin_turn(self.plugin)
+
+    def _begin_turn(self, plugin: Plugin) -> None:
+        plugin.serves = True
+        plugin.next_question = min(plugin.next_question, self.now)
+        plugin.learn(turn=True)
+        self._write_specs(plugin)
+
+    # The kubelet
+
+    def restart_kubelet(self) -> None:
+        self.note("the kubelet restarts")
+        self.kubelet_began = self.now
+        for plugin in self.plugins:
+            plugin.question = None
+
+    def healthy(self, resource: str) -> list[str]:
+        """What the kubelet may give of a resource."""
+        listed = self.plugin.registry.current.resources.get(resource, ()) if self.plugin is not None else ()
+        return [d.id for d in listed if d.health.healthy and (resource, d.id) not in self.allocated]
+
+    def admit(self, wanted: Iterable[tuple[str, int]], *, shows_after: float = 0.0) -> Pod | None:
+        """A pod with one container for each (resource, number of devices); None: it was refused."""
+        pod = Pod(name=self._name("pod"), shows_at=self.now + shows_after)
+        self.pods.append(pod)
+        for resource, count in wanted:
+            ids = self._choose(resource, count)
+            if ids is None or not self.allocate(pod, resource, ids):
+                self.end_pod(pod)
+                return None
+            if self.dice.random() < 0.1:
+                self._allocate_again(pod, resource, ids)
+        return pod
+
+    def _choose(self, resource: str, count: int) -> list[str] | None:
+        available = self.healthy(resource)
+        if len(available) < count or self.plugin is None:
+            return None
+        if self.dice.random() < 0.1:
+            devices = {d.id: d for d in self.plugin.registry.current.resources[resource]}
+            return list(prefer(devices, available=available, must_include=(), size=count, policy=Policy.PACKED))
+        return self.dice.sample(available, count)
+
+    def _allocate_again(self, pod: Pod, resource: str, ids: list[str]) -> None:
+        """The pod's next container takes over what an init container had."""
+        if not self.allocate(pod, resource, ids):
+            self.counts["refused to the same pod again"] += 1
+
+    def allocate(self, pod: Pod, resource: str, ids: list[str]) -> bool:
+        """The call, as the plugin answers it: from one snapshot, after one more look."""
+        plugin = self.plugin
+        if plugin is None or (devices := _all_healthy(plugin, resource, ids)) is None:
+            return False
+        looks = {d.id: self._look(d) for d in devices}
+        if any(looks.values()):
+            self.counts["refused at the look"] += 1
+            busy = [(resource, i) for i, why in looks.items() if why == "busy"]
+            self.note(plugin.name, "refuses", pod.name, resource, looks)
+            if busy:
+                plugin.learn(busy=busy)
+                self._write_specs(plugin)
+            return False
+        if plugin.scan is not None and self.dice.random() < 0.3:
+            self._take_scan(plugin)
+        if (devices := _all_healthy(plugin, resource, ids)) is None:
+            return False
+        self.note(plugin.name, "gives", pod.name, resource, [(d.id, d.address) for d in devices])
+        plugin.learn(allocated=[(resource, i) for i in ids])
+        self._write_specs(plugin)
+        before = self.hands(pod)
+        for device in devices:
+            self.allocated[resource, device.id] = pod
+            pod.grants.append(self._grant(device, plugin))
+        self.counts["grants"] += 1
+        self._judge(pod, before)
+        return True
+
+    def _grant(self, device: Device, plugin: Plugin) -> Grant:
+        functions = [self.kernel.functions[p.address] for p in device.placements]
+        consumer = plugin.settings.consumer
+        return Grant(
+            key=(device.resource, device.id),
+            node=device.node,
+            group_node=device.group_node if consumer is Consumer.KUBEVIRT else None,
+            addresses=(device.address,) if consumer is Consumer.KUBEVIRT else (),
+            bindings=tuple(f.binding for f in functions),
+            consumer=consumer,
+            plugin=plugin,
+            at=self.now,
+        )
+
+    def _look(self, device: Device) -> str | None:
+        """The plugin's own, before it gives a device away: None, or what speaks against it."""
+        for placement in device.placements:
+            function = self.kernel.functions[placement.address]
+            if not function.is_present or function.hangs or self.kernel.node_of(function) != device.node:
+                return "gone"
+            if function.is_off:
+                return "off the bus"
+            if function.is_enabled:
+                return "busy"
+        return None
+
+    def end_pod(self, pod: Pod) -> None:
+        """The kubelet frees its IDs at once, and tells nobody. Its VM may go on."""
+        if pod.is_live:
+            self.note(pod.name, "ends", "" if pod.vm is None else "and its VM goes on")
+        pod.is_live = False
+        self.allocated = {key: holder for key, holder in self.allocated.items() if holder is not pod}
+        if pod.vm is None:
+            self.pods.remove(pod)
+
+    # VMs
+
+    def start_vm(self, pod: Pod) -> bool:
+        """Opens what the pod was given."""
+        if pod.vm is not None or not pod.is_live or not pod.grants:
+            return False
+        functions: set[Function] = set()
+        for grant in pod.grants:
+            opened = self._functions_of(grant)
+            if opened is None:
+                self.counts["VMs that found a node gone"] += 1
+                return False
+            functions |= opened
+        vm = Vm(f"the VM of {pod.name}", self.now)
+        if not self.kernel.open(vm, functions):
+            self.counts["VMs that the kernel refused"] += 1
+            self.note(pod.name, "cannot start its VM")
+            return False
+        self.note(pod.name, "starts its VM with", sorted(f.address for f in functions))
+        self.counts["VMs"] += 1
+        pod.vm = vm
+        return True
+
+    def _functions_of(self, grant: Grant) -> set[Function] | None:
+        """What a VM opens by this grant now; None: it is not there."""
+        if grant.consumer is Consumer.KUBEVIRT:
+            named = {self.kernel.functions[a] for a in grant.addresses}
+            fits = all(f.is_bound and grant.group_node in (None, node_of_group(f.group)) for f in named)
+            return named if fits else None
+        if grant.node.startswith("/dev/vfio/devices/"):
+            function = self.kernel.at_node(grant.node)
+            return None if function is None else {function}
+        return {f for f in self.kernel.members(_group_of(grant.node)) if f.is_bound} or None
+
+    def stop_vm(self, vm: Vm) -> None:
+        self.note(vm.name, "ends")
+        self.kernel.close(vm)
+        for pod in self.pods:
+            if pod.vm is vm:
+                pod.vm, pod.vm_ended_at = None, self.now
+        self.pods = [p for p in self.pods if p.is_live or p.vm is not None]
+
+    # Who has what
+
+    def hands(self, pod: Pod) -> Hands:
+        """What a pod has by its grants while it lives, and what its VM has."""
+        hands = self.hands_of_vm(pod.vm) if pod.vm is not None else Hands()
+        for grant in pod.grants if pod.is_live else ():
+            hands |= self._hands_of_grant(grant)
+        return hands
+
+    def hands_of_vm(self, vm: Vm) -> Hands:
+        nodes = {node for f in vm.functions if (node := self.kernel.node_of(f)) is not None}
+        return Hands(frozenset(nodes), frozenset(vm.groups), frozenset(f.address for f in vm.functions))
+
+    def _hands_of_grant(self, grant: Grant) -> Hands:
+        """A pod's VM opens nodes by their paths, whatever is behind them by then.
+
+        A cdev that is gone comes back with whatever is bound next: with the function that had it last, most likely,
+        unless that one has another number by now.
+        """
+        nodes, groups = {grant.node}, set()
+        functions = {self.kernel.functions[a] for a in grant.addresses}
+        if grant.node.startswith("/dev/vfio/devices/"):
+            behind = self.kernel.functions[self.kernel.last_at_node[grant.node]]
+            if behind.number is None or node_of_cdev(behind.number) == grant.node:
+                functions.add(behind)
+        else:
+            groups.add(_group_of(grant.node))
+        if grant.group_node is not None:
+            nodes.add(grant.group_node)
+            groups.add(_group_of(grant.group_node))
+        for group in groups:
+            functions.update(self.kernel.members(group))
+        there = [f for f in functions if f.is_present]
+        groups.update(f.group for f in there)
+        return Hands(frozenset(nodes), frozenset(groups), frozenset(f.address for f in there))
+
+    def _judge(self, pod: Pod, before: Hands) -> None:
+        """Whether what the pod has just got is in other hands."""
+        mine = self.hands(pod)
+        got = Hands(mine.nodes - before.nodes, mine.groups - before.groups, mine.addresses - before.addresses)
+        for other in self.pods:
+            if other is not pod and (common := got & self.hands(other)):
+                self._accuse(pod, other, other.vm, common)
+        owned = {p.vm for p in self.pods}
+        for vm in self.kernel.vms:
+            if vm not in owned and (common := got & self.hands_of_vm(vm)):
+                self._accuse(pod, None, vm, common)
+
+    def _accuse(self, pod: Pod, other: Pod | None, vm: Vm | None, common: Hands) -> None:
+        for excuse in EXCUSES:
+            if excuse(self, other, vm, common):
+                self.counts[excuse.__name__.strip("_")] += 1
+                self.note("excused:", excuse.__name__.strip("_"))
+                return
+        who = vm.name if vm is not None else "nobody"
+        if other is not None:
+            who = other.name if other.is_live else f"{who}, which has outlived it,"
+        raise TwoHolders(f"{pod.name} was given what {who} has: {common}")
+
+    # Everybody leaves
+
+    def settle(self) -> None:
+        """All pods and VMs end, time passes, and everything must be on offer again."""
+        for pod in list(self.pods):
+            self.end_pod(pod)
+        for vm in list(self.kernel.vms):
+            self.stop_vm(vm)
+        if self.pod_resources == "slow":
+            self.pod_resources = "there"
+        if self.plugin is None:
+            self.start_plugin(self.settings, serves=True)
+        for _ in range(36):
+            self.wait(20.0)
+        self.must_offer_everything()
+
+    def must_offer_everything(self) -> None:
+        """Every device that is bound, viable and answers is Healthy, whatever it is called."""
+        assert self.plugin is not None
+        listed = [d for devices in self.plugin.registry.current.resources.values() for d in devices]
+        offered = {d.node for d in listed if d.health.healthy}
+        if missing := self.offerable() - offered:
+            why = {d.node: f"{d.resource}={d.id} {d.health}" for d in listed if d.node in missing}
+            raise NotOffered("; ".join(why.get(node, f"{node} is not listed") for node in sorted(missing)))
+
+    def offerable(self) -> set[str]:
+        """Nodes of what could be given to a VM, by an independent reading."""
+        nodes = set()
+        for function in self.kernel.present:
+            if not function.is_bound or function.kind == "audio" or function.carries:
+                continue
+            members = self.kernel.members(function.group)
+            if not self.kernel.is_viable(function.group) or any(f.is_off or f.hangs for f in members):
+                continue
+            if not self.kernel.cdevs and any(f.carries for f in members):
+                continue
+            node = self.kernel.node_of(function)
+            assert node is not None
+            nodes.add(node)
+        return nodes
+
+
+def _all_healthy(plugin: Plugin, resource: str, ids: list[str]) -> list[Device] | None:
+    devices = [plugin.registry.current.device(resource, i) for i in ids]
+    healthy = [d for d in devices if d is not None and d.health.healthy]
+    return healthy if len(healthy) == len(ids) else None
+
+
+def _group_of(node: str) -> int:
+    return int(node.rpartition("/")[2])
+
+
+def _words(settings: Settings) -> str:
+    rules = ", ".join(str(rule.name) for rule in settings.resources)
+    return f"for {settings.consumer} as {settings.gpu_alias!r} {rules}"
+
+
+# What nobody could know
+#
+# A clash that one of these explains is counted and not held against the daemon. Each says why.
+
+
+def _no_witness(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+    """Without PodResources a pod shows by nothing but its VM. A pod without one was given its devices by another run of
+    the plugin, or its VM has ended, or it has used nothing for ten minutes: that is as if it had ended."""
+    if other is None or not other.is_live or world.plugin is None or world.plugin.is_there is not False:
+        return False
+    if vm is not None and any(f.is_enabled for f in vm.functions):
+        return False
+    for grant in other.grants:
+        if not common & world._hands_of_grant(grant):
+            continue
+        known_at = world.plugin.named.get(grant.key, -math.inf)
+        if grant.plugin is world.plugin:
+            known_at = max(known_at, grant.at)
+        if world.now - known_at < UNUSED and other.vm_ended_at < known_at:
+            return False
+    return True
+
+
+def _mediated_device(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+    """A mediated device has no `enable`: a VM that has one and outlives its pod does not show at all."""
+    if vm is None or (other is not None and other.is_live):
+        return False
+    return all(world.kernel.functions[a].kind == "mdev" for a in common.addresses) and bool(common.addresses)
+
+
+def _unseen_use(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+    """A VM of a pod that nothing tells of, begun after the last scan, on another function of the group than the one
+    that is looked at before Allocate."""
+    if vm is None or world.plugin is None or vm.began_at < world.plugin.scan_began:
+        return False
+    nobodys = other is None or (
+        world.plugin.is_there is False and all(g.plugin is not world.plugin for g in other.grants)
+    )
+    return nobodys and not {f.address for f in vm.functions} & common.addresses
+
+
+def _bound_again_unwatched(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+    """KubeVirt knows a GPU by its address, and the kubelet by the number that it had: a GPU that was bound again under
+    another number before this run of the plugin saw it cannot be told from any other."""
+    if other is None or world.plugin is None or (vm is not None and vm.functions):
+        return False
+    for grant in other.grants:
+        if not common & world._hands_of_grant(grant):
+            continue
+        if grant.consumer is not Consumer.KUBEVIRT or grant.plugin is world.plugin:
+            return False
+        ended_at = max(world.kernel.ended_at.get(b, math.inf) for b in grant.bindings)
+        if ended_at >= world.plugin.scanned_at:
+            return False
+    return True
+
+
+EXCUSES: tuple[Callable[[World, Pod | None, Vm | None, Hands], bool], ...] = (
+    _no_witness,
+    _mediated_device,
+    _unseen_use,
+    _bound_again_unwatched,
+)
