@@ -11,11 +11,13 @@ It knows nothing of the daemon but the form of its facts. Rules of the kernel th
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from sandbox_plugin.model import HostFacts, IommuGroup, PciFunction, VfioDev, node_of_cdev, node_of_group
 
 VFIO_DRIVERS = ("vfio-pci", "nvgrace_gpu_vfio_pci", "nvidia-vgpu-vfio")
+_FACTS = frozenset(f.name for f in fields(HostFacts))
 _KINDS = {
     # kind: (device, class)
     "gpu": (0x2330, 0x030200),
@@ -215,8 +217,8 @@ class Kernel:
 
     # How it looks
 
-    def facts(self, began_at: float, known_enabled: set[str] | None = None) -> HostFacts:
-        """What a scan reads. `known_enabled`: only of these is `enable` read when they are bound to no driver."""
+    def facts(self, began_at: float) -> HostFacts:
+        """What a scan reads."""
         functions: dict[str, PciFunction] = {}
         unreadable: dict[str, str] = {}
         members: dict[int, list[str]] = {}
@@ -231,25 +233,21 @@ class Kernel:
                 continue
             if function.is_bound:
                 held.add(function.group)
-            if known_enabled is not None:
-                if not function.is_enabled:
-                    known_enabled.discard(function.address)
-                elif function.is_bound:
-                    known_enabled.add(function.address)
-            shows = known_enabled is None or function.address in known_enabled
-            functions[function.address] = self._show(function, shows_enable=shows)
-        return HostFacts(
-            functions=functions,
-            unreadable=unreadable,
-            groups={n: IommuGroup(number=n, members=tuple(members[n])) for n in sorted(held)},
-            group_nodes=frozenset(nodes),
-            kernel_has_cdevs=self.cdevs,
-            began_at=began_at,
-        )
+            functions[function.address] = self._show(function)
+        known: dict[str, Any] = {
+            "functions": functions,
+            "unreadable": unreadable,
+            "groups": {n: IommuGroup(number=n, members=tuple(members[n])) for n in sorted(held)},
+            "group_nodes": frozenset(nodes),
+            "kernel_has_cdevs": self.cdevs,
+            "vfio_devs": {f"vfio{f.number}": f.address for f in self.present if f.is_bound},
+            "began_at": began_at,
+        }
+        return HostFacts(**{name: value for name, value in known.items() if name in _FACTS})
 
-    def _show(self, function: Function, *, shows_enable: bool) -> PciFunction:
+    def _show(self, function: Function) -> PciFunction:
         bound = function.is_bound
-        enable = int(function.is_enabled) if bound or (function.driver is None and shows_enable) else None
+        enable = int(function.is_enabled) if bound or function.driver is None else None
         changing = (function.driver, function.number, function.binding, function.group, enable)
         state = (*changing, function.is_off, function.carries)
         if function._shown is not None and function._shown[0] == state:

@@ -187,7 +187,7 @@ def _start_plugin(world: World) -> None:
         if world.standby is not None:
             world.take_over()
         else:
-            world.start_plugin(_settings(world), serves=True)
+            world.start_plugin(_settings(world))
 
 
 def _stand_by(world: World) -> None:
@@ -196,12 +196,8 @@ def _stand_by(world: World) -> None:
 
 
 def _swap_turns(world: World) -> None:
-    """The lock goes to the other one, while both live on."""
     if world.plugin is not None and world.standby is not None:
-        before = world.plugin
-        before.serves = False
-        world.take_over()
-        world.standby = before
+        world.swap_turns()
 
 
 def _settings(world: World) -> Settings:
@@ -221,7 +217,7 @@ def random_settings(dice: random.Random) -> Settings:
 
 
 ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
-    "wait": (_wait, 30),
+    "wait": (_wait, 25),
     "wait long": (_wait_long, 1),
     "look": (_look, 5),
     "bind": (_bind, 10),
@@ -231,10 +227,10 @@ ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
     "carry": (_carry, 1),
     "sicken": (_sicken, 1),
     "hang": (_hang, 1),
-    "admit": (_admit, 30),
-    "end pod": (_end_pod, 14),
+    "admit": (_admit, 40),
+    "end pod": (_end_pod, 20),
     "start VM": (_start_vm, 10),
-    "stop VM": (_stop_vm, 6),
+    "stop VM": (_stop_vm, 12),
     "stranger's VM": (_strangers_vm, 1),
     "restart kubelet": (_restart_kubelet, 1),
     "change PodResources": (_change_pod_resources, 1),
@@ -270,7 +266,8 @@ class Episode:
             world.history = []
         done = 0
         try:
-            world.start_plugin(world.settings, serves=True)
+            world.start_plugin(world.settings)
+            world.wait(0.1)
             if world.pod_resources != "slow" and world.kubelet_began < world.now - 100:
                 world.must_offer_everything()
             for name, number in self.steps:

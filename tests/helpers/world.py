@@ -7,7 +7,7 @@ directly; they see what a plugin sees, as late as a plugin sees it.
 Usage:
 
     world = World(layout="mates")
-    world.start_plugin(Settings(), serves=True)
+    world.start_plugin(Settings())
     world.admit([(PGPU, 1)])              # raises `TwoHolders`
     world.settle()                        # everybody leaves; raises `NotOffered`
 
@@ -38,8 +38,8 @@ NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3)
 UNUSED = 600.0
 """Seconds after which, without PodResources, a pod that uses nothing counts as gone: that is what is promised."""
 _INTERVAL = 5.0
-_PATIENCE = 4.0
-"""Seconds that PodResources gets for an answer."""
+_PATIENCE, _FIRST_PATIENCE = 4.0, 1.0
+"""Seconds that PodResources gets for an answer; at the start of a plugin less, since nothing else is done before."""
 
 
 class TwoHolders(AssertionError):
@@ -111,9 +111,11 @@ class Question:
     """One to PodResources that is not answered yet."""
 
     asked_at: float
-    arrives_at: float
-    answer: Holdings | None
-    """As it was when the kubelet got the question; None: it is to be made when it arrives."""
+    ends_at: float
+    is_answered: bool = True
+    """Else nobody waits any longer then."""
+    answer: Mapping[DeviceKey, str] | None = None
+    """Device -> pod, as it was when the kubelet got the question; None: it is to be made when the answer goes out."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -123,7 +125,10 @@ class Plugin:
     name: str
     settings: Settings
     registry: Registry
-    began_at: float
+    wants_turn: bool
+    """To serve as soon as it has started."""
+    has_started: bool = False
+    """It has asked PodResources once, and goes on with all the rest."""
     serves: bool = False
     next_scan: float = 0.0
     scan: tuple[float, HostFacts] | None = None
@@ -140,7 +145,6 @@ class Plugin:
     """Whether PodResources' socket was there when it was last asked."""
     named: dict[DeviceKey, float] = field(default_factory=dict)
     """Device -> when the latest answer was asked for that names a pod that holds it."""
-    known_enabled: set[str] = field(default_factory=set)
     in_cdi: Mapping[str, frozenset[str]] | None = None
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
     last: Holdings | None = None
@@ -156,7 +160,7 @@ class Plugin:
             self.named[key] = asked_at
         if _HAS_COMPLETE:
             news: dict[str, Any] = {"asked_at": asked_at, "pods": pods, "complete": complete}
-            self.learn(holdings=Holdings(**news))
+            self.learn(holdings=Holdings(**news), pod_resources=True)
             return
         if not complete:
             before = self.last or Holdings(asked_at=-math.inf)
@@ -164,11 +168,20 @@ class Plugin:
         self.last = Holdings(asked_at=asked_at, pods=pods)
         self.learn(holdings=self.last)
 
+    def allocate(self, keys: list[DeviceKey]) -> None:
+        if hasattr(self.registry, "allocate"):
+            self.registry.allocate(keys)
+        else:
+            self.registry.learn(allocated=keys)
+
+    def serve(self) -> None:
+        if hasattr(self.registry, "serve"):
+            self.registry.serve()
+
 
 _LEARNS = frozenset(inspect.signature(Registry.learn).parameters)
 _HAS_COMPLETE = "complete" in {f.name for f in fields(Holdings)}
 
-ALIASES = ("pgpu", "pgpu", "other", "")
 GRACE_RULE = ResourceRule(label="resources[0]", name="example.com/grace", drivers=frozenset({"nvgrace_gpu_vfio_pci"}))
 
 
@@ -250,7 +263,7 @@ class World:
     def wait(self, seconds: float) -> None:
         """Time goes on, and the plugins do what they do in it."""
         end = self.now + seconds
-        piece = max(2.5, seconds / 12)
+        piece = max(2.5, seconds / 6)
         while self.now < end:
             self.now = min(end, self.now + piece)
             for plugin in self.plugins:
@@ -263,8 +276,10 @@ class World:
     def _follow(self, plugin: Plugin) -> None:
         if plugin.scan is not None and self.now >= plugin.scan[0]:
             self._take_scan(plugin)
-        if plugin.question is not None and self.now >= plugin.question.arrives_at:
-            self._take_answer(plugin)
+        if plugin.question is not None and self.now >= plugin.question.ends_at:
+            self._end_question(plugin)
+        if not plugin.has_started:
+            return
         wake_at = plugin.registry._wake_at
         if plugin.scan is None and (self.now >= plugin.next_scan or (wake_at is not None and self.now >= wake_at)):
             self.begin_scan(plugin)
@@ -276,7 +291,7 @@ class World:
 
     def begin_scan(self, plugin: Plugin, takes: float = 0.0) -> None:
         plugin.next_scan = self.now + _INTERVAL
-        plugin.scan = (self.now + takes, self.kernel.facts(self.now, plugin.known_enabled))
+        plugin.scan = (self.now + takes, self.kernel.facts(self.now))
         if not takes:
             self._take_scan(plugin)
 
@@ -293,40 +308,58 @@ class World:
     def ask(self, plugin: Plugin, takes: float | None = None) -> None:
         """The question to PodResources. `takes`: seconds until it is answered, where that is not left to chance."""
         plugin.next_question = self.now + _INTERVAL
-        plugin.is_there = self.pod_resources != "absent"
-        plugin.learn(pod_resources=plugin.is_there)
-        self._write_specs(plugin)
-        if not plugin.is_there:
+        if self.pod_resources == "absent":
             self.note(plugin.name, "finds no PodResources")
+            self._learn_whether_there(plugin, is_there=False)
             return
         if takes is None:
             takes = self.dice.choice((0.5, 2.0, 3.9, math.inf)) if self.pod_resources == "slow" else 0.0
-        if takes > _PATIENCE:
-            return
-        answer = self._answer(self.now) if self.dice.random() < 0.5 else None
-        plugin.question = Question(asked_at=self.now, arrives_at=self.now + takes, answer=answer)
+        patience = _PATIENCE if plugin.has_started else _FIRST_PATIENCE
+        is_answered = takes <= patience
+        answer = self._pods_by_device() if self.dice.random() < 0.5 else None
+        ends_at = self.now + min(takes, patience)
+        plugin.question = Question(asked_at=self.now, ends_at=ends_at, is_answered=is_answered, answer=answer)
         if not takes:
-            self._take_answer(plugin)
+            self._end_question(plugin)
 
-    def _answer(self, asked_at: float) -> Holdings:
-        is_young = self.now - self.kubelet_began < YOUNG
+    def _pods_by_device(self) -> dict[DeviceKey, str]:
+        """What the kubelet answers now."""
         named = [p for p in self.pods if p.is_live and p.shows_at <= self.now]
-        if is_young:
+        if self.now - self.kubelet_began < YOUNG:
             named = [p for p in named if self.dice.random() < 0.5]
-        pods = {g.key: f"default/{p.name}" for p in named for g in p.grants}
-        return Holdings(asked_at=asked_at, pods=pods)
+        return {g.key: f"default/{p.name}" for p in named for g in p.grants}
 
-    def _take_answer(self, plugin: Plugin) -> None:
+    def _end_question(self, plugin: Plugin) -> None:
         question = plugin.question
         assert question is not None
         plugin.question = None
+        if not question.is_answered:
+            self.note(plugin.name, "gets no answer from PodResources")
+            self._learn_whether_there(plugin, is_there=True)
+            return
         is_young = question.asked_at - self.kubelet_began < YOUNG
-        answer = question.answer or self._answer(question.asked_at)
-        words = "complete" if not is_young else "young"
-        self.note(plugin.name, f"hears ({words}, asked {question.asked_at - 1000:.2f})", dict(answer.pods))
+        pods = question.answer if question.answer is not None else self._pods_by_device()
+        words = "young" if is_young else "complete"
+        self.note(plugin.name, f"hears ({words}, asked {question.asked_at - 1000:.2f})", pods)
         plugin.has_answer |= not is_young
-        plugin.learn_holdings(question.asked_at, answer.pods, complete=not is_young)
+        plugin.is_there = True
+        plugin.learn_holdings(question.asked_at, pods, complete=not is_young)
         self._write_specs(plugin)
+        self._go_on(plugin)
+
+    def _learn_whether_there(self, plugin: Plugin, *, is_there: bool) -> None:
+        plugin.is_there = is_there
+        plugin.learn(pod_resources=is_there)
+        self._write_specs(plugin)
+        self._go_on(plugin)
+
+    def _go_on(self, plugin: Plugin) -> None:
+        """After its first question a plugin starts with all the rest."""
+        if not plugin.has_started:
+            plugin.has_started = True
+            if plugin.wants_turn:
+                self._begin_turn(plugin)
+            self.begin_scan(plugin)
 
     def _write_specs(self, plugin: Plugin) -> None:
         """What the CDI writer does, where this plugin has one and it is its turn."""
@@ -343,27 +376,25 @@ class World:
                 plugin.in_cdi = in_cdi
                 plugin.learn(in_cdi=in_cdi)
         served = plugin.registry.current.resources
-        former = {(r, i): node for r, named in self.cdi.items() if r not in served for i, node in named.items()}
+        stale = {resource: named for resource, named in self.cdi.items() if resource not in served}
+        former = {(resource, i): node for resource, named in stale.items() for i, node in named.items()}
         if former != plugin.former:
             plugin.former = former
             plugin.learn(former=former)
 
     # Plugins come and go
 
-    def start_plugin(self, settings: Settings, *, serves: bool) -> Plugin:
+    def start_plugin(self, settings: Settings, *, serves: bool = True) -> Plugin:
         """A new run: nothing is remembered."""
         needs_cdi = settings.consumer is Consumer.KATA
         registry = Registry(settings, NAMES, requires_cdi=needs_cdi, clock=lambda: self.now)
-        plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry, began_at=self.now)
+        plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry, wants_turn=serves)
         self.note(plugin.name, "starts" if serves else "stands by", _words(settings))
-        for pod in self.pods:  # a start takes longer than the kubelet takes to note an answer
-            pod.shows_at = min(pod.shows_at, self.now)
         if serves:
             self.plugin = plugin
-            self._begin_turn(plugin)
         else:
             self.standby = plugin
-        self._follow(plugin)
+        self.ask(plugin)
         return plugin
 
     def end_plugin(self) -> None:
@@ -372,18 +403,28 @@ class World:
         self.plugin = None
 
     def take_over(self) -> None:
-        """The one that serves gives its turn to the one that stands by."""
+        """The one that stands by gets the turn."""
         self.plugin, self.standby = self.standby, None
-        if self.plugin is not None:
-            for pod in self.pods:
-                pod.shows_at = min(pod.shows_at, self.now)
-            self.note(self.plugin.name, "takes over")
+        assert self.plugin is not None
+        self.plugin.wants_turn = True
+        self.note(self.plugin.name, "takes over")
+        if self.plugin.has_started:
             self._begin_turn(self.plugin)
 
+    def swap_turns(self) -> None:
+        """The lock goes to the other one, and both live on."""
+        before = self.plugin
+        assert before is not None
+        before.serves = before.wants_turn = False
+        self.take_over()
+        self.standby = before
+
     def _begin_turn(self, plugin: Plugin) -> None:
+        for pod in self.pods:  # to take a turn takes longer than the kubelet takes to note an answer
+            pod.shows_at = min(pod.shows_at, self.now)
         plugin.serves = True
-        plugin.next_question = min(plugin.next_question, self.now)
-        plugin.learn(turn=True)
+        plugin.next_question = self.now
+        plugin.serve()
         self._write_specs(plugin)
 
     # The kubelet
@@ -392,11 +433,16 @@ class World:
         self.note("the kubelet restarts")
         self.kubelet_began = self.now
         for plugin in self.plugins:
-            plugin.question = None
+            if plugin.question is not None:
+                plugin.question.is_answered, plugin.question.ends_at = False, self.now
+            plugin.next_question = self.now
 
     def healthy(self, resource: str) -> list[str]:
         """What the kubelet may give of a resource."""
-        listed = self.plugin.registry.current.resources.get(resource, ()) if self.plugin is not None else ()
+        plugin = self.plugin
+        if plugin is None or not plugin.serves:
+            return []
+        listed = plugin.registry.current.resources.get(resource, ())
         return [d.id for d in listed if d.health.healthy and (resource, d.id) not in self.allocated]
 
     def admit(self, wanted: Iterable[tuple[str, int]], *, shows_after: float = 0.0) -> Pod | None:
@@ -429,7 +475,7 @@ class World:
     def allocate(self, pod: Pod, resource: str, ids: list[str]) -> bool:
         """The call, as the plugin answers it: from one snapshot, after one more look."""
         plugin = self.plugin
-        if plugin is None or (devices := _all_healthy(plugin, resource, ids)) is None:
+        if plugin is None or not plugin.serves or (devices := _all_healthy(plugin, resource, ids)) is None:
             return False
         looks = {d.id: self._look(d) for d in devices}
         if any(looks.values()):
@@ -439,13 +485,14 @@ class World:
             if busy:
                 plugin.learn(busy=busy)
                 self._write_specs(plugin)
+            plugin.next_scan = self.now
             return False
         if plugin.scan is not None and self.dice.random() < 0.3:
             self._take_scan(plugin)
         if (devices := _all_healthy(plugin, resource, ids)) is None:
             return False
         self.note(plugin.name, "gives", pod.name, resource, [(d.id, d.address) for d in devices])
-        plugin.learn(allocated=[(resource, i) for i in ids])
+        plugin.allocate([(resource, i) for i in ids])
         self._write_specs(plugin)
         before = self.hands(pod)
         for device in devices:
@@ -602,9 +649,9 @@ class World:
         if self.pod_resources == "slow":
             self.pod_resources = "there"
         if self.plugin is None:
-            self.start_plugin(self.settings, serves=True)
-        for _ in range(36):
-            self.wait(20.0)
+            self.start_plugin(self.settings)
+        for _ in range(4):
+            self.wait(180.0)
         self.must_offer_everything()
 
     def must_offer_everything(self) -> None:
