@@ -85,10 +85,8 @@ class Kernel:
         self.cdevs = cdevs
         self.functions = {f.address: f for f in functions}
         self.vms: list[Vm] = []
-        self.last_at_node: dict[str, str] = {}
-        """Cdev node -> address of the function that has it, or had it last."""
-        self.ended_at: dict[int, float] = {}
-        """Binding -> when it ended."""
+        self.last_at_node: dict[str, tuple[Function, float]] = {}
+        """Cdev node -> the function that has it, or had it last, and when it got it."""
         self._bindings = 1000
 
     # What is there
@@ -111,15 +109,15 @@ class Kernel:
 
     def at_node(self, node: str) -> Function | None:
         """The function behind a cdev now."""
-        function = self.functions.get(self.last_at_node.get(node, ""))
-        return function if function is not None and self.node_of(function) == node else None
+        function, _ = self.last_at_node[node]
+        return function if self.node_of(function) == node else None
 
     def is_viable(self, group: int) -> bool:
         return all(f.driver is None or f.is_bound for f in self.members(group))
 
     # What happens
 
-    def bind(self, function: Function, driver: str) -> bool:
+    def bind(self, function: Function, driver: str, now: float) -> bool:
         if not function.is_present or function.driver is not None or function.number is not None:
             return False
         if driver not in VFIO_DRIVERS:
@@ -133,24 +131,22 @@ class Kernel:
             number += 1
         self._bindings += 1
         function.driver, function.number, function.binding = driver, number, self._bindings
-        self.last_at_node[node_of_cdev(number)] = function.address
+        self.last_at_node[node_of_cdev(number)] = (function, now)
         return True
 
-    def unbind(self, function: Function, now: float) -> bool:
+    def unbind(self, function: Function) -> bool:
         if function.driver is None or function.carries:
             return False
         function.driver = None
-        if function.binding:
-            self.ended_at.setdefault(function.binding, now)
         if function.user is None:
             self._release(function)
         return True
 
-    def remove(self, function: Function, now: float) -> bool:
+    def remove(self, function: Function) -> bool:
         """Out of its slot; a VM that has it is waited for."""
         if not function.is_present or function.carries:
             return False
-        self.unbind(function, now)
+        self.unbind(function)
         function.leaves = True
         if function.user is None:
             self._release(function)
@@ -176,10 +172,10 @@ class Kernel:
             return False
         for virtual in carried:
             if function.carries:
-                self.remove(virtual, now)
+                self.remove(virtual)
             else:
                 self.add(virtual, renumber=True)
-                self.bind(virtual, "vfio-pci")
+                self.bind(virtual, "vfio-pci", now)
         function.carries = 0 if function.carries else len(carried)
         return True
 

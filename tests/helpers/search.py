@@ -8,8 +8,9 @@ some of its steps.
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hardware import VFIO_DRIVERS, Function, Vm
@@ -56,14 +57,14 @@ def _bind(world: World) -> None:
     driver = world.dice.choice(("vfio-pci", "vfio-pci", "vfio-pci", "vfio-pci", "nvgrace_gpu_vfio_pci", "nvidia"))
     if function.kind == "mdev":
         driver = "nvidia-vgpu-vfio"
-    if world.kernel.bind(function, driver):
+    if world.kernel.bind(function, driver, world.now):
         world.note(function.address, "is bound to", driver, f"as vfio{function.number}")
         _an_event(world)
 
 
 def _unbind(world: World) -> None:
     function = _some(world)
-    if function is not None and world.kernel.unbind(function, world.now):
+    if function is not None and world.kernel.unbind(function):
         world.note(function.address, "is unbound", "under its VM" if function.user else "")
         _an_event(world)
 
@@ -73,10 +74,10 @@ def _swap(world: World) -> None:
     functions = [f for f in world.kernel.present if f.driver in VFIO_DRIVERS and f.user is None and f.kind != "vf"]
     chosen = world.dice.sample(functions, min(len(functions), world.dice.choice((1, 2, 2, 3))))
     drivers = {f.address: f.driver or "" for f in chosen}
-    chosen = [f for f in chosen if world.kernel.unbind(f, world.now)]
+    chosen = [f for f in chosen if world.kernel.unbind(f)]
     world.dice.shuffle(chosen)
     for function in chosen:
-        world.kernel.bind(function, drivers[function.address])
+        world.kernel.bind(function, drivers[function.address], world.now)
         world.note(function.address, "is bound again", f"as vfio{function.number}")
     _an_event(world)
 
@@ -87,12 +88,12 @@ def _plug(world: World) -> None:
         return
     if function.is_present:
         world.note(function.address, "is taken out", "under its VM" if function.user else "")
-        world.kernel.remove(function, world.now)
+        world.kernel.remove(function)
     else:
         world.kernel.add(function, renumber=world.dice.random() < 0.3)
         world.note(function.address, "is put in, in group", function.group)
         if function.kind == "mdev" or world.dice.random() < 0.5:
-            world.kernel.bind(function, "nvidia-vgpu-vfio" if function.kind == "mdev" else "vfio-pci")
+            world.kernel.bind(function, "nvidia-vgpu-vfio" if function.kind == "mdev" else "vfio-pci", world.now)
     _an_event(world)
 
 
@@ -317,7 +318,25 @@ class Outcome:
         kind = f"{'cdevs' if world.kernel.cdevs else 'group nodes'}: " + " ".join(
             f"{f.address}({f.kind}, group {f.group})" for f in world.kernel.functions.values()
         )
-        return "\n".join([where, kind, *(world.history or ()), f"{type(played.error).__name__}: {played.error}"])
+        return "\n".join(
+            [where, kind, *_in_short(world.history or ()), f"{type(played.error).__name__}: {played.error}"]
+        )
+
+
+def _in_short(history: Iterable[str]) -> list[str]:
+    """Without scans and answers that are as others since the last event."""
+    kept: list[str] = []
+    seen: set[str] = set()
+    for line in history:
+        words = re.sub(r"[0-9]+\.[0-9]+", "", line)
+        if words in seen:
+            continue
+        if any(routine in words for routine in ("takes in", "hears", "finds no", "gets no")):
+            seen.add(words)
+        else:
+            seen.clear()
+        kept.append(line)
+    return kept
 
 
 def search(steps: int, *, first_seed: int = 0) -> Outcome:

@@ -37,6 +37,8 @@ from sandbox_plugin.settings import Consumer, Policy, ResourceRule, Settings
 NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3): "GH100 [H100 NVSwitch]"})
 UNUSED = 600.0
 """Seconds after which, without PodResources, a pod that uses nothing counts as gone: that is what is promised."""
+BEGINNING = 1000.0
+_MOMENT = 0.0001
 _INTERVAL = 5.0
 _PATIENCE, _FIRST_PATIENCE = 4.0, 1.0
 """Seconds that PodResources gets for an answer; at the start of a plugin less, since nothing else is done before."""
@@ -133,8 +135,6 @@ class Plugin:
     next_scan: float = 0.0
     scan: tuple[float, HostFacts] | None = None
     """One that is under way: when its facts come, and what they are."""
-    scanned_at: float = math.inf
-    """When the first scan began."""
     scan_began: float = -math.inf
     """When the latest scan began that has been taken in."""
     next_question: float = 0.0
@@ -145,6 +145,8 @@ class Plugin:
     """Whether PodResources' socket was there when it was last asked."""
     named: dict[DeviceKey, float] = field(default_factory=dict)
     """Device -> when the latest answer was asked for that names a pod that holds it."""
+    bindings: set[int] = field(default_factory=set)
+    """All that its scans have seen."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
     last: Holdings | None = None
@@ -219,6 +221,9 @@ LAYOUTS = ("singles", "mates", "mates", "switches", "riders", "mixed", "virtual"
 class World:
     """Everything, from one seed."""
 
+    looks_at_group = False
+    """Whether the look before Allocate sees the other functions of the group in use."""
+
     def __init__(
         self,
         *,
@@ -228,10 +233,10 @@ class World:
         settings: Settings | None = None,
         kubelet_age: float = 1000.0,
     ) -> None:
-        self.now = 1000.0
+        self.now = BEGINNING
         self.kernel = Kernel(hardware(layout), cdevs=cdevs)
         for function in self.kernel.present:
-            self.kernel.bind(function, "vfio-pci")
+            self.kernel.bind(function, "vfio-pci", self.now)
         self.pods: list[Pod] = []
         """Live ones, and those whose VM has outlived them."""
         self.allocated: dict[DeviceKey, Pod] = {}
@@ -251,8 +256,10 @@ class World:
         self._names = 0
 
     def note(self, *words: object) -> None:
+        """Something has happened. No two things happen at one time."""
+        self.now += _MOMENT
         if self.history is not None:
-            self.history.append(f"{self.now - 1000:9.2f}  {' '.join(map(str, words))}")
+            self.history.append(f"{self.now - BEGINNING:10.4f}  {' '.join(map(str, words))}")
 
     def _name(self, kind: str) -> str:
         self._names += 1
@@ -290,6 +297,7 @@ class World:
     # What a plugin sees
 
     def begin_scan(self, plugin: Plugin, takes: float = 0.0) -> None:
+        self.now += _MOMENT
         plugin.next_scan = self.now + _INTERVAL
         plugin.scan = (self.now + takes, self.kernel.facts(self.now))
         if not takes:
@@ -299,14 +307,15 @@ class World:
         assert plugin.scan is not None
         facts = plugin.scan[1]
         plugin.scan = None
-        self.note(plugin.name, "takes in a scan of", f"{facts.began_at - 1000:.2f}")
+        self.note(plugin.name, "takes in a scan of", f"{facts.began_at - BEGINNING:.4f}")
         plugin.registry.observe(facts)
         plugin.scan_began = facts.began_at
-        plugin.scanned_at = min(plugin.scanned_at, facts.began_at)
+        plugin.bindings.update(f.vfio.binding or 0 for f in facts.functions.values() if f.vfio is not None)
         self._write_specs(plugin)
 
     def ask(self, plugin: Plugin, takes: float | None = None) -> None:
         """The question to PodResources. `takes`: seconds until it is answered, where that is not left to chance."""
+        self.now += _MOMENT
         plugin.next_question = self.now + _INTERVAL
         if self.pod_resources == "absent":
             self.note(plugin.name, "finds no PodResources")
@@ -340,7 +349,7 @@ class World:
         is_young = question.asked_at - self.kubelet_began < YOUNG
         pods = question.answer if question.answer is not None else self._pods_by_device()
         words = "young" if is_young else "complete"
-        self.note(plugin.name, f"hears ({words}, asked {question.asked_at - 1000:.2f})", pods)
+        self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
         plugin.has_answer |= not is_young
         plugin.is_there = True
         plugin.learn_holdings(question.asked_at, pods, complete=not is_young)
@@ -378,7 +387,7 @@ class World:
         served = plugin.registry.current.resources
         stale = {resource: named for resource, named in self.cdi.items() if resource not in served}
         former = {(resource, i): node for resource, named in stale.items() for i, node in named.items()}
-        if former != plugin.former:
+        if former != plugin.former and self.dice.random() < 0.7:  # else later: the folder is read by itself
             plugin.former = former
             plugin.learn(former=former)
 
@@ -394,8 +403,15 @@ class World:
             self.plugin = plugin
         else:
             self.standby = plugin
+        self._show_all_pods()
         self.ask(plugin)
         return plugin
+
+    def _show_all_pods(self) -> None:
+        """That another plugin comes to serve takes longer than the kubelet takes to note an answer of the one before:
+        whatever that gave is named by then, and nobody could know of it otherwise."""
+        for pod in self.pods:
+            pod.shows_at = min(pod.shows_at, self.now)
 
     def end_plugin(self) -> None:
         if self.plugin is not None:
@@ -420,8 +436,7 @@ class World:
         self.standby = before
 
     def _begin_turn(self, plugin: Plugin) -> None:
-        for pod in self.pods:  # to take a turn takes longer than the kubelet takes to note an answer
-            pod.shows_at = min(pod.shows_at, self.now)
+        self._show_all_pods()
         plugin.serves = True
         plugin.next_question = self.now
         plugin.serve()
@@ -526,6 +541,8 @@ class World:
                 return "off the bus"
             if function.is_enabled:
                 return "busy"
+            if self.looks_at_group and any(f.is_enabled for f in self.kernel.members(function.group)):
+                return "busy"
         return None
 
     def end_pod(self, pod: Pod) -> None:
@@ -596,13 +613,14 @@ class World:
         """A pod's VM opens nodes by their paths, whatever is behind them by then.
 
         A cdev that is gone comes back with whatever is bound next: with the function that had it last, most likely,
-        unless that one has another number by now.
+        unless that one has another number by now. (One that is never a device was not given to anybody by itself.)
         """
         nodes, groups = {grant.node}, set()
         functions = {self.kernel.functions[a] for a in grant.addresses}
         if grant.node.startswith("/dev/vfio/devices/"):
-            behind = self.kernel.functions[self.kernel.last_at_node[grant.node]]
-            if behind.number is None or node_of_cdev(behind.number) == grant.node:
+            behind, _ = self.kernel.last_at_node[grant.node]
+            is_there = behind.number is not None and node_of_cdev(behind.number) == grant.node
+            if is_there or (behind.number is None and behind.kind != "audio"):
                 functions.add(behind)
         else:
             groups.add(_group_of(grant.node))
@@ -705,7 +723,7 @@ def _no_witness(world: World, other: Pod | None, vm: Vm | None, common: Hands) -
     the plugin, or its VM has ended, or it has used nothing for ten minutes: that is as if it had ended."""
     if other is None or not other.is_live or world.plugin is None or world.plugin.is_there is not False:
         return False
-    if vm is not None and any(f.is_enabled for f in vm.functions):
+    if vm is not None and any(f.is_enabled and f.group in common.groups for f in vm.functions):
         return False
     for grant in other.grants:
         if not common & world._hands_of_grant(grant):
@@ -736,25 +754,45 @@ def _unseen_use(world: World, other: Pod | None, vm: Vm | None, common: Hands) -
     return nobodys and not {f.address for f in vm.functions} & common.addresses
 
 
+def _unseen_bind(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+    """A node that a pod has from before came to mean a function of the group, since the last scan: the look before
+    Allocate sees the node of the device that is given, and no others."""
+    if other is None or world.plugin is None or common.nodes:
+        return False
+    nodes = [g.node for g in other.grants if common & world._hands_of_grant(g)]
+    return all(world.kernel.last_at_node.get(n, (None, 0.0))[1] >= world.plugin.scan_began for n in nodes)
+
+
 def _bound_again_unwatched(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
     """KubeVirt knows a GPU by its address, and the kubelet by the number that it had: a GPU that was bound again under
-    another number before this run of the plugin saw it cannot be told from any other."""
+    another number, and that no scan of this run of the plugin saw under the first, cannot be told from any other."""
     if other is None or world.plugin is None or (vm is not None and vm.functions):
         return False
     for grant in other.grants:
         if not common & world._hands_of_grant(grant):
             continue
-        if grant.consumer is not Consumer.KUBEVIRT or grant.plugin is world.plugin:
-            return False
-        ended_at = max(world.kernel.ended_at.get(b, math.inf) for b in grant.bindings)
-        if ended_at >= world.plugin.scanned_at:
+        is_kubevirts = grant.consumer is Consumer.KUBEVIRT and grant.plugin is not world.plugin
+        if not is_kubevirts or not world.plugin.bindings.isdisjoint(grant.bindings):
             return False
     return True
+
+
+def _name_of_another_domain(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+    """A run of the plugin for KubeVirt, which leaves no CDI specs, gave it under a name in a domain that no rule has any
+    more: it might as well be a device of another plugin."""
+    if other is None or world.plugin is None or (vm is not None and vm.functions):
+        return False
+    names = [rule.name or "" for rule in world.plugin.settings.resources]
+    domains = {"nvidia.com", *(name.partition("/")[0] for name in names)}
+    clashing = [g for g in other.grants if common & world._hands_of_grant(g)]
+    return all(g.consumer is Consumer.KUBEVIRT and g.key[0].partition("/")[0] not in domains for g in clashing)
 
 
 EXCUSES: tuple[Callable[[World, Pod | None, Vm | None, Hands], bool], ...] = (
     _no_witness,
     _mediated_device,
     _unseen_use,
+    _unseen_bind,
     _bound_again_unwatched,
+    _name_of_another_domain,
 )
