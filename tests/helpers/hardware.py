@@ -11,13 +11,11 @@ It knows nothing of the daemon but the form of its facts. Rules of the kernel th
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from sandbox_plugin.model import HostFacts, IommuGroup, PciFunction, VfioDev, node_of_cdev, node_of_group
 
 VFIO_DRIVERS = ("vfio-pci", "nvgrace_gpu_vfio_pci", "nvidia-vgpu-vfio")
-_FACTS = frozenset(f.name for f in fields(HostFacts))
 _KINDS = {
     # kind: (device, class)
     "gpu": (0x2330, 0x030200),
@@ -230,16 +228,15 @@ class Kernel:
             if function.is_bound:
                 held.add(function.group)
             functions[function.address] = self._show(function)
-        known: dict[str, Any] = {
-            "functions": functions,
-            "unreadable": unreadable,
-            "groups": {n: IommuGroup(number=n, members=tuple(members[n])) for n in sorted(held)},
-            "group_nodes": frozenset(nodes),
-            "kernel_has_cdevs": self.cdevs,
-            "vfio_devs": {f"vfio{f.number}": f.address for f in self.present if f.is_bound},
-            "began_at": began_at,
-        }
-        return HostFacts(**{name: value for name, value in known.items() if name in _FACTS})
+        return HostFacts(
+            functions=functions,
+            unreadable=unreadable,
+            groups={n: IommuGroup(number=n, members=tuple(members[n])) for n in sorted(held)},
+            group_nodes=frozenset(nodes),
+            kernel_has_cdevs=self.cdevs,
+            vfio_devs={f"vfio{f.number}": f.address for f in self.present if f.is_bound},
+            began_at=began_at,
+        )
 
     def _show(self, function: Function) -> PciFunction:
         bound = function.is_bound

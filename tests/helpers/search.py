@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from hardware import VFIO_DRIVERS, Function, Vm
+from hardware import VFIO_DRIVERS, Function
 from world import GRACE_RULE, LAYOUTS, World
 
 from sandbox_plugin.settings import Consumer, Settings
@@ -30,8 +30,9 @@ def _some(world: World, *, present: bool = True) -> Function | None:
 
 def _an_event(world: World) -> None:
     """The kernel tells of a change, most of the time; then the plugins look, soon."""
+    world.disturbed_at = world.now
     for plugin in world.plugins:
-        if plugin.scan is None and world.dice.random() < 0.75:
+        if plugin.has_started and plugin.scan is None and world.dice.random() < 0.75:
             world.begin_scan(plugin, takes=world.dice.choice((0.0, 0.0, 0.3)))
 
 
@@ -41,12 +42,6 @@ def _wait(world: World) -> None:
 
 def _wait_long(world: World) -> None:
     world.wait(world.dice.choice((70.0, 200.0, 620.0)))
-
-
-def _look(world: World) -> None:
-    for plugin in world.plugins:
-        if plugin.scan is None:
-            world.begin_scan(plugin)
 
 
 def _bind(world: World) -> None:
@@ -109,6 +104,7 @@ def _sicken(world: World) -> None:
     if function is not None and function.kind != "mdev":
         function.is_off = not function.is_off
         world.note(function.address, "is off the bus" if function.is_off else "answers again")
+        world.disturbed_at = world.now
 
 
 def _hang(world: World) -> None:
@@ -127,7 +123,7 @@ def _admit(world: World) -> None:
     wanted = [
         (world.dice.choice(resources), world.dice.choice((1, 1, 1, 2))) for _ in range(world.dice.choice((1, 1, 2)))
     ]
-    pod = world.admit(wanted, shows_after=world.dice.choice((0.0, 0.0, 0.3, 3.0, 9.0)))
+    pod = world.admit(wanted, shows_after=world.dice.choice((0.0, 0.0, 0.3, 3.0, 9.0)), again=0.1)
     if pod is None:
         return
     then = world.dice.random()
@@ -159,15 +155,9 @@ def _stop_vm(world: World) -> None:
 
 
 def _strangers_vm(world: World) -> None:
-    """Somebody's QEMU, of which no kubelet knows."""
     function = _some(world)
-    vm = Vm(f"a stranger's VM with {function and function.address}", world.now)
-    if function is not None and world.kernel.open(vm, {function}):
-        world.note(vm.name, "starts")
-
-
-def _restart_kubelet(world: World) -> None:
-    world.restart_kubelet()
+    if function is not None:
+        world.start_strangers_vm(function)
 
 
 def _change_pod_resources(world: World) -> None:
@@ -220,7 +210,7 @@ def random_settings(dice: random.Random) -> Settings:
 ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
     "wait": (_wait, 25),
     "wait long": (_wait_long, 1),
-    "look": (_look, 5),
+    "look": (World.look, 5),
     "bind": (_bind, 10),
     "unbind": (_unbind, 6),
     "swap": (_swap, 3),
@@ -233,7 +223,7 @@ ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
     "start VM": (_start_vm, 10),
     "stop VM": (_stop_vm, 12),
     "stranger's VM": (_strangers_vm, 1),
-    "restart kubelet": (_restart_kubelet, 1),
+    "restart kubelet": (World.restart_kubelet, 1),
     "change PodResources": (_change_pod_resources, 1),
     "end plugin": (_end_plugin, 2),
     "start plugin": (_start_plugin, 4),

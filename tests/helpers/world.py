@@ -16,25 +16,25 @@ Usage:
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from hardware import Function, Kernel, Vm
 
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.prefer import prefer
-from sandbox_plugin.inventory.state import DeviceKey, Holdings
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.podresources import YOUNG
 from sandbox_plugin.model import Device, HostFacts, node_of_cdev, node_of_group
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy, ResourceRule, Settings
 
 NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3): "GH100 [H100 NVSwitch]"})
+NEEDLESS = "VMs refused although nothing had changed since the last scan"
 UNUSED = 600.0
 """Seconds after which, without PodResources, a pod that uses nothing counts as gone: that is what is promised."""
 BEGINNING = 1000.0
@@ -63,12 +63,17 @@ class Grant:
     node: str
     group_node: str | None
     """As well given, to KubeVirt."""
-    addresses: tuple[str, ...]
-    """Named in the environment, for KubeVirt."""
+    functions: tuple[str, ...]
+    """Addresses of what it was then,"""
     bindings: tuple[int, ...]
+    """and how often they had been bound."""
+    addresses: tuple[str, ...]
+    """Those that are named in the environment, for KubeVirt."""
     consumer: Consumer
     plugin: Plugin
     at: float
+    scan_began: float
+    """Of the latest scan that the plugin knew then."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -81,6 +86,8 @@ class Pod:
     """The kubelet keeps its IDs from other pods."""
     vm: Vm | None = None
     vm_ended_at: float = -math.inf
+    is_excused: bool = False
+    """It was given something that is in other hands, as nobody could know."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +134,10 @@ class Plugin:
     name: str
     settings: Settings
     registry: Registry
-    wants_turn: bool
-    """To serve as soon as it has started."""
     has_started: bool = False
     """It has asked PodResources once, and goes on with all the rest."""
     serves: bool = False
+    serves_since: float = math.inf
     next_scan: float = 0.0
     scan: tuple[float, HostFacts] | None = None
     """One that is under way: when its facts come, and what they are."""
@@ -141,6 +147,8 @@ class Plugin:
     question: Question | None = None
     has_answer: bool = False
     """PodResources has answered once, by a kubelet that knew its pods."""
+    is_told: bool = False
+    """It has done so since the plugin serves."""
     is_there: bool | None = None
     """Whether PodResources' socket was there when it was last asked."""
     named: dict[DeviceKey, float] = field(default_factory=dict)
@@ -149,40 +157,7 @@ class Plugin:
     """All that its scans have seen."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
-    last: Holdings | None = None
 
-    def learn(self, **news: Any) -> None:
-        """`Registry.learn`, of as much as it understands."""
-        understood = {name: value for name, value in news.items() if name in _LEARNS}
-        if understood:
-            self.registry.learn(**understood)
-
-    def learn_holdings(self, asked_at: float, pods: Mapping[DeviceKey, str], *, complete: bool) -> None:
-        for key in pods:
-            self.named[key] = asked_at
-        if _HAS_COMPLETE:
-            news: dict[str, Any] = {"asked_at": asked_at, "pods": pods, "complete": complete}
-            self.learn(holdings=Holdings(**news), pod_resources=True)
-            return
-        if not complete:
-            before = self.last or Holdings(asked_at=-math.inf)
-            asked_at, pods = before.asked_at, {**before.pods, **pods}
-        self.last = Holdings(asked_at=asked_at, pods=pods)
-        self.learn(holdings=self.last)
-
-    def allocate(self, keys: list[DeviceKey]) -> None:
-        if hasattr(self.registry, "allocate"):
-            self.registry.allocate(keys)
-        else:
-            self.registry.learn(allocated=keys)
-
-    def serve(self) -> None:
-        if hasattr(self.registry, "serve"):
-            self.registry.serve()
-
-
-_LEARNS = frozenset(inspect.signature(Registry.learn).parameters)
-_HAS_COMPLETE = "complete" in {f.name for f in fields(Holdings)}
 
 GRACE_RULE = ResourceRule(label="resources[0]", name="example.com/grace", drivers=frozenset({"nvgrace_gpu_vfio_pci"}))
 
@@ -221,9 +196,6 @@ LAYOUTS = ("singles", "mates", "mates", "switches", "riders", "mixed", "virtual"
 class World:
     """Everything, from one seed."""
 
-    looks_at_group = False
-    """Whether the look before Allocate sees the other functions of the group in use."""
-
     def __init__(
         self,
         *,
@@ -242,13 +214,15 @@ class World:
         self.allocated: dict[DeviceKey, Pod] = {}
         """The kubelet's own book."""
         self.pod_resources = pod_resources
-        """`there`, `slow` or `absent`."""
+        """`there`, `slow`, `silent` or `absent`."""
         self.kubelet_began = self.now - kubelet_age
         self.cdi: dict[str, dict[str, str]] = {}
         """Resource -> device name -> node: the specs that lie in the folder."""
         self.plugin: Plugin | None = None
         """The one that serves."""
         self.standby: Plugin | None = None
+        self.disturbed_at = self.now
+        """When something happened to the hardware, or somebody took it, that no Allocate told of."""
         self.settings = settings or Settings()
         self.counts: Counter[str] = Counter()
         self.history: list[str] | None = None
@@ -280,6 +254,12 @@ class World:
     def plugins(self) -> list[Plugin]:
         return [p for p in (self.plugin, self.standby) if p is not None]
 
+    @property
+    def current(self) -> Inventory:
+        """What the plugin that serves offers."""
+        assert self.plugin is not None
+        return self.plugin.registry.current
+
     def _follow(self, plugin: Plugin) -> None:
         if plugin.scan is not None and self.now >= plugin.scan[0]:
             self._take_scan(plugin)
@@ -295,6 +275,17 @@ class World:
             self.ask(plugin)
 
     # What a plugin sees
+
+    def look(self) -> None:
+        """Every plugin scans the host."""
+        for plugin in self.plugins:
+            if plugin.has_started and plugin.scan is None:
+                self.begin_scan(plugin)
+
+    def tell(self) -> None:
+        """Every plugin asks PodResources, and is answered at once."""
+        for plugin in self.plugins:
+            self.ask(plugin, takes=0.0)
 
     def begin_scan(self, plugin: Plugin, takes: float = 0.0) -> None:
         self.now += _MOMENT
@@ -321,7 +312,9 @@ class World:
             self.note(plugin.name, "finds no PodResources")
             self._learn_whether_there(plugin, is_there=False)
             return
-        if takes is None:
+        if self.pod_resources == "silent":
+            takes = math.inf
+        elif takes is None:
             takes = self.dice.choice((0.5, 2.0, 3.9, math.inf)) if self.pod_resources == "slow" else 0.0
         patience = _PATIENCE if plugin.has_started else _FIRST_PATIENCE
         is_answered = takes <= patience
@@ -351,14 +344,18 @@ class World:
         words = "young" if is_young else "complete"
         self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
         plugin.has_answer |= not is_young
+        plugin.is_told |= plugin.serves_since <= question.asked_at and not is_young
         plugin.is_there = True
-        plugin.learn_holdings(question.asked_at, pods, complete=not is_young)
+        for key in pods:
+            plugin.named[key] = question.asked_at
+        holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
+        plugin.registry.learn(holdings=holdings, pod_resources=True)
         self._write_specs(plugin)
         self._go_on(plugin)
 
     def _learn_whether_there(self, plugin: Plugin, *, is_there: bool) -> None:
         plugin.is_there = is_there
-        plugin.learn(pod_resources=is_there)
+        plugin.registry.learn(pod_resources=is_there)
         self._write_specs(plugin)
         self._go_on(plugin)
 
@@ -366,8 +363,6 @@ class World:
         """After its first question a plugin starts with all the rest."""
         if not plugin.has_started:
             plugin.has_started = True
-            if plugin.wants_turn:
-                self._begin_turn(plugin)
             self.begin_scan(plugin)
 
     def _write_specs(self, plugin: Plugin) -> None:
@@ -383,13 +378,13 @@ class World:
             in_cdi = {resource: frozenset(named) for resource, named in specs.items() if named}
             if in_cdi != plugin.in_cdi:
                 plugin.in_cdi = in_cdi
-                plugin.learn(in_cdi=in_cdi)
+                plugin.registry.learn(in_cdi=in_cdi)
         served = plugin.registry.current.resources
         stale = {resource: named for resource, named in self.cdi.items() if resource not in served}
         former = {(resource, i): node for resource, named in stale.items() for i, node in named.items()}
         if former != plugin.former and self.dice.random() < 0.7:  # else later: the folder is read by itself
             plugin.former = former
-            plugin.learn(former=former)
+            plugin.registry.learn(former=former)
 
     # Plugins come and go
 
@@ -397,13 +392,13 @@ class World:
         """A new run: nothing is remembered."""
         needs_cdi = settings.consumer is Consumer.KATA
         registry = Registry(settings, NAMES, requires_cdi=needs_cdi, clock=lambda: self.now)
-        plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry, wants_turn=serves)
+        plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry)
         self.note(plugin.name, "starts" if serves else "stands by", _words(settings))
         if serves:
             self.plugin = plugin
+            self._begin_turn(plugin)
         else:
             self.standby = plugin
-        self._show_all_pods()
         self.ask(plugin)
         return plugin
 
@@ -422,24 +417,22 @@ class World:
         """The one that stands by gets the turn."""
         self.plugin, self.standby = self.standby, None
         assert self.plugin is not None
-        self.plugin.wants_turn = True
         self.note(self.plugin.name, "takes over")
-        if self.plugin.has_started:
-            self._begin_turn(self.plugin)
+        self._begin_turn(self.plugin)
 
     def swap_turns(self) -> None:
         """The lock goes to the other one, and both live on."""
         before = self.plugin
         assert before is not None
-        before.serves = before.wants_turn = False
+        before.serves = False
         self.take_over()
         self.standby = before
 
     def _begin_turn(self, plugin: Plugin) -> None:
         self._show_all_pods()
-        plugin.serves = True
+        plugin.serves, plugin.serves_since, plugin.is_told = True, self.now, False
         plugin.next_question = self.now
-        plugin.serve()
+        plugin.registry.serve()
         self._write_specs(plugin)
 
     # The kubelet
@@ -460,18 +453,27 @@ class World:
         listed = plugin.registry.current.resources.get(resource, ())
         return [d.id for d in listed if d.health.healthy and (resource, d.id) not in self.allocated]
 
-    def admit(self, wanted: Iterable[tuple[str, int]], *, shows_after: float = 0.0) -> Pod | None:
-        """A pod with one container for each (resource, number of devices); None: it was refused."""
+    def admit(
+        self, wanted: Iterable[tuple[str, int | Sequence[str]]], *, shows_after: float = 0.0, again: float = 0.0
+    ) -> Pod | None:
+        """A pod with one container for each (resource, devices): so many, or these; None: it was refused.
+
+        `again`: how likely a container takes over what an init container had before it, by another Allocate.
+        """
         pod = Pod(name=self._name("pod"), shows_at=self.now + shows_after)
         self.pods.append(pod)
-        for resource, count in wanted:
-            ids = self._choose(resource, count)
+        for resource, asked in wanted:
+            ids = self._choose(resource, asked) if isinstance(asked, int) else list(asked)
             if ids is None or not self.allocate(pod, resource, ids):
                 self.end_pod(pod)
                 return None
-            if self.dice.random() < 0.1:
-                self._allocate_again(pod, resource, ids)
+            if self.dice.random() < again and not self.allocate(pod, resource, ids):
+                self.counts["refused to the same pod again"] += 1
         return pod
+
+    def give(self, resource: str, *ids: str) -> Pod | None:
+        """A pod with these devices; None: it was refused."""
+        return self.admit([(resource, ids)])
 
     def _choose(self, resource: str, count: int) -> list[str] | None:
         available = self.healthy(resource)
@@ -482,23 +484,18 @@ class World:
             return list(prefer(devices, available=available, must_include=(), size=count, policy=Policy.PACKED))
         return self.dice.sample(available, count)
 
-    def _allocate_again(self, pod: Pod, resource: str, ids: list[str]) -> None:
-        """The pod's next container takes over what an init container had."""
-        if not self.allocate(pod, resource, ids):
-            self.counts["refused to the same pod again"] += 1
-
     def allocate(self, pod: Pod, resource: str, ids: list[str]) -> bool:
         """The call, as the plugin answers it: from one snapshot, after one more look."""
+        assert all(self.allocated.get((resource, i), pod) is pod for i in ids), "the kubelet keeps an ID from two pods"
         plugin = self.plugin
         if plugin is None or not plugin.serves or (devices := _all_healthy(plugin, resource, ids)) is None:
             return False
-        looks = {d.id: self._look(d) for d in devices}
-        if any(looks.values()):
+        against = {d.id: why for d in devices if (why := self._look(d)) is not None}
+        if against:
             self.counts["refused at the look"] += 1
-            busy = [(resource, i) for i, why in looks.items() if why == "busy"]
-            self.note(plugin.name, "refuses", pod.name, resource, looks)
-            if busy:
-                plugin.learn(busy=busy)
+            self.note(plugin.name, "refuses", pod.name, resource, against)
+            if busy := {(resource, i): used for i, (_, used) in against.items() if used}:
+                plugin.registry.learn(busy=busy)
                 self._write_specs(plugin)
             plugin.next_scan = self.now
             return False
@@ -507,7 +504,7 @@ class World:
         if (devices := _all_healthy(plugin, resource, ids)) is None:
             return False
         self.note(plugin.name, "gives", pod.name, resource, [(d.id, d.address) for d in devices])
-        plugin.allocate([(resource, i) for i in ids])
+        plugin.registry.allocate([(resource, i) for i in ids])
         self._write_specs(plugin)
         before = self.hands(pod)
         for device in devices:
@@ -524,26 +521,28 @@ class World:
             key=(device.resource, device.id),
             node=device.node,
             group_node=device.group_node if consumer is Consumer.KUBEVIRT else None,
-            addresses=(device.address,) if consumer is Consumer.KUBEVIRT else (),
+            functions=tuple(f.address for f in functions),
             bindings=tuple(f.binding for f in functions),
+            addresses=(device.address,) if consumer is Consumer.KUBEVIRT else (),
             consumer=consumer,
             plugin=plugin,
             at=self.now,
+            scan_began=plugin.scan_began,
         )
 
-    def _look(self, device: Device) -> str | None:
-        """The plugin's own, before it gives a device away: None, or what speaks against it."""
+    def _look(self, device: Device) -> tuple[str, frozenset[str]] | None:
+        """The plugin's own, before it gives a device away: what speaks against it, and what a VM has in its group."""
         for placement in device.placements:
             function = self.kernel.functions[placement.address]
-            if not function.is_present or function.hangs or self.kernel.node_of(function) != device.node:
-                return "gone"
+            if not function.is_present or self.kernel.node_of(function) != device.node:
+                return "gone", frozenset()
             if function.is_off:
-                return "off the bus"
-            if function.is_enabled:
-                return "busy"
-            if self.looks_at_group and any(f.is_enabled for f in self.kernel.members(function.group)):
-                return "busy"
-        return None
+                return "off the bus", frozenset()
+        members = self.kernel.members(device.iommu_group)
+        if any(f.hangs for f in members):
+            return "silent", frozenset()
+        used = frozenset(f.address for f in members if f.is_enabled)
+        return ("busy", used) if used else None
 
     def end_pod(self, pod: Pod) -> None:
         """The kubelet frees its IDs at once, and tells nobody. Its VM may go on."""
@@ -569,7 +568,8 @@ class World:
             functions |= opened
         vm = Vm(f"the VM of {pod.name}", self.now)
         if not self.kernel.open(vm, functions):
-            self.counts["VMs that the kernel refused"] += 1
+            is_expected = pod.is_excused or any(g.scan_began <= self.disturbed_at for g in pod.grants)
+            self.counts["VMs refused by the kernel" if is_expected else NEEDLESS] += 1
             self.note(pod.name, "cannot start its VM")
             return False
         self.note(pod.name, "starts its VM with", sorted(f.address for f in functions))
@@ -587,6 +587,15 @@ class World:
             function = self.kernel.at_node(grant.node)
             return None if function is None else {function}
         return {f for f in self.kernel.members(_group_of(grant.node)) if f.is_bound} or None
+
+    def start_strangers_vm(self, function: Function) -> bool:
+        """Somebody's QEMU, of which no kubelet knows."""
+        vm = Vm(f"a stranger's VM with {function.address}", self.now)
+        if not self.kernel.open(vm, {function}):
+            return False
+        self.note(vm.name, "starts")
+        self.disturbed_at = self.now
+        return True
 
     def stop_vm(self, vm: Vm) -> None:
         self.note(vm.name, "ends")
@@ -612,15 +621,15 @@ class World:
     def _hands_of_grant(self, grant: Grant) -> Hands:
         """A pod's VM opens nodes by their paths, whatever is behind them by then.
 
-        A cdev that is gone comes back with whatever is bound next: with the function that had it last, most likely,
-        unless that one has another number by now. (One that is never a device was not given to anybody by itself.)
+        A cdev that is gone comes back with whatever is bound next: with the function that was given, most likely, where
+        that is not bound.
         """
         nodes, groups = {grant.node}, set()
         functions = {self.kernel.functions[a] for a in grant.addresses}
         if grant.node.startswith("/dev/vfio/devices/"):
             behind, _ = self.kernel.last_at_node[grant.node]
             is_there = behind.number is not None and node_of_cdev(behind.number) == grant.node
-            if is_there or (behind.number is None and behind.kind != "audio"):
+            if is_there or (behind.number is None and behind.address in grant.functions):
                 functions.add(behind)
         else:
             groups.add(_group_of(grant.node))
@@ -631,7 +640,9 @@ class World:
             functions.update(self.kernel.members(group))
         there = [f for f in functions if f.is_present]
         groups.update(f.group for f in there)
-        return Hands(frozenset(nodes), frozenset(groups), frozenset(f.address for f in there))
+        addresses = {f.address for f in there}
+        addresses |= {f.address for f in self.kernel.present if f.carrier in addresses}
+        return Hands(frozenset(nodes), frozenset(groups), frozenset(addresses))
 
     def _judge(self, pod: Pod, before: Hands) -> None:
         """Whether what the pod has just got is in other hands."""
@@ -650,6 +661,7 @@ class World:
             if excuse(self, other, vm, common):
                 self.counts[excuse.__name__.strip("_")] += 1
                 self.note("excused:", excuse.__name__.strip("_"))
+                pod.is_excused = True
                 return
         who = vm.name if vm is not None else "nobody"
         if other is not None:
@@ -664,7 +676,7 @@ class World:
             self.end_pod(pod)
         for vm in list(self.kernel.vms):
             self.stop_vm(vm)
-        if self.pod_resources == "slow":
+        if self.pod_resources != "absent":
             self.pod_resources = "there"
         if self.plugin is None:
             self.start_plugin(self.settings)
@@ -778,14 +790,14 @@ def _bound_again_unwatched(world: World, other: Pod | None, vm: Vm | None, commo
 
 
 def _name_of_another_domain(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
-    """A run of the plugin for KubeVirt, which leaves no CDI specs, gave it under a name in a domain that no rule has any
-    more: it might as well be a device of another plugin."""
+    """It was given under a name in a domain that no rule has any more, and no CDI spec tells of it (KubeVirt has none):
+    it might as well be a device of another plugin."""
     if other is None or world.plugin is None or (vm is not None and vm.functions):
         return False
     names = [rule.name or "" for rule in world.plugin.settings.resources]
     domains = {"nvidia.com", *(name.partition("/")[0] for name in names)}
-    clashing = [g for g in other.grants if common & world._hands_of_grant(g)]
-    return all(g.consumer is Consumer.KUBEVIRT and g.key[0].partition("/")[0] not in domains for g in clashing)
+    clashing = [g.key for g in other.grants if common & world._hands_of_grant(g)]
+    return all(key not in world.plugin.former and key[0].partition("/")[0] not in domains for key in clashing)
 
 
 EXCUSES: tuple[Callable[[World, Pod | None, Vm | None, Hands], bool], ...] = (
