@@ -101,7 +101,7 @@ def _carry(world: World) -> None:
 
 def _sicken(world: World) -> None:
     function = _some(world)
-    if function is not None and function.kind != "mdev":
+    if function is not None and function.kind in ("gpu", "switch"):
         function.is_off = not function.is_off
         world.note(function.address, "is off the bus" if function.is_off else "answers again")
         world.disturbed_at = world.now
@@ -161,7 +161,7 @@ def _strangers_vm(world: World) -> None:
 
 
 def _change_pod_resources(world: World) -> None:
-    world.pod_resources = world.dice.choice(("there", "there", "slow", "absent"))
+    world.pod_resources = world.dice.choice(("there", "there", "there", "slow", "absent", "silent"))
     world.note("PodResources is", world.pod_resources)
 
 

@@ -151,8 +151,8 @@ class Plugin:
     """It has done so since the plugin serves."""
     is_there: bool | None = None
     """Whether PodResources' socket was there when it was last asked."""
-    named: dict[DeviceKey, float] = field(default_factory=dict)
-    """Device -> when the latest answer was asked for that names a pod that holds it."""
+    named: dict[tuple[DeviceKey, str], float] = field(default_factory=dict)
+    """Device and pod -> when the latest answer was asked for that says that the pod holds it."""
     bindings: set[int] = field(default_factory=set)
     """All that its scans have seen."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
@@ -329,7 +329,7 @@ class World:
         named = [p for p in self.pods if p.is_live and p.shows_at <= self.now]
         if self.now - self.kubelet_began < YOUNG:
             named = [p for p in named if self.dice.random() < 0.5]
-        return {g.key: f"default/{p.name}" for p in named for g in p.grants}
+        return {g.key: p.name for p in named for g in p.grants}
 
     def _end_question(self, plugin: Plugin) -> None:
         question = plugin.question
@@ -346,8 +346,7 @@ class World:
         plugin.has_answer |= not is_young
         plugin.is_told |= plugin.serves_since <= question.asked_at and not is_young
         plugin.is_there = True
-        for key in pods:
-            plugin.named[key] = question.asked_at
+        plugin.named |= dict.fromkeys(pods.items(), question.asked_at)
         holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
         plugin.registry.learn(holdings=holdings, pod_resources=True)
         self._write_specs(plugin)
@@ -740,7 +739,7 @@ def _no_witness(world: World, other: Pod | None, vm: Vm | None, common: Hands) -
     for grant in other.grants:
         if not common & world._hands_of_grant(grant):
             continue
-        known_at = world.plugin.named.get(grant.key, -math.inf)
+        known_at = world.plugin.named.get((grant.key, other.name), -math.inf)
         if grant.plugin is world.plugin:
             known_at = max(known_at, grant.at)
         if world.now - known_at < UNUSED and other.vm_ended_at < known_at:
