@@ -46,7 +46,7 @@ TREES: dict[str, tuple[dict[str, str], str | None]] = {
     "another ending": ({"x.yml": "a"}, None),
     "a folder that is named like a spec": ({"dir.yaml/b.yaml": "b"}, None),
     "one device behind a link to a folder": ({"../far/b.yaml": "a", "dir": "-> ../far"}, "dir/b.yaml"),
-    "a link that leads back": ({"sub/back": "-> .."}, None),
+    "links that lead back": ({"sub/back": "-> ..", "sub/again": "-> .."}, None),
     "a link to a spec of the folder": ({"b.yaml": "-> a.yaml"}, "b.yaml"),
     "a dangling link": ({"b.json": "-> nowhere"}, "b.json"),
     "a link to itself": ({"b.json": "-> b.json"}, "b.json"),
