@@ -115,7 +115,8 @@ class Registry:
         cdi_trouble: Mapping[str, str] | None = None,
     ) -> Inventory:
         """Takes in what readers found out; what is not given stays as it was known."""
-        if holdings is not None:
+        known = self._signals.holdings
+        if holdings is not None and (known is None or holdings.asked_at >= known.asked_at):  # else it comes late
             self._signals = replace(self._signals, holdings=holdings, pod_resources=True)
         if in_cdi is not None:
             self._signals = replace(self._signals, in_cdi=in_cdi)

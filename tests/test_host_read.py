@@ -855,6 +855,17 @@ def test_a_mediated_device_is_looked_for_where_it_is(tree: Tree) -> None:
     assert against(tree.paths, given) is not None
 
 
+def test_a_device_that_was_bound_again_or_made_again_with_another_type_since_may_not(grace: Tree) -> None:
+    function = grace.read(GRACE_GPU)
+    assert function.vfio is not None
+    given = device(GRACE_GPU, node="/dev/vfio/devices/vfio0")
+    (placement,) = given.placements
+    as_it_is = replace(given, placements=(replace(placement, binding=function.vfio.binding),))
+    assert against(grace.paths, as_it_is) is None
+    before = replace(given, placements=(replace(placement, binding=(function.vfio.binding or 0) + 1),))
+    assert against(grace.paths, before) == f"{GRACE_GPU} was bound again, or made again with another type"
+
+
 def test_a_device_that_fell_off_the_bus_a_moment_ago_may_not(tree: Tree) -> None:
     tree.node.sicken(T4)
     assert against(tree.paths, device(T4, node="/dev/vfio/13")) == (

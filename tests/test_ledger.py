@@ -313,3 +313,61 @@ def test_a_host_that_cannot_be_read_changes_nothing_in_what_is_known_of_uses() -
     plugin.now += 1
     plugin.registry.observe(HostFacts(unreachable="the bus hangs", began_at=plugin.now))
     assert plugin.sees(replace(MATES[0], enable=1), MATES[1]).reason("1") is Reason.IN_USE_ELSEWHERE
+
+
+def test_a_use_that_began_while_the_scan_that_first_saw_it_went_on_may_be_the_new_pods() -> None:
+    plugin = Plugin().sees(gpu(A, vfio=0))
+    began_at = plugin.now + 0.1
+    plugin.gives("0")
+    plugin.now += 1
+    plugin.registry.observe(replace(host(gpu(A, vfio=0, enable=1)), began_at=began_at))
+    assert plugin.reason("0") is None
+
+
+def test_a_gpu_that_hangs_in_use_asks_for_no_look_after_look() -> None:
+    used = gpu(A, vfio=0, enable=1)
+    plugin = Plugin().sees(used).hears(held(P="0"))
+    plugin.sees(unreadable={A: "sysfs does not answer"}, kernel_has_cdevs=True).hears()
+    assert plugin.registry._wake_at != plugin.now, "it would go on for as long as it hangs"
+    assert plugin.sees(used).reason("0") is Reason.IN_USE_ELSEWHERE
+
+
+def test_an_older_answer_that_comes_late_changes_nothing() -> None:
+    plugin = Plugin().sees(*MATES).hears()
+    plugin.registry.serve()
+    asked_before = plugin.now - 0.5
+    plugin.hears(held(P="0"))
+    plugin.registry.learn(holdings=Holdings(asked_at=asked_before))
+    assert (plugin.reason("0"), plugin.reason("1")) == (None, Reason.GROUP_TAKEN)
+
+
+def test_what_was_given_together_before_another_plugin_served_may_be_in_two_hands_by_now() -> None:
+    plugin = Plugin().sees(*MATES).gives("0", "1")
+    plugin.now += 5
+    plugin.registry.serve()  # again: meanwhile the pod was dropped, and another plugin gave 0 to R
+    plugin.hears(held(R="0"))
+    assert plugin.reason("1") is Reason.GROUP_TAKEN
+
+
+def test_after_a_takeover_pod_resources_is_asked_until_it_names_all_pods() -> None:
+    plugin = Plugin(Settings(consumer=Consumer.KUBEVIRT)).hears().sees(gpu(A, vfio=0))
+    plugin.now += 1
+    plugin.registry.serve()
+    plugin.hears(complete=False)
+    assert plugin.reason("0") is Reason.HOLDERS_UNKNOWN
+    assert plugin.registry.current.waits_for_holdings
+
+
+def test_what_arrived_ill_and_stayed_so_is_held_back_although_nothing_else_changed() -> None:
+    plugin = Plugin().hears()
+    for _ in range(3):
+        plugin.sees(MATES[0], gpu(B, vfio=None, group=9, driver="nvidia"), after=1)
+    assert plugin.sees(MATES[0], gpu(B, vfio=None, group=9)).reason("0") is Reason.SETTLING
+
+
+def test_a_gpu_whose_number_was_given_again_is_free_at_once_under_its_new_one() -> None:
+    plugin = Plugin().sees(gpu(A, vfio=0, group=1)).gives("0")
+    plugin.sees(gpu(A, vfio=5, group=1), gpu(B, vfio=0, group=2))
+    assert plugin.reason("5") is Reason.HELD_AS_ANOTHER
+    plugin.gives("0")
+    assert plugin.is_free("5")

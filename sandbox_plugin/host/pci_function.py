@@ -230,6 +230,8 @@ def objection(paths: HostPaths, device: Device) -> Objection | None:
         node = node_of_cdev(vfio.number) if vfio is not None and vfio.cdev else None
         if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
             return Objection(why=f"{device.node} is gone")
+        if vfio is not None and None not in (vfio.binding, placement.binding) and vfio.binding != placement.binding:
+            return Objection(why=f"{placement.address} was bound again, or made again with another type")
         if device.mdev:
             continue
         optional = _Optional(folder)

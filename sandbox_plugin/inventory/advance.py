@@ -15,7 +15,6 @@ The rules it keeps:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -58,7 +57,7 @@ def advance(
     ledger = _learn(memory, tracks, found, facts, signals, now, settings, names)
     if _is_steady(previous, found, tracks, ledger, signals):
         nodes = previous.nodes if facts is memory.facts else vfio_nodes(facts)
-        return replace(previous, nodes=nodes, memory=replace(memory, facts=facts)), _wake_at(tracks, ledger, now)
+        return replace(previous, nodes=nodes, memory=replace(memory, facts=facts)), _wake_at(tracks, ledger, facts, now)
     tracks |= held_but_unknown(ledger, partial(may_be_ours, settings=settings, names=names), tracks, found, facts, now)
     verdicts = withheld(found.groups, ledger, signals, previous.is_healthy)
     tracks, devices = _listed(tracks, verdicts, signals, now)
@@ -68,15 +67,13 @@ def advance(
         by_key=MappingProxyType(devices),
         unoffered=MappingProxyType(dict(found.unoffered)),
         without_spec=_without_spec(devices.values(), signals),
-        waits_for_holdings=_waits_for_holdings(tracks, ledger, found, signals),
+        waits_for_holdings=_waits_for_holdings(tracks, ledger, signals),
         nodes=vfio_nodes(facts),
         memory=Memory(tracks=tracks, ledger=ledger, facts=facts, found=found, signals=signals),
     )
     if not previous.version or _shown(inventory) != _shown(previous):
         inventory = replace(inventory, version=previous.version + 1)
-    if ledgers.has_undecided(ledger):
-        return inventory, now
-    return inventory, _wake_at(tracks, ledger, now)
+    return inventory, _wake_at(tracks, ledger, facts, now)
 
 
 def _is_steady(
@@ -88,7 +85,12 @@ def _is_steady(
         return False
     if len(tracks) != len(memory.tracks):
         return False
-    return all(track is memory.tracks.get(key) and not track.ill for key, track in tracks.items())
+    return all(track is memory.tracks.get(key) and not _is_changing(track) for key, track in tracks.items())
+
+
+def _is_changing(track: Track) -> bool:
+    """Whether time alone changes it: it is about to have settled, or to count as ill since it arrived."""
+    return track.well_since is not None if track.ill else not track.been_well
 
 
 def allocate(previous: Inventory, devices: Iterable[Device], signals: Signals, now: float) -> Inventory:
@@ -100,9 +102,8 @@ def allocate(previous: Inventory, devices: Iterable[Device], signals: Signals, n
     devices = list(devices)
     ledger = ledgers.give(memory.ledger, devices, now)
     assert memory.found is not None
-    groups = {
-        d.iommu_group: memory.found.groups[d.iommu_group] for d in devices if d.iommu_group in memory.found.groups
-    }
+    numbers = {device.iommu_group for device in devices} | _groups_of_old(memory, devices)
+    groups = {number: memory.found.groups[number] for number in numbers if number in memory.found.groups}
     verdicts = withheld(groups, ledger, signals, previous.is_healthy)
     concerned = {(d.resource, d.id) for group in groups.values() for d in group.devices}
     tracks, listed = _listed({k: memory.tracks[k] for k in concerned if k in memory.tracks}, verdicts, signals, now)
@@ -119,6 +120,15 @@ def allocate(previous: Inventory, devices: Iterable[Device], signals: Signals, n
         waits_for_holdings=True,
         memory=replace(memory, tracks={**memory.tracks, **tracks}, ledger=ledger),
     )
+
+
+def _groups_of_old(memory: Memory, devices: Iterable[Device]) -> set[int]:
+    """The groups that pods had by these IDs before, where the numbers were other functions'."""
+    functions = memory.facts.functions if memory.facts is not None else {}
+    old = (memory.ledger.grants.get((device.resource, device.id)) for device in devices)
+    addresses = [address for grant in old if grant is not None for address in grant.places.addresses]
+    groups = {functions[address].iommu_group for address in addresses if address in functions}
+    return {group for group in groups if group is not None}
 
 
 def _learn(
@@ -139,7 +149,7 @@ def _learn(
 
     ledger = ledgers.serve_since(memory.ledger, signals.serving_since)
     if facts is not memory.facts:
-        ledger = ledgers.observe(ledger, memory.facts, facts)
+        ledger = ledgers.observe(ledger, memory.facts, facts, now)
     ledger = ledgers.take_in(ledger, signals.holdings, places)
     if found.kernel_is_known and not (memory.found is not None and memory.found.kernel_is_known):
         ledger = ledgers.place_again(ledger, places)
@@ -228,17 +238,18 @@ def _without_spec(devices: Iterable[Device], signals: Signals) -> frozenset[str]
     return frozenset(needing - having)
 
 
-def _waits_for_holdings(tracks: Mapping[DeviceKey, Track], ledger: Ledger, found: Found, signals: Signals) -> bool:
+def _waits_for_holdings(tracks: Mapping[DeviceKey, Track], ledger: Ledger, signals: Signals) -> bool:
     """Whether something can only be settled by asking PodResources."""
     if ledger.grants or ledger.uses or signals.former or any(t.gone_since is not None for t in tracks.values()):
         return True
-    if signals.pod_resources and not ledger.is_heard:
-        return True
-    return not math.isfinite(ledger.told_at) and any(group.is_shared for group in found.groups.values())
+    return signals.pod_resources and not ledger.is_told
 
 
-def _wake_at(tracks: Mapping[DeviceKey, Track], ledger: Ledger, now: float) -> float | None:
-    """The next time at which time alone changes something. What was due until now has been taken into account."""
+def _wake_at(tracks: Mapping[DeviceKey, Track], ledger: Ledger, facts: HostFacts, now: float) -> float | None:
+    """The next time at which time alone changes something, or another look does: that is now. What was due until now
+    has been taken into account."""
+    if ledgers.has_undecided(ledger, facts):
+        return now
     times = [t.well_since + SETTLE for t in tracks.values() if t.ill and t.well_since is not None]
     fatal_errors = [error for t in tracks.values() if t.fatal_errors for error in t.fatal_errors.values()]
     times += [error.since + FATAL_QUIET for error in fatal_errors if error.since is not None]

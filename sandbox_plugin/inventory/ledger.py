@@ -25,7 +25,10 @@ from sandbox_plugin.inventory.health import is_bridge, is_vfio_bound
 from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
 
 ADMISSION = 10.0
-"""Seconds that the kubelet may take to show an allocation in PodResources after Allocate was answered."""
+"""Seconds that the kubelet may take to show an allocation in PodResources after Allocate was answered.
+
+It notes the answer within milliseconds; this is for a pod that is admitted and dropped. So a takeover, which comes
+later than that after the other plugin's last answer, need not wait for so long."""
 PROMISE_UNUSED = 600.0
 """Seconds after which a grant that nobody uses ends where there is no PodResources to ask."""
 
@@ -81,7 +84,8 @@ class Grant:
     was_used: bool = False
     """A use has begun since it was given."""
     heir: int = 0
-    """Number of the Allocate that got another device of its pod: that pod has ended, or is the one of that Allocate."""
+    """Number of the later Allocate that was given a device which the pod of this grant had: that pod has ended, or the
+    Allocate is its own (an init container's device goes to a container)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +94,11 @@ class Use:
 
     group: int | None
     first_seen_at: float
-    """When the first scan began that saw it so, and all scans since: it has been in use for at least that long."""
+    """When the first scan began that saw it so, as did all since. The use may have begun until that scan ended."""
+    proven_at: float
+    """When that scan had ended: it has been in use for at least that long."""
     since: float
-    """The same; -inf where the function was not seen before: it may have been in use for any time."""
+    """As `first_seen_at`; -inf where no earlier scan showed the function: it may have been in use for any time."""
     seen_at: float
     """When the latest scan that saw it so began."""
     elsewhere: bool = False
@@ -146,6 +152,11 @@ class Ledger:
         return pod is not None and pod == self.pod_of(other) and self.named_by[one.key] is self.named_by[other.key]
 
     @property
+    def is_told(self) -> bool:
+        """Whether PodResources has given a complete answer since this plugin serves."""
+        return math.isfinite(self.told_at)
+
+    @property
     def is_heard(self) -> bool:
         """Whether PodResources has answered since this plugin serves, be it incompletely."""
         return self.heard is not None and self.heard.asked_at >= self.serving_since
@@ -177,15 +188,23 @@ def give(ledger: Ledger, devices: Iterable[Device], now: float) -> Ledger:
         key = (device.resource, device.id)
         if (old := grants.pop(key, None)) is not None:
             for place in old.places.all:
-                by_place[place] = tuple(k for k in by_place[place] if k != key)
+                if rest := tuple(k for k in by_place[place] if k != key):
+                    by_place[place] = rest
+                else:
+                    del by_place[place]
             for other in ledger.touching(old.places.all):
-                is_old_pods = ledger.are_one_pods(other, old) or 0 != other.heir == old.allocation
-                if is_old_pods and other.key in grants:
-                    grants[other.key] = replace(grants[other.key], heir=number)
+                is_old_pods = ledger.are_one_pods(other, old) or is_heir(old, other)
+                if is_old_pods and grants.get(other.key) is other:
+                    grants[other.key] = replace(other, heir=number)
         grants[key] = Grant(key=key, places=places_of(device), at=now, allocation=number)
         for place in grants[key].places.all:
             by_place[place] = (*by_place.get(place, ()), key)
     return replace(ledger, grants=grants, by_place=by_place, allocations=number)
+
+
+def is_heir(grant: Grant, other: Grant) -> bool:
+    """Whether the pod of `grant` got a device that the pod of `other` had."""
+    return 0 != grant.allocation == other.heir
 
 
 def places_of(device: Device) -> Places:
@@ -195,11 +214,16 @@ def places_of(device: Device) -> Places:
 
 
 def serve_since(ledger: Ledger, since: float) -> Ledger:
-    """Another plugin may have served until then: what was told before does not say what it gave last."""
+    """This plugin serves since then. Another one may have served until then.
+
+    So an answer that was asked for earlier is not complete, and the Allocates of an earlier turn are like those of
+    another run: what was given together then may be in several hands by now.
+    """
     if since == ledger.serving_since:
         return ledger
     told_at = ledger.told_at if ledger.told_at >= since else -math.inf
-    return replace(ledger, told_at=told_at, serving_since=since)
+    grants = {key: replace(grant, allocation=0, heir=0) for key, grant in ledger.grants.items()}
+    return replace(ledger, grants=grants, told_at=told_at, serving_since=since)
 
 
 def found_busy(
@@ -216,6 +240,7 @@ def found_busy(
             uses[address] = Use(
                 group=group_of(key),
                 first_seen_at=now if seen is None else seen.first_seen_at,
+                proven_at=now if seen is None else seen.proven_at,
                 since=now if seen is None else seen.since,
                 seen_at=now,
                 elsewhere=True,
@@ -231,6 +256,8 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
     """
     if answer is None or answer is ledger.heard:
         return ledger
+    if ledger.heard is not None and answer.asked_at < ledger.heard.asked_at:
+        return ledger  # it comes late, after a newer one
     found: dict[DeviceKey, Grant] = {}
     for key, pod in answer.pods.items():
         grant = ledger.grants.get(key)
@@ -238,11 +265,11 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
             places = places_by_id(key)
             if places is not None:
                 found[key] = Grant(key=key, places=places)
-    over: list[DeviceKey] = []
+    over: set[DeviceKey] = set()
     told_at = ledger.told_at
     if answer.complete and answer.asked_at >= ledger.serving_since:
         told_at = max(told_at, answer.asked_at)
-        over = [k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)]
+        over = {k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)}
     if found or over:
         ledger = _with_grants(ledger, {k: g for k, g in {**ledger.grants, **found}.items() if k not in over})
     named_by = {
@@ -270,11 +297,11 @@ def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
 def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
     """Ends grants of which PodResources tells nothing, where nobody uses them: when they were used since they were
     given, or after `PROMISE_UNUSED`. One that it has named ends so only where it is not there any more."""
-    over = [
+    over = {
         key
         for key, grant in ledger.grants.items()
         if (not has_pod_resources or ledger.pod_of(grant) is None) and _is_expired(grant, ledger, now)
-    ]
+    }
     return _with_grants(ledger, {k: g for k, g in ledger.grants.items() if k not in over}) if over else ledger
 
 
@@ -285,15 +312,15 @@ def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:
     return (grant.was_used or is_late) and not any(a in ledger.uses for a in grant.places.addresses)
 
 
-def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts) -> Ledger:
-    """Takes in what a scan saw in use, and `before` what the scan before that saw."""
+def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: float) -> Ledger:
+    """Takes in what a scan saw in use that has ended by now; `before` is what the scan before that saw."""
     seen_before = before.functions if before is not None else {}
     uses: dict[str, Use] = {}
     for address, function in facts.functions.items():
         if function.enable == 1:
             earlier, use = seen_before.get(address), ledger.uses.get(address)
             if is_vfio_bound(function, facts) or _is_unbound_under_a_vm(function, earlier, use):
-                uses[address] = _used(function, earlier, use, facts)
+                uses[address] = _used(function, earlier, use, facts, now)
     for address, use in ledger.uses.items():
         if facts.unreachable is not None or address in facts.unreadable:
             uses.setdefault(address, use)
@@ -315,12 +342,13 @@ def _is_unbound_under_a_vm(function: PciFunction, before: PciFunction | None, us
     return before is None or use is not None or before.vfio is not None or is_vfio_driver(before.driver)
 
 
-def _used(function: PciFunction, before: PciFunction | None, use: Use | None, facts: HostFacts) -> Use:
+def _used(function: PciFunction, before: PciFunction | None, use: Use | None, facts: HostFacts, now: float) -> Use:
     if use is not None and (before is None or _is_bound_again(before, function)):
         use = None
     return Use(
         group=function.iommu_group,
         first_seen_at=facts.began_at if use is None else use.first_seen_at,
+        proven_at=now if use is None else use.proven_at,
         since=use.since if use is not None else (-math.inf if before is None else facts.began_at),
         seen_at=facts.began_at,
         elsewhere=use is not None and use.elsewhere,
@@ -351,13 +379,13 @@ def attribute_uses(ledger: Ledger) -> Ledger:
 def _is_elsewhere(address: str, use: Use, ledger: Ledger) -> bool:
     holders = ledger.touching(_places_of_use(address, use))
     if holders:
-        return all(use.first_seen_at < grant.at for grant in holders)  # -inf: PodResources names it, so it is a pod's
-    return use.elsewhere or (math.isfinite(ledger.told_at) and use.since <= ledger.told_at <= use.seen_at)
+        return all(use.proven_at < grant.at for grant in holders)  # -inf: PodResources names it, so it is a pod's
+    return use.elsewhere or (ledger.is_told and use.since <= ledger.told_at <= use.seen_at)
 
 
-def has_undecided(ledger: Ledger) -> bool:
-    """Whether any use `is_undecided`."""
-    return any(is_undecided(address, use, ledger) for address, use in ledger.uses.items())
+def has_undecided(ledger: Ledger, facts: HostFacts) -> bool:
+    """Whether any use `is_undecided` that another look at the host would show: of a function that answers."""
+    return any(a in facts.functions and is_undecided(a, use, ledger) for a, use in ledger.uses.items())
 
 
 def is_undecided(address: str, use: Use, ledger: Ledger) -> bool:
@@ -365,7 +393,7 @@ def is_undecided(address: str, use: Use, ledger: Ledger) -> bool:
     was last looked at, and PodResources was asked after that."""
     if use.elsewhere or ledger.touching(_places_of_use(address, use)):
         return False
-    return math.isfinite(ledger.told_at) and use.seen_at < ledger.told_at
+    return ledger.is_told and use.seen_at < ledger.told_at
 
 
 def _places_of_use(address: str, use: Use) -> list[Place]:

@@ -7,12 +7,11 @@ is not given.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sandbox_plugin.inventory.devices import Found, Group
-from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger, Places, Use, is_undecided, places_of
+from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger, Places, Use, is_heir, is_undecided, places_of
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours, was_perhaps_ours
 from sandbox_plugin.inventory.state import Signals
@@ -38,17 +37,19 @@ def withheld(
     taken: dict[DeviceKey, Health] = {}
     unknown: dict[DeviceKey, Health] = {}
     uses = _uses_by_group(ledger)
-    is_awaited = signals.pod_resources and not math.isfinite(ledger.told_at)
+    is_awaited = signals.pod_resources and not ledger.is_told
     # Then any node may be held under another name, or its number have been another function's.
     is_unheard = signals.pod_resources and not ledger.is_heard
     without_specs = signals.in_cdi is None  # then nothing but PodResources tells of former names
     if not ledger.grants and not uses and not is_awaited:
         return Verdicts(taken=taken, unknown=unknown)
     former = _former_nodes(signals)
+    unplaced = ledger.unplaced if any(group.has_unbound for group in groups.values()) else []
     for number, group in groups.items():
         holders = ledger.touching(group.places)
         if group.has_unbound:
-            holders += [grant for grant in ledger.unplaced if grant not in holders]
+            keys = {grant.key for grant in holders}
+            holders += [grant for grant in unplaced if grant.key not in keys]
         used = uses.get(number, ())
         if not holders and not used and not is_awaited:
             continue
@@ -73,7 +74,7 @@ def _own(holders: Iterable[Grant], device: Device) -> Grant | None:
 def _taken_by(device: Device, own: Grant | None, holders: Iterable[Grant], ledger: Ledger) -> Health | None:
     """Why another pod than its own has the device or its group."""
     for grant in holders:
-        if own is not None and (grant is own or ledger.are_one_pods(own, grant) or 0 != own.allocation == grant.heir):
+        if own is not None and (grant is own or ledger.are_one_pods(own, grant) or is_heir(own, grant)):
             continue
         resource, number = grant.key
         holder = ledger.holder_of(grant)

@@ -94,9 +94,9 @@ class Memory:
     tracks: Mapping[DeviceKey, Track] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     facts: HostFacts | None = None
-    """The latest scan,"""
+    """The latest scan."""
     found: Found | None = None
-    """and what was found in it."""
+    """What was found in the latest scan."""
     signals: Signals | None = None
     """What was told last."""
 

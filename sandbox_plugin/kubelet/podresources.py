@@ -11,6 +11,7 @@ cmd/kubelet/app/server.go begins both at once): what it names is held, and what 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +55,8 @@ class HoldingsPoller:
     _kubelet: sockets.Identity | None = None
     _kubelet_since: float = 0.0
     """When the kubelet that made this socket began, by `clock`."""
+    _heard_at: float = -math.inf
+    """When PodResources answered last, by `clock`."""
     _hurried: asyncio.Event = field(default_factory=asyncio.Event)
 
     def hurry(self) -> None:
@@ -81,9 +84,12 @@ class HoldingsPoller:
         learnt = None
         try:
             async with asyncio.timeout(patience):
-                learnt = holdings(await list_pods(self.socket), asked_at, complete=not is_young)
+                answer = await list_pods(self.socket)
+                # Another kubelet may have answered than the one whose age was looked at.
+                complete = not is_young and self._kubelet is not None and sockets.identity(self.socket) == self._kubelet
+                learnt = holdings(answer, asked_at, complete=complete)
         except FileNotFoundError:
-            is_there = False
+            is_there = self._is_only_away()
             self._complain("socket does not exist")
         except TimeoutError:
             self._complain(f"no answer in {patience:g} s")
@@ -99,8 +105,13 @@ class HoldingsPoller:
             self._complain(f"the answer is malformed: {error}")
         else:
             self._trouble.update(None)
-            self._answered = self._answered or not is_young
+            self._answered = self._answered or learnt.complete
+            self._heard_at = self.clock()
         self.registry.learn(holdings=learnt, pod_resources=is_there)
+
+    def _is_only_away(self) -> bool:
+        """Whether the socket was there until just now: a kubelet that restarts takes it away for a while."""
+        return self.clock() - self._heard_at < YOUNG
 
     def _is_young(self) -> bool:
         """Whether the kubelet has just started. A socket that we see for the first time tells its age by its mtime."""
