@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble
 
 INTERVAL = 5.0
@@ -69,9 +69,7 @@ class HoldingsPoller:
                 continue
             self._hurried.clear()
             await self.ask()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(INTERVAL):
-                    await self._hurried.wait()
+            await happens(self._hurried, within=INTERVAL)
 
     async def ask(self, patience: float = _TIMEOUT) -> None:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""
