@@ -11,7 +11,6 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -28,7 +27,7 @@ from sandbox_plugin.host.scan import HostScanner, Recheck
 from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
-from sandbox_plugin.host.watch import FolderWatcher, host_folders
+from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
 from sandbox_plugin.inventory.ledger import DeviceKey
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, may_be_ours
@@ -43,6 +42,7 @@ from sandbox_plugin.outputs.foreign_specs import ForeignSpecWatch
 from sandbox_plugin.outputs.stale import read_former
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble, Troubles
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -52,7 +52,7 @@ _DEBOUNCE = 0.002
 _RETRY = 1.0
 """Seconds between attempts while there are no descriptors or no threads to scan with."""
 _QUICK, _UNHURRIED = 0.01, 0.05
-"""Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
+"""Steps of the folder watcher, in seconds: its thread looks a hundred or twenty times a second."""
 _RECHECK_PATIENCE = 0.08
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
 which is to come within 0.1 s."""
@@ -89,7 +89,7 @@ async def run(settings: Settings, ending: Ending) -> None:
     def look_at_kubelet() -> None:
         turn.look()
         endpoints.look()
-        poller.hurry()
+        poller.look()
 
     async def begin_to_serve() -> None:
         since = time.monotonic()
@@ -109,18 +109,25 @@ async def run(settings: Settings, ending: Ending) -> None:
         is_real = settings.host_root == Path("/")
         if is_real:
             group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
-        # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
-        step = _UNHURRIED if is_real else _QUICK
-        watcher = FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake, step=step)
-        group.create_task(watcher.run())
-        watcher = FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet, step=step)
-        group.create_task(watcher.run())
         group.create_task(rescans.run())
         group.create_task(rescans.follow_time())
         group.create_task(poller.run())
         group.create_task(report(registry))
+        watched: dict[OnChange, Folders] = {
+            rescans.wake: lambda: host_folders(paths),
+            look_at_kubelet: lambda: [settings.kubelet_dir],
+        }
         if needs_cdi:
-            group.create_task(watch_cdi_folders(settings, cdi_writer.look, ending))
+            watched[cdi_writer.look] = lambda: [settings.cdi_dir]
+            # Each folder for itself: the others must not wait for one on a dead mount.
+            foreign: list[ForeignSpecWatch] = []
+            for folder in await cdi_folders(settings):
+                recheck = min(settings.health_interval, _CDI_RECHECK)
+                foreign.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(foreign)))
+                group.create_task(foreign[-1].run())
+                watched[foreign[-1].look] = partial(list, [folder])
+        # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
+        group.create_task(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
 
 
 async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:
@@ -131,28 +138,6 @@ async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str]
     with suppress(TimeoutError):
         async with asyncio.timeout(_FOLDER_PATIENCE):
             registry.learn(former=await read_former(folder, is_ours))
-
-
-async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], ending: Ending) -> None:
-    """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
-    recheck = min(settings.health_interval, _CDI_RECHECK)
-    watches: list[ForeignSpecWatch] = []
-    async with Parts(ending) as group:
-        for folder in await cdi_folders(settings):
-            watches.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(watches)))
-            group.create_task(watch_cdi_folder(watches[-1], on_change, ending))
-
-
-async def watch_cdi_folder(specs: ForeignSpecWatch, on_change: Callable[[], None], ending: Ending) -> None:
-    """Looks after the specs of others in this folder."""
-
-    def look() -> None:
-        specs.look()
-        on_change()
-
-    async with Parts(ending) as group:
-        group.create_task(specs.run())
-        group.create_task(FolderWatcher(folders=lambda: [specs.folder], on_change=look, step=_UNHURRIED).run())
 
 
 async def cdi_folders(settings: Settings) -> tuple[Path, ...]:
@@ -211,12 +196,8 @@ class Rescans:
         while True:
             self._wanted.clear()
             has_looked = await self._scan()
-            try:
-                async with asyncio.timeout(min(self._interval, math.inf if has_looked else _RETRY)):
-                    await self._wanted.wait()
-            except TimeoutError:
-                continue
-            await asyncio.sleep(_DEBOUNCE if has_looked else _RETRY)
+            if await happens(self._wanted, within=self._interval if has_looked else min(self._interval, _RETRY)):
+                await asyncio.sleep(_DEBOUNCE if has_looked else _RETRY)
 
     async def follow_time(self) -> None:
         """Wakes a scan when time alone may have changed something. Runs until cancelled."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 
 from sandbox_plugin.inventory.advance import advance, allocate
@@ -19,6 +18,7 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.settings import Settings
+from sandbox_plugin.tasks import happens
 
 
 class Registry:
@@ -66,9 +66,7 @@ class Registry:
         """Waits until another look would lead further although nothing happens: a device has settled, for one."""
         while self._wake_at is None or self._clock() < self._wake_at:
             patience = None if self._wake_at is None else self._wake_at - self._clock()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self.stepped()
+            await happens(self._stepped, within=patience)
 
     async def stepped(self) -> None:
         """Waits for the next `observe` or `learn`, whether or not it brings news."""

@@ -836,7 +836,6 @@ def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_
 
 HANGING_FOLDER = """
 import os
-from sandbox_plugin.host import watch
 from sandbox_plugin.outputs import foreign_specs
 def hanging(function):
     def hang(path):
@@ -846,7 +845,7 @@ def hanging(function):
         return function(path)
     return hang
 foreign_specs._specs_below = hanging(foreign_specs._specs_below)
-watch._inode = hanging(watch._inode)
+os.statvfs = hanging(os.statvfs)
 """
 
 
@@ -858,6 +857,7 @@ def test_while_the_other_cdi_folder_hangs_ours_is_looked_after_and_sigterm_ends_
     os.mkfifo(pipe)
     plugin = daemon(node, PYTHONPATH=tampered(places, HANGING_FOLDER), HANGS=str(pipe))
     wait_until_it_sees(kubelet, Truth(node.root))
+    plugin.wait_for("folders not watched", reason="no answer in 2 s")
     spec = places.cdi / "nvidia.com-pgpu.yaml"
     for _ in range(5):
         spec.unlink()

@@ -14,7 +14,6 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble
 
 INTERVAL = 5.0
@@ -60,8 +60,16 @@ class HoldingsPoller:
     _hurried: asyncio.Event = field(default_factory=asyncio.Event)
 
     def hurry(self) -> None:
-        """There may be another kubelet, or much may have happened: what somebody waits for is asked for now."""
+        """Much may have happened: what somebody waits for is asked for now."""
         self._hurried.set()
+
+    def look(self) -> None:
+        """Something changed in the kubelet's folder: if there is another kubelet, it is asked now.
+
+        The kubelet writes there at each Allocate; that is no reason.
+        """
+        if sockets.identity(self.socket) != self._kubelet:
+            self.hurry()
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -72,9 +80,7 @@ class HoldingsPoller:
                 continue
             self._hurried.clear()
             await self.ask()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(INTERVAL):
-                    await self._hurried.wait()
+            await happens(self._hurried, within=INTERVAL)
 
     async def ask(self, patience: float = _TIMEOUT) -> None:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""

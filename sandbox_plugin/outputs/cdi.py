@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +29,7 @@ from sandbox_plugin.outputs import files, stale
 from sandbox_plugin.outputs.cdi_owner import MARK, Ownership, is_marked, ownership
 from sandbox_plugin.outputs.spec_text import LARGEST
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Troubles
 
 _PAUSE = 0.25
@@ -148,9 +148,7 @@ class CdiWriter:
                 inventory = self.registry.current
                 if inventory.version:
                     await self._sync(inventory)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._patience()):
-                        await self._bell.wait()
+                await happens(self._bell, within=self._patience())
 
     def _patience(self) -> float:
         pause = self._not_before - asyncio.get_running_loop().time()
