@@ -48,6 +48,10 @@ class TwoHolders(AssertionError):
     """Something was given to a pod while it was in other hands."""
 
 
+class OfferedAgain(AssertionError):
+    """A device was Healthy although the plugin has seen that a VM has it, before Allocate and in a scan since."""
+
+
 class NotOffered(AssertionError):
     """A device that nobody has is not offered."""
 
@@ -123,6 +127,8 @@ class Question:
     ends_at: float
     is_answered: bool = True
     """Else nobody waits any longer then."""
+    of_turn: bool = False
+    """It is asked once before the plugin serves."""
     answer: Mapping[DeviceKey, str] | None = None
     """Device -> pod, as it was when the kubelet got the question; None: it is to be made when the answer goes out."""
 
@@ -136,25 +142,30 @@ class Plugin:
     registry: Registry
     has_started: bool = False
     """It has asked PodResources once, and goes on with all the rest."""
+    turn_since: float = math.inf
+    """Since when it has the lock; inf: it has not."""
     serves: bool = False
-    serves_since: float = math.inf
     next_scan: float = 0.0
     scan: tuple[float, HostFacts] | None = None
     """One that is under way: when its facts come, and what they are."""
     scan_began: float = -math.inf
     """When the latest scan began that has been taken in."""
     next_question: float = 0.0
-    question: Question | None = None
+    questions: list[Question] = field(default_factory=list)
     has_answer: bool = False
     """PodResources has answered once, by a kubelet that knew its pods."""
     is_told: bool = False
-    """It has done so since the plugin serves."""
+    """It has done so since it is this plugin's turn."""
+    is_heard: bool = False
+    """It has answered since then."""
     is_there: bool | None = None
     """Whether PodResources' socket was there when it was last asked."""
     named: dict[tuple[DeviceKey, str], float] = field(default_factory=dict)
     """Device and pod -> when the latest answer was asked for that says that the pod holds it."""
     bindings: set[int] = field(default_factory=set)
     """All that its scans have seen."""
+    found_busy: dict[tuple[DeviceKey, str, Vm | None], float] = field(default_factory=dict)
+    """A device, and what a VM had in its group -> when that was first a reason to refuse it."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
 
@@ -263,15 +274,15 @@ class World:
     def _follow(self, plugin: Plugin) -> None:
         if plugin.scan is not None and self.now >= plugin.scan[0]:
             self._take_scan(plugin)
-        if plugin.question is not None and self.now >= plugin.question.ends_at:
-            self._end_question(plugin)
+        for question in [q for q in plugin.questions if self.now >= q.ends_at]:
+            self._end_question(plugin, question)
         if not plugin.has_started:
             return
         wake_at = plugin.registry._wake_at
         if plugin.scan is None and (self.now >= plugin.next_scan or (wake_at is not None and self.now >= wake_at)):
             self.begin_scan(plugin)
         waits = plugin.registry.current.waits_for_holdings or not plugin.has_answer
-        if plugin.question is None and waits and self.now >= plugin.next_question:
+        if waits and self.now >= plugin.next_question and all(q.of_turn for q in plugin.questions):
             self.ask(plugin)
 
     # What a plugin sees
@@ -285,7 +296,7 @@ class World:
     def tell(self) -> None:
         """Every plugin asks PodResources, and is answered at once."""
         for plugin in self.plugins:
-            self.ask(plugin, takes=0.0)
+            self.ask(plugin, at_once=True)
 
     def begin_scan(self, plugin: Plugin, takes: float = 0.0) -> None:
         self.now += _MOMENT
@@ -304,25 +315,32 @@ class World:
         plugin.bindings.update(f.vfio.binding or 0 for f in facts.functions.values() if f.vfio is not None)
         self._write_specs(plugin)
 
-    def ask(self, plugin: Plugin, takes: float | None = None) -> None:
-        """The question to PodResources. `takes`: seconds until it is answered, where that is not left to chance."""
+    def ask(self, plugin: Plugin, *, at_once: bool = False, of_turn: bool = False) -> None:
+        """A question to PodResources."""
         self.now += _MOMENT
-        plugin.next_question = self.now + _INTERVAL
+        if not of_turn:
+            plugin.next_question = self.now + _INTERVAL
         if self.pod_resources == "absent":
             self.note(plugin.name, "finds no PodResources")
             self._learn_whether_there(plugin, is_there=False)
+            self._go_on(plugin, of_turn=of_turn)
             return
+        takes = 0.0
         if self.pod_resources == "silent":
             takes = math.inf
-        elif takes is None:
-            takes = self.dice.choice((0.5, 2.0, 3.9, math.inf)) if self.pod_resources == "slow" else 0.0
-        patience = _PATIENCE if plugin.has_started else _FIRST_PATIENCE
-        is_answered = takes <= patience
-        answer = self._pods_by_device() if self.dice.random() < 0.5 else None
-        ends_at = self.now + min(takes, patience)
-        plugin.question = Question(asked_at=self.now, ends_at=ends_at, is_answered=is_answered, answer=answer)
+        elif self.pod_resources == "slow" and not at_once:
+            takes = self.dice.choice((0.5, 2.0, 3.9, math.inf))
+        patience = _FIRST_PATIENCE if of_turn or not plugin.has_started else _PATIENCE
+        question = Question(
+            asked_at=self.now,
+            ends_at=self.now + min(takes, patience),
+            is_answered=takes <= patience,
+            of_turn=of_turn,
+            answer=self._pods_by_device() if self.dice.random() < 0.5 else None,
+        )
+        plugin.questions.append(question)
         if not takes:
-            self._end_question(plugin)
+            self._end_question(plugin, question)
 
     def _pods_by_device(self) -> dict[DeviceKey, str]:
         """What the kubelet answers now."""
@@ -331,57 +349,63 @@ class World:
             named = [p for p in named if self.dice.random() < 0.5]
         return {g.key: p.name for p in named for g in p.grants}
 
-    def _end_question(self, plugin: Plugin) -> None:
-        question = plugin.question
-        assert question is not None
-        plugin.question = None
-        if not question.is_answered:
+    def _end_question(self, plugin: Plugin, question: Question) -> None:
+        plugin.questions.remove(question)
+        if question.is_answered:
+            is_young = question.asked_at - self.kubelet_began < YOUNG
+            pods = question.answer if question.answer is not None else self._pods_by_device()
+            words = "young" if is_young else "complete"
+            self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
+            plugin.has_answer |= not is_young
+            plugin.is_heard |= question.asked_at >= plugin.turn_since
+            plugin.is_told |= question.asked_at >= plugin.turn_since and not is_young
+            plugin.is_there = True
+            plugin.named |= dict.fromkeys(pods.items(), question.asked_at)
+            holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
+            plugin.registry.learn(holdings=holdings, pod_resources=True)
+            self._write_specs(plugin)
+        else:
             self.note(plugin.name, "gets no answer from PodResources")
             self._learn_whether_there(plugin, is_there=True)
-            return
-        is_young = question.asked_at - self.kubelet_began < YOUNG
-        pods = question.answer if question.answer is not None else self._pods_by_device()
-        words = "young" if is_young else "complete"
-        self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
-        plugin.has_answer |= not is_young
-        plugin.is_told |= plugin.serves_since <= question.asked_at and not is_young
-        plugin.is_there = True
-        plugin.named |= dict.fromkeys(pods.items(), question.asked_at)
-        holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
-        plugin.registry.learn(holdings=holdings, pod_resources=True)
-        self._write_specs(plugin)
-        self._go_on(plugin)
+        self._go_on(plugin, of_turn=question.of_turn)
 
     def _learn_whether_there(self, plugin: Plugin, *, is_there: bool) -> None:
         plugin.is_there = is_there
         plugin.registry.learn(pod_resources=is_there)
         self._write_specs(plugin)
-        self._go_on(plugin)
 
-    def _go_on(self, plugin: Plugin) -> None:
-        """After its first question a plugin starts with all the rest."""
+    def _go_on(self, plugin: Plugin, *, of_turn: bool) -> None:
+        """What waits for a question to end, however it ends."""
+        if of_turn and plugin is self.plugin and not plugin.serves:
+            self._serve(plugin)
         if not plugin.has_started:
             plugin.has_started = True
             self.begin_scan(plugin)
 
     def _write_specs(self, plugin: Plugin) -> None:
-        """What the CDI writer does, where this plugin has one and it is its turn."""
-        if plugin.settings.consumer is not Consumer.KATA:
+        """What the CDI writer does, where this plugin has one and it is its turn.
+
+        The spec of a kind that no device needs any more stays as it is while a pod may need it.
+        """
+        if plugin.settings.consumer is not Consumer.KATA or not plugin.serves:
             return
-        if plugin.serves:
-            resources = plugin.registry.current.resources
-            specs = {r: {d.id: d.node for d in listed if d.node_exists} for r, listed in resources.items()}
-            self.cdi |= {resource: named for resource, named in specs.items() if named}
-            kept = {g.key[0] for p in self.pods if p.is_live for g in p.grants}
-            self.cdi = {r: named for r, named in self.cdi.items() if specs.get(r) or r in kept}
-            in_cdi = {resource: frozenset(named) for resource, named in specs.items() if named}
-            if in_cdi != plugin.in_cdi:
-                plugin.in_cdi = in_cdi
-                plugin.registry.learn(in_cdi=in_cdi)
-        served = plugin.registry.current.resources
-        stale = {resource: named for resource, named in self.cdi.items() if resource not in served}
-        former = {(resource, i): node for resource, named in stale.items() for i, node in named.items()}
-        if former != plugin.former and self.dice.random() < 0.7:  # else later: the folder is read by itself
+        resources = plugin.registry.current.resources
+        specs = {r: {d.id: d.node for d in listed if d.node_exists} for r, listed in resources.items()}
+        specs = {resource: named for resource, named in specs.items() if named}
+        held = {g.key[0] for p in self.pods if p.is_live for g in p.grants}
+        self.cdi = {
+            resource: named for resource, named in (self.cdi | specs).items() if resource in specs.keys() | held
+        }
+        in_cdi = {resource: frozenset(named) for resource, named in specs.items()}
+        if in_cdi != plugin.in_cdi:
+            plugin.in_cdi = in_cdi
+            plugin.registry.learn(in_cdi=in_cdi)
+        if self.dice.random() < 0.7:  # else later: the folder is read by itself
+            self._learn_former(plugin, self.cdi.keys() - specs.keys())
+
+    def _learn_former(self, plugin: Plugin, kinds: Iterable[str]) -> None:
+        former = {(kind, name): node for kind in kinds for name, node in self.cdi[kind].items()}
+        if former != plugin.former:
             plugin.former = former
             plugin.registry.learn(former=former)
 
@@ -398,6 +422,8 @@ class World:
             self._begin_turn(plugin)
         else:
             self.standby = plugin
+        if needs_cdi:
+            self._learn_former(plugin, self.cdi)
         self.ask(plugin)
         return plugin
 
@@ -423,15 +449,23 @@ class World:
         """The lock goes to the other one, and both live on."""
         before = self.plugin
         assert before is not None
-        before.serves = False
+        before.serves, before.turn_since = False, math.inf
         self.take_over()
         self.standby = before
 
     def _begin_turn(self, plugin: Plugin) -> None:
+        """It has the lock. Before it serves it asks PodResources, if it has not just started."""
         self._show_all_pods()
-        plugin.serves, plugin.serves_since, plugin.is_told = True, self.now, False
+        plugin.turn_since, plugin.is_told, plugin.is_heard = self.now, False, False
+        if plugin.registry.current.version:
+            self.ask(plugin, of_turn=True)
+        else:
+            self._serve(plugin)
+
+    def _serve(self, plugin: Plugin) -> None:
+        plugin.serves = True
         plugin.next_question = self.now
-        plugin.registry.serve()
+        plugin.registry.serve(plugin.turn_since)
         self._write_specs(plugin)
 
     # The kubelet
@@ -440,8 +474,8 @@ class World:
         self.note("the kubelet restarts")
         self.kubelet_began = self.now
         for plugin in self.plugins:
-            if plugin.question is not None:
-                plugin.question.is_answered, plugin.question.ends_at = False, self.now
+            for question in plugin.questions:
+                question.is_answered, question.ends_at = False, self.now
             plugin.next_question = self.now
 
     def healthy(self, resource: str) -> list[str]:
@@ -494,6 +528,7 @@ class World:
             self.counts["refused at the look"] += 1
             self.note(plugin.name, "refuses", pod.name, resource, against)
             if busy := {(resource, i): used for i, (_, used) in against.items() if used}:
+                self._must_be_news(plugin, busy)
                 plugin.registry.learn(busy=busy)
                 self._write_specs(plugin)
             plugin.next_scan = self.now
@@ -506,12 +541,21 @@ class World:
         plugin.registry.allocate([(resource, i) for i in ids])
         self._write_specs(plugin)
         before = self.hands(pod)
-        for device in devices:
-            self.allocated[resource, device.id] = pod
-            pod.grants.append(self._grant(device, plugin))
+        given = [self._grant(device, plugin) for device in devices]
+        self.allocated |= dict.fromkeys((grant.key for grant in given), pod)
+        pod.grants += given
         self.counts["grants"] += 1
-        self._judge(pod, before)
+        self._judge(pod, given, before)
         return True
+
+    def _must_be_news(self, plugin: Plugin, busy: Mapping[DeviceKey, frozenset[str]]) -> None:
+        for key, addresses in busy.items():
+            for function in map(self.kernel.functions.__getitem__, addresses):
+                seen = (key, function.address, function.user)
+                is_known = function.binding in plugin.bindings  # else it may be another VM's use, for all that is seen
+                if is_known and plugin.found_busy.setdefault(seen, self.now) < plugin.scan_began:
+                    why = f"{function.address} is still in use as it was when it was refused"
+                    raise OfferedAgain(f"{key} is Healthy, and {why}")
 
     def _grant(self, device: Device, plugin: Plugin) -> Grant:
         functions = [self.kernel.functions[p.address] for p in device.placements]
@@ -537,10 +581,10 @@ class World:
                 return "gone", frozenset()
             if function.is_off:
                 return "off the bus", frozenset()
-        members = self.kernel.members(device.iommu_group)
-        if any(f.hangs for f in members):
+        members = [self.kernel.functions[address] for address in device.group_functions]
+        if any(f.is_present and f.hangs for f in members):
             return "silent", frozenset()
-        used = frozenset(f.address for f in members if f.is_enabled)
+        used = frozenset(f.address for f in members if f.is_present and f.is_enabled)
         return ("busy", used) if used else None
 
     def end_pod(self, pod: Pod) -> None:
@@ -610,14 +654,14 @@ class World:
         """What a pod has by its grants while it lives, and what its VM has."""
         hands = self.hands_of_vm(pod.vm) if pod.vm is not None else Hands()
         for grant in pod.grants if pod.is_live else ():
-            hands |= self._hands_of_grant(grant)
+            hands |= self.hands_of_grant(grant)
         return hands
 
     def hands_of_vm(self, vm: Vm) -> Hands:
         nodes = {node for f in vm.functions if (node := self.kernel.node_of(f)) is not None}
         return Hands(frozenset(nodes), frozenset(vm.groups), frozenset(f.address for f in vm.functions))
 
-    def _hands_of_grant(self, grant: Grant) -> Hands:
+    def hands_of_grant(self, grant: Grant) -> Hands:
         """A pod's VM opens nodes by their paths, whatever is behind them by then.
 
         A cdev that is gone comes back with whatever is bound next: with the function that was given, most likely, where
@@ -643,29 +687,31 @@ class World:
         addresses |= {f.address for f in self.kernel.present if f.carrier in addresses}
         return Hands(frozenset(nodes), frozenset(groups), frozenset(addresses))
 
-    def _judge(self, pod: Pod, before: Hands) -> None:
+    def _judge(self, pod: Pod, given: Sequence[Grant], before: Hands) -> None:
         """Whether what the pod has just got is in other hands."""
         mine = self.hands(pod)
         got = Hands(mine.nodes - before.nodes, mine.groups - before.groups, mine.addresses - before.addresses)
+        addresses = frozenset(address for grant in given for address in grant.functions)
         for other in self.pods:
             if other is not pod and (common := got & self.hands(other)):
-                self._accuse(pod, other, other.vm, common)
+                self._accuse(pod, Clash(self, given[0].plugin, addresses, other, other.vm, common))
         owned = {p.vm for p in self.pods}
         for vm in self.kernel.vms:
             if vm not in owned and (common := got & self.hands_of_vm(vm)):
-                self._accuse(pod, None, vm, common)
+                self._accuse(pod, Clash(self, given[0].plugin, addresses, None, vm, common))
 
-    def _accuse(self, pod: Pod, other: Pod | None, vm: Vm | None, common: Hands) -> None:
+    def _accuse(self, pod: Pod, clash: Clash) -> None:
         for excuse in EXCUSES:
-            if excuse(self, other, vm, common):
-                self.counts[excuse.__name__.strip("_")] += 1
-                self.note("excused:", excuse.__name__.strip("_"))
+            if excuse(clash):
+                name = excuse.__name__.strip("_").replace("_", " ")
+                self.counts[f"excused: {name}"] += 1
+                self.note("excused:", name)
                 pod.is_excused = True
                 return
-        who = vm.name if vm is not None else "nobody"
-        if other is not None:
-            who = other.name if other.is_live else f"{who}, which has outlived it,"
-        raise TwoHolders(f"{pod.name} was given what {who} has: {common}")
+        who = clash.vm.name if clash.vm is not None else "nobody"
+        if clash.other is not None:
+            who = clash.other.name if clash.other.is_live else f"{who}, which has outlived it,"
+        raise TwoHolders(f"{pod.name} was given what {who} has: {clash.common}")
 
     # Everybody leaves
 
@@ -729,81 +775,114 @@ def _words(settings: Settings) -> str:
 # A clash that one of these explains is counted and not held against the daemon. Each says why.
 
 
-def _no_witness(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+@dataclass(frozen=True)
+class Clash:
+    """A pod was given what is in other hands."""
+
+    world: World
+    plugin: Plugin
+    given: frozenset[str]
+    """Addresses of the devices that were given."""
+    other: Pod | None
+    """Whose hands; None: those of a VM of nobody's."""
+    vm: Vm | None
+    """That pod's, or nobody's."""
+    common: Hands
+
+    @property
+    def grants(self) -> list[Grant]:
+        """Of the other pod: those by which it has what was given; none where only its VM has that."""
+        if self.other is None or not self.other.is_live:
+            return []
+        return [grant for grant in self.other.grants if self.common & self.world.hands_of_grant(grant)]
+
+    @property
+    def shows_in_use(self) -> bool:
+        """Whether a scan would see that the VM has the group."""
+        return self.vm is not None and any(f.is_enabled and f.group in self.common.groups for f in self.vm.functions)
+
+    @property
+    def are_others(self) -> bool:
+        """Whether all of the other pod's grants are of other runs of the plugin."""
+        return all(grant.plugin is not self.plugin for grant in self.grants)
+
+
+def _no_witness(clash: Clash) -> bool:
     """Without PodResources a pod shows by nothing but its VM. A pod without one was given its devices by another run of
     the plugin, or its VM has ended, or it has used nothing for ten minutes: that is as if it had ended."""
-    if other is None or not other.is_live or world.plugin is None or world.plugin.is_there is not False:
+    if not clash.grants or clash.other is None or clash.plugin.is_there is not False or clash.shows_in_use:
         return False
-    if vm is not None and any(f.is_enabled and f.group in common.groups for f in vm.functions):
-        return False
-    for grant in other.grants:
-        if not common & world._hands_of_grant(grant):
-            continue
-        known_at = world.plugin.named.get((grant.key, other.name), -math.inf)
-        if grant.plugin is world.plugin:
+    for grant in clash.grants:
+        known_at = clash.plugin.named.get((grant.key, clash.other.name), -math.inf)
+        if grant.plugin is clash.plugin:
             known_at = max(known_at, grant.at)
-        if world.now - known_at < UNUSED and other.vm_ended_at < known_at:
+        if clash.world.now - known_at < UNUSED and clash.other.vm_ended_at < known_at:
             return False
     return True
 
 
-def _mediated_device(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+def _mediated_device(clash: Clash) -> bool:
     """A mediated device has no `enable`: a VM that has one and outlives its pod does not show at all."""
-    if vm is None or (other is not None and other.is_live):
+    kinds = {clash.world.kernel.functions[address].kind for address in clash.common.addresses}
+    return clash.vm is not None and not clash.grants and kinds == {"mdev"}
+
+
+def _unseen_use(clash: Clash) -> bool:
+    """A VM of a pod that nothing tells of, begun after the last scan, on other functions of the group than those that
+    are given: the look before Allocate sees those, and what the last scan saw bound."""
+    if clash.vm is None or clash.vm.began_at < clash.plugin.scan_began:
         return False
-    return all(world.kernel.functions[a].kind == "mdev" for a in common.addresses) and bool(common.addresses)
+    is_unknown = clash.other is None or (clash.plugin.is_there is False and clash.are_others)
+    return is_unknown and clash.given.isdisjoint(f.address for f in clash.vm.functions)
 
 
-def _unseen_use(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
-    """A VM of a pod that nothing tells of, begun after the last scan, on another function of the group than the one
-    that is looked at before Allocate."""
-    if vm is None or world.plugin is None or vm.began_at < world.plugin.scan_began:
-        return False
-    nobodys = other is None or (
-        world.plugin.is_there is False and all(g.plugin is not world.plugin for g in other.grants)
-    )
-    return nobodys and not {f.address for f in vm.functions} & common.addresses
-
-
-def _unseen_bind(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+def _unseen_bind(clash: Clash) -> bool:
     """A node that a pod has from before came to mean a function of the group, since the last scan: the look before
     Allocate sees the node of the device that is given, and no others."""
-    if other is None or world.plugin is None or common.nodes:
-        return False
-    nodes = [g.node for g in other.grants if common & world._hands_of_grant(g)]
-    return all(world.kernel.last_at_node.get(n, (None, 0.0))[1] >= world.plugin.scan_began for n in nodes)
+    began = [clash.world.kernel.last_at_node.get(grant.node, (None, -math.inf))[1] for grant in clash.grants]
+    return bool(began) and min(began) >= clash.plugin.scan_began and not clash.common.nodes
 
 
-def _bound_again_unwatched(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+def _bound_again_unwatched(clash: Clash) -> bool:
     """KubeVirt knows a GPU by its address, and the kubelet by the number that it had: a GPU that was bound again under
     another number, and that no scan of this run of the plugin saw under the first, cannot be told from any other."""
-    if other is None or world.plugin is None or (vm is not None and vm.functions):
+    if not clash.grants or not clash.are_others or clash.shows_in_use:
         return False
-    for grant in other.grants:
-        if not common & world._hands_of_grant(grant):
-            continue
-        is_kubevirts = grant.consumer is Consumer.KUBEVIRT and grant.plugin is not world.plugin
-        if not is_kubevirts or not world.plugin.bindings.isdisjoint(grant.bindings):
-            return False
-    return True
+    bindings = {binding for grant in clash.grants for binding in grant.bindings}
+    return bindings.isdisjoint(clash.plugin.bindings) and all(g.consumer is Consumer.KUBEVIRT for g in clash.grants)
 
 
-def _name_of_another_domain(world: World, other: Pod | None, vm: Vm | None, common: Hands) -> bool:
+def _name_of_another_domain(clash: Clash) -> bool:
     """It was given under a name in a domain that no rule has any more, and no CDI spec tells of it (KubeVirt has none):
     it might as well be a device of another plugin."""
-    if other is None or world.plugin is None or (vm is not None and vm.functions):
-        return False
-    names = [rule.name or "" for rule in world.plugin.settings.resources]
+    names = [rule.name or "" for rule in clash.plugin.settings.resources]
     domains = {"nvidia.com", *(name.partition("/")[0] for name in names)}
-    clashing = [g.key for g in other.grants if common & world._hands_of_grant(g)]
-    return all(key not in world.plugin.former and key[0].partition("/")[0] not in domains for key in clashing)
+    keys = [grant.key for grant in clash.grants]
+    is_foreign = all(key not in clash.plugin.former and key[0].partition("/")[0] not in domains for key in keys)
+    return bool(keys) and is_foreign and not clash.shows_in_use
 
 
-EXCUSES: tuple[Callable[[World, Pod | None, Vm | None, Hands], bool], ...] = (
+def _young_kubelet(clash: Clash) -> bool:
+    """A kubelet that has just started does not name all of its pods for half a minute. To withhold everything for that
+    long would fail the pods that it admits again after the node was booted, so what it says then counts, for devices
+    that are alone in their group, where CDI specs tell what names there were. (A run for KubeVirt left none.)"""
+    plugin, kernel = clash.plugin, clash.world.kernel
+    if plugin.is_told or not plugin.is_heard or plugin.settings.consumer is not Consumer.KATA or clash.shows_in_use:
+        return False
+    if clash.other is None or any(
+        g.key in plugin.former or (g.key, clash.other.name) in plugin.named for g in clash.grants
+    ):
+        return False
+    is_shared = any(sum(f.kind != "audio" for f in kernel.members(n)) > 1 for n in clash.common.groups)
+    return bool(clash.grants) and not (is_shared and kernel.cdevs)
+
+
+EXCUSES: tuple[Callable[[Clash], bool], ...] = (
     _no_witness,
     _mediated_device,
     _unseen_use,
     _unseen_bind,
     _bound_again_unwatched,
     _name_of_another_domain,
+    _young_kubelet,
 )
