@@ -322,7 +322,8 @@ def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: flo
             if is_vfio_bound(function, facts) or _is_unbound_under_a_vm(function, earlier, use):
                 uses[address] = _used(function, earlier, use, facts, now)
     for address, use in ledger.uses.items():
-        if facts.unreachable is not None or address in facts.unreadable:
+        is_old_news = use.seen_at > facts.began_at  # a look before Allocate saw it after the scan began
+        if facts.unreachable is not None or address in facts.unreadable or is_old_news:
             uses.setdefault(address, use)
     if not uses and not ledger.uses:
         return ledger

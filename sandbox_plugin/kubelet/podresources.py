@@ -23,7 +23,7 @@ from grpclib import GRPCError, Status
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.kubelet import sockets
-from sandbox_plugin.kubelet.client import NoAnswerError, call
+from sandbox_plugin.kubelet.client import NoAnswerError, NonsenseError, call
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.tasks import happens
@@ -103,11 +103,13 @@ class HoldingsPoller:
             is_there = False
             self._complain(str(error.strerror))
         except NoAnswerError as error:
+            is_there = not isinstance(error, NonsenseError) or self._is_only_away()
             self._complain(str(error))
         except GRPCError as error:
             is_there = error.status not in _NEVER
             self._complain(f"{error.status.name}: {error.message}")
         except MalformedMessage as error:
+            is_there = self._is_only_away()
             self._complain(f"the answer is malformed: {error}")
         else:
             self._trouble.update(None)
