@@ -53,6 +53,7 @@ class FolderWatcher:
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
+            trouble = None
             try:
                 await self._watch_once()
             except* (OSError, RuntimeError, UnicodeEncodeError) as errors:
@@ -63,6 +64,7 @@ class FolderWatcher:
                     reason = f"{first_failure(trouble)}; until that works, changes there are found by the timer alone"
                     log.warning("folders not watched", path=[str(folder) for folder in self._folders], reason=reason)
                 self._failing = True
+            if trouble is not None:  # not above: Python 3.11.2 makes a group of a cancellation within `except*`
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
