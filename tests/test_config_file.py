@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from daemon import run_command
 from hypothesis import example, given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sandbox_plugin.config_file import parse_config
@@ -316,14 +315,12 @@ documents = st.fixed_dictionaries(
 )
 
 
-@hypothesis_settings(deadline=None)
 @given(documents)
 def test_any_values_are_read_or_refused_in_one_line_that_names_the_file(document: dict[str, Any]) -> None:
     text = "\n".join(f"{quoted(key)} = {toml(value)}" for key, value in document.items())
     assert_read_or_refused(text)
 
 
-@hypothesis_settings(deadline=None)
 @given(
     st.text()
     | st.lists(st.sampled_from([*string.printable, "[[resources]]\n", "names", '"""']), max_size=60).map("".join)
@@ -354,7 +351,6 @@ def assert_read_or_refused(text: str) -> None:
     assert said is None or (said.startswith("config file x: ") and len(said.splitlines()) == 1)
 
 
-@hypothesis_settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(KEYS)), values, max_size=4))
 def test_any_value_of_a_setting_is_taken_or_refused_with_its_key(
     tmp_path_factory: pytest.TempPathFactory, document: dict[str, Any]

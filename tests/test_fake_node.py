@@ -972,7 +972,7 @@ def check_consistent(root: Path, tree: Snapshot) -> None:
     assert names(root / "sys/kernel/iommu_groups") == {(f / "iommu_group").resolve().name for f in functions}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps=STEPS)
 def test_whatever_happens_the_tree_stays_one_that_a_kernel_shows(steps: list[tuple[str, str]]) -> None:
     with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as folder:

@@ -56,7 +56,7 @@ def by_twos(random: Random, length: int) -> Heap:
 SHAPES: list[Callable[[Random, int], Heap]] = [at_random, convex, convex_in_thirds, with_bends, by_twos]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     random=seeds,
     shapes=st.tuples(st.sampled_from(SHAPES), st.sampled_from(SHAPES)),
@@ -96,7 +96,7 @@ def test_a_heap_is_convex_when_no_slope_is_less_than_the_one_before(heap: Heap, 
     assert is_convex(heap, stride) == all(each == sorted(each) for each in slopes)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(random=seeds, count=st.integers(1, 6), length=st.integers(3, 9), step=st.integers(-3, 3))
 def test_heaps_to_take_whole_or_not_at_all_are_either_taken_in_the_cheapest_way_or_left_to_others(
     random: Random, count: int, length: int, step: int

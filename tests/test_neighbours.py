@@ -25,7 +25,7 @@ from cdi_reader import Refused, read_folder
 from cdi_reader import read_spec as read_strictly
 from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from kubelet import TIMEOUT, GrpcKubelet
 from names import PGPU
@@ -293,7 +293,6 @@ trees = st.dictionaries(
 ).filter(lambda entries: list(entries.values()).count("-> .") < 2)  # the strict reader follows them all
 
 
-@settings(deadline=None)
 @given(trees)
 def test_the_verdict_on_a_folder_is_that_of_the_strict_reader(entries: dict[str, str]) -> None:
     with TemporaryDirectory() as made:

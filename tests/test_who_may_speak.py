@@ -15,13 +15,14 @@ import platform
 import signal
 import socket
 import stat
+import struct
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h2.exceptions
 import h2.settings
@@ -553,11 +554,25 @@ def test_however_large_a_memory_a_peer_offers_for_headers_nothing_is_put_there(v
         client.send()
         client.wait_for_greeting()
         lengths = []
-        for _ in range(2):
-            client.ask("Allocate", message=b"\0\0\0\0\x0b\x0a\x09\x0a\x07unknown")
-            client.send()
-            lengths.append(len(client.socket.recv(1 << 16)))
+        with client.socket.makefile("rb") as frames:
+            for _ in range(2):
+                stream = client.ask("Allocate", message=b"\0\0\0\0\x0b\x0a\x09\x0a\x07unknown")
+                client.send()
+                lengths.append(length_of_headers(frames, stream))
         assert lengths[0] == lengths[1] > 50
+
+
+def length_of_headers(frames: BinaryIO, stream: int) -> int:
+    """How many bytes of headers come on this stream until it ends."""
+    length = 0
+    while True:
+        size, kind, flags, about = struct.unpack(">3sBBI", frames.read(9))
+        size = int.from_bytes(size, "big")
+        frames.read(size)
+        if (kind, about) == (1, stream):
+            length += size
+            if flags & 1:  # END_STREAM
+                return length
 
 
 def test_a_kind_of_frame_that_nobody_knows_is_ignored(victim: Victim) -> None:
