@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -87,10 +89,11 @@ async def run(settings: Settings, ending: Ending) -> None:
         await group.create_task(poller.ask(patience=_FIRST_ANSWER))
         is_real = settings.host_root == Path("/")
         if is_real:
-            group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
+            group.create_task(UeventSource(on_change=partial(rescans.wake, "uevent"), on_aer=rescans.note_aer).run())
         # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
         step = _UNHURRIED if is_real else _QUICK
-        watcher = FolderWatcher(folders=lambda: host_folders(paths), on_change=rescans.wake, step=step)
+        wake = partial(rescans.wake, "folder")
+        watcher = FolderWatcher(folders=lambda: host_folders(paths), on_change=wake, step=step)
         group.create_task(watcher.run())
         watcher = FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet, step=step)
         group.create_task(watcher.run())
@@ -159,10 +162,13 @@ class Rescans:
         self._wanted = asyncio.Event()
         self._aer: list[tuple[str, str]] = []
         self._trouble = Trouble()
-        self._scanner = HostScanner(paths, on_late=self.wake)
+        self._scanner = HostScanner(paths, on_late=partial(self.wake, "late answer"))
+        self._triggers = {"start"}
+        """What has asked for the next scan, for the log; nothing: the timer."""
 
-    def wake(self) -> None:
+    def wake(self, trigger: str = "change") -> None:
         """Something may have changed."""
+        self._triggers.add(trigger)
         self._wanted.set()
 
     def note_aer(self, address: str, event: str) -> None:
@@ -185,18 +191,21 @@ class Rescans:
         """Wakes a scan when time alone may have changed something. Runs until cancelled."""
         while True:
             await self._registry.look_is_due()
-            self.wake()
+            self.wake("due")
             await self._registry.stepped()
 
     async def _scan(self) -> bool:
         """One scan into the registry. False: this process had no means to look, and what was known stays as it was."""
         aer, self._aer = self._aer, []
+        triggers, self._triggers = self._triggers or {"timer"}, set()
         try:
             facts = await self._scanner.scan()
         except OutOfResources as error:
             self._aer = aer + self._aer
             self._complain("scan failed", f"{error}; the last known state stays, and it is tried again")
             return False
+        ms = round((time.monotonic() - facts.began_at) * 1000, 1)
+        log.debug("scanned", trigger=", ".join(sorted(triggers)), functions=len(facts.functions), ms=ms)
         self._complain("the PCI bus cannot be read", facts.unreachable)
         self._registry.observe(facts, aer=aer)
         return True

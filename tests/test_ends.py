@@ -163,6 +163,26 @@ def test_at_the_very_beginning_a_signal_leaves_nothing_either(
     assert list(temporary.iterdir()) == []
 
 
+IN_AN_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "typing", "dataclasses", "sandbox_plugin.cli.run", "asyncio", "rich"])
+def test_a_signal_while_modules_are_imported_ends_it_as_at_any_other_time(
+    start: Start, on_a_preset: OnAPreset, temporary: Path, module: str
+) -> None:
+    """All that is not imported before is of the interpreter's own start, or a handler of signals cannot do without."""
+    for command, status in (("run", 0), ("list", 128 + signal.SIGTERM)):
+        assert end(start(*on_a_preset[command], code=IN_AN_IMPORT.format(module=module))) == (status, "")
+    assert list(temporary.iterdir()) == []
+
+
 REMOVED_IN_TWO_STEPS = """
 def rmtree(folder, **options):
     shutil.rmtree = whole

@@ -132,7 +132,6 @@ def test_a_request_of_thousands_of_containers_is_answered_for_what_it_is(
     assert isinstance(refused, Refusal)
     assert refused.status is StatusCode.NOT_FOUND
     figures("a refusal of 7000 containers", [took])
-    assert took < 5
     refused = outcome(kubelet.plugin(PGPU), *[[str(number)] for number in range(20_000, 40_000)])
     assert isinstance(refused, Refusal)
     assert refused == Refusal(StatusCode.RESOURCE_EXHAUSTED, "a request has at most 64 KiB")

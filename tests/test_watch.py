@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from daemon import Places
-from loop import run
+from loop import LIMIT, run
 from watchfiles import awatch
 
 from sandbox_plugin.host import watch
@@ -98,6 +98,25 @@ def test_a_watch_that_cannot_be_had_is_tried_again(
 
     run(body())
     assert tries == 3
+
+
+def test_a_watch_that_is_cancelled_in_the_moment_in_which_it_cannot_be_had_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        watcher = FolderWatcher(folders=lambda: [tmp_path], on_change=lambda: None, step=0.01, retry=2 * LIMIT)
+        task = asyncio.create_task(watcher.run())
+
+        async def scarce(*_: Path, **__: Any) -> AsyncGenerator[Any, None]:
+            asyncio.get_running_loop().call_soon(task.cancel)  # so that it comes while the group of tasks is failing
+            raise OSError("no watches left")
+            yield
+
+        monkeypatch.setattr(watch, "awatch", scarce)
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    run(body())
 
 
 def test_a_folder_whose_name_is_not_utf_8_is_named_and_left_to_the_timers(

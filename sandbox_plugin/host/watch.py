@@ -65,6 +65,7 @@ class FolderWatcher:
                     log.warning("folders not watched", path=[str(folder) for folder in self._folders], reason=reason)
                 self._failing = True
             if trouble is not None:  # not above: Python 3.11.2 makes a group of a cancellation within `except*`
+                _go_on_unless_cancelled()
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
@@ -109,6 +110,13 @@ class FolderWatcher:
                     path = path.parent
                 targets[path] = inode or 0
         return targets
+
+
+def _go_on_unless_cancelled() -> None:
+    """A TaskGroup that is cancelled while it fails forgets it, before Python 3.13."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _is_trouble(error: BaseException) -> bool:

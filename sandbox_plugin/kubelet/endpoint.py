@@ -192,16 +192,17 @@ class Endpoint:
     @contextmanager
     def _stream(self, registration: _Registration | None) -> Iterator[None]:
         """Around each ListAndWatch stream. `registration` led to it; None: it is not the kubelet's."""
-        if registration is None:
-            yield
-            return
-        registration.opened = True
-        self._bell.set()
+        whose = "another client" if registration is None else "the kubelet"
+        log.debug("stream opened", resource=self.resource, client=whose)
+        if registration is not None:
+            registration.opened = True
+            self._bell.set()
         try:
             yield
         finally:
+            log.debug("stream ended", resource=self.resource, client=whose)
             current = self._registration
-            if current is not None and current.kubelet == registration.kubelet:
+            if registration is not None and current is not None and current.kubelet == registration.kubelet:
                 # Also when it is an older registration's: it is the current one that the same kubelet drops.
                 current.ended = True
                 self._bell.set()

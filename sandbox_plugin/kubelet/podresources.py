@@ -67,6 +67,7 @@ class HoldingsPoller:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""
         asked_at = self.clock()
         is_young = self._is_young()
+        log.debug("PodResources asked", path=str(self.socket))
         try:
             async with asyncio.timeout(patience):
                 learnt = holdings(await list_pods(self.socket), asked_at)
@@ -82,6 +83,10 @@ class HoldingsPoller:
             self._complain(f"the answer is malformed: {error}")
         else:
             self._trouble.update(None)
+            ours = self.registry.current.resources
+            holders = {f"{resource}={id}": pod for (resource, id), pod in learnt.pods.items() if resource in ours}
+            ms = round((self.clock() - asked_at) * 1000, 1)
+            log.debug("PodResources answered", pods=len(set(holders.values())), holders=holders, young=is_young, ms=ms)
             self._answered = self._answered or not is_young
             self._last = without_absences(learnt, self._last) if is_young else learnt
             self.registry.learn(holdings=self._last)

@@ -34,7 +34,7 @@ from typing import Any
 import structlog
 from grpclib import GRPCError, Status
 from grpclib.config import Configuration
-from grpclib.events import _DispatchServerEvents
+from grpclib.events import SendTrailingMetadata, _DispatchServerEvents
 from grpclib.protocol import AbstractHandler, Buffer, Connection, EventsProcessor, H2Protocol, Stream
 from grpclib.server import request_handler
 from h2.config import H2Configuration
@@ -316,6 +316,7 @@ class _Calls(AbstractHandler):
         self._mapping = service.__mapping__()
         self._codec = MessageCodec()
         self._dispatch = _DispatchServerEvents()
+        self._dispatch.add_listener(SendTrailingMetadata, _tell_refusal)
         self._peer = peer
 
     def accept(self, stream: Stream, headers: list[tuple[str, str]], release_stream: Callable[[], Any]) -> None:
@@ -342,6 +343,12 @@ class _Calls(AbstractHandler):
         del self.running[stream]
         release_stream()
         self._peer.call_ended()
+
+
+async def _tell_refusal(answer: Any) -> None:
+    """For each end of a call: grpclib's `SendTrailingMetadata`."""
+    if answer.status is not Status.OK:
+        log.debug("call refused", status=answer.status.name, reason=answer.status_message)
 
 
 class _Request(Buffer):
