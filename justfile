@@ -66,6 +66,10 @@ consumers: setup
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}
 
+# `just test` in a fresh clone as an ordinary user; for root
+test-as-user *arguments:
+    @scripts/test-as-user.sh "$@"
+
 # the daemon on a real kernel in QEMU; docs/vm-test.md
 test-vm *arguments:
     scripts/test-vm.sh "$@"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 
 _ADDRESS = r"[0-9a-fA-F?]{4,8}:[0-9a-fA-F?]{2}:[01?][0-9a-fA-F?]\.[0-7?]"
 _ADDRESS_PATTERN = r"[0-9a-fA-F:.*?]+"
+_OVERWRITTEN = "Cannot overwrite a value"
+"""What tomllib says of a key that is there twice."""
 _CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
 
 
@@ -66,11 +68,36 @@ def _read(text: str, where: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where}: {error}") from None
+        why = str(error)
+        raise UsageError(f"{where}: {_given_twice(text, why) if _OVERWRITTEN in why else why}") from None
     except RecursionError:
         raise UsageError(f"{where}: brackets are nested too deeply") from None
     except ValueError:  # int() of the standard library takes only so many digits
         raise UsageError(f"{where}: a number has too many digits") from None
+
+
+def _given_twice(text: str, why: str) -> str:
+    """Which key is meant, and its line: tomllib says at best where the value ends, and never the key.
+
+    The line is the last one before which all is complete. As it was, if the key is one within the value.
+    """
+    lines = text.split("\n")
+    end = re.search(r"at line (\d+)", why)
+    number = int(end[1]) if end else len(lines)
+    while _what_is_wrong(lines[: number - 1]):
+        number -= 1
+    key, has_value, _ = lines[number - 1].partition("=")
+    if has_value and _OVERWRITTEN not in _what_is_wrong([*lines[: number - 1], f"{key}= 0"]):
+        return why
+    return f"line {number}: {key.strip()!r} has a value already"
+
+
+def _what_is_wrong(lines: Sequence[str]) -> str:
+    try:
+        tomllib.loads("\n".join(lines))
+    except tomllib.TOMLDecodeError as error:
+        return str(error)
+    return ""
 
 
 def _setting(value: Any, where: str, *, is_switch: bool) -> str:
@@ -138,8 +165,10 @@ def _name(table: Mapping[str, Any], where: str) -> str | None:
     exclude, name = table.get("exclude", False), table.get("name")
     if not isinstance(exclude, bool):
         raise UsageError(f"{where}: exclude must be true or false")
-    if exclude == (name is not None):
+    if exclude and name is not None:
         raise UsageError(f"{where}: use either name or exclude = true, not both")
+    if not exclude and name is None:
+        raise UsageError(f"{where}: use name = 'example.com/gpu', or exclude = true to offer none of these")
     if exclude:
         return None
     if not isinstance(name, str):

@@ -86,9 +86,15 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 
 def _config_path(flags: Mapping[str, str], environment: Mapping[str, str]) -> str | None:
-    if flags.get("config") == "":
-        raise UsageError("--config: '' is not a path")
-    return flags.get("config") or environment.get(CONFIG_VARIABLE) or None
+    given, where = flags.get("config"), "--config"
+    if given is None:
+        given, where = environment.get(CONFIG_VARIABLE) or None, CONFIG_VARIABLE
+    if given is not None:
+        try:
+            as_path(given)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from None
+    return given
 
 
 def _from_file(path: str | None) -> tuple[dict[str, _Given], ConfigFile]:
@@ -137,9 +143,14 @@ def _alias(text: str) -> str:
     return text
 
 
-def _path(text: str) -> Path:
+def as_path(text: str) -> Path:
+    """Raises ValueError for what is no path, or none that inotify and the kubelet's API can name: those need UTF-8."""
     if not text or "\0" in text:
         raise ValueError(f"{text!r} is not a path")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r} is not UTF-8, as a path must be here") from None
     return Path(text)
 
 
@@ -149,7 +160,7 @@ def _socket_folder(text: str) -> Path:
     if length > _SOCKET_FOLDER_BYTES:
         allowed = f"at most {_SOCKET_FOLDER_BYTES} are allowed, so that the names of sockets fit behind it"
         raise ValueError(f"the path has {length} bytes; {allowed}")
-    folder = _path(text)
+    folder = as_path(text)
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise ValueError(f"{text} is not a folder")
     return folder
@@ -189,7 +200,7 @@ OPTIONS: tuple[Option, ...] = (
         environment="SANDBOX_PLUGIN_POD_RESOURCES_SOCKET",
         metavar="PATH",
         help="the kubelet's PodResources socket; it may be absent",
-        parse=_path,
+        parse=as_path,
     ),
     Option(
         name="cdi_dir",
@@ -197,7 +208,7 @@ OPTIONS: tuple[Option, ...] = (
         environment="SANDBOX_PLUGIN_CDI_DIR",
         metavar="DIR",
         help="where CDI specs are written",
-        parse=_path,
+        parse=as_path,
     ),
     Option(
         name="gpu_alias",

@@ -75,7 +75,9 @@ async def run(settings: Settings, ending: Ending) -> None:
     needs_cdi = settings.consumer is Consumer.KATA
     registry = Registry(settings, names, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=rescans.wake))
+    endpoints = Endpoints(
+        settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
+    )
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
     is_ours = partial(may_be_ours, settings=settings, names=names)
@@ -108,13 +110,13 @@ async def run(settings: Settings, ending: Ending) -> None:
         await asking
         is_real = settings.host_root == Path("/")
         if is_real:
-            group.create_task(UeventSource(on_change=rescans.wake, on_aer=rescans.note_aer).run())
+            group.create_task(UeventSource(on_change=partial(rescans.wake, "uevent"), on_aer=rescans.note_aer).run())
         group.create_task(rescans.run())
         group.create_task(rescans.follow_time())
         group.create_task(poller.run())
         group.create_task(report(registry))
         watched: dict[OnChange, Folders] = {
-            rescans.wake: lambda: host_folders(paths),
+            partial(rescans.wake, "folder"): lambda: host_folders(paths),
             look_at_kubelet: lambda: [settings.kubelet_dir],
         }
         if needs_cdi:
@@ -181,10 +183,13 @@ class Rescans:
         self._wanted = asyncio.Event()
         self._aer: list[tuple[str, str]] = []
         self._trouble = Trouble()
-        self._scanner = HostScanner(paths, on_late=self.wake)
+        self._scanner = HostScanner(paths, on_late=partial(self.wake, "late answer"))
+        self._triggers = {"start"}
+        """What has asked for the next scan, for the log; nothing: the timer."""
 
-    def wake(self) -> None:
+    def wake(self, trigger: str = "change") -> None:
         """Something may have changed."""
+        self._triggers.add(trigger)
         self._wanted.set()
 
     def note_aer(self, address: str, event: str) -> None:
@@ -203,18 +208,21 @@ class Rescans:
         """Wakes a scan when time alone may have changed something. Runs until cancelled."""
         while True:
             await self._registry.look_is_due()
-            self.wake()
+            self.wake("due")
             await self._registry.stepped()
 
     async def _scan(self) -> bool:
         """One scan into the registry. False: this process had no means to look, and what was known stays as it was."""
         aer, self._aer = self._aer, []
+        triggers, self._triggers = self._triggers or {"timer"}, set()
         try:
             facts = await self._scanner.scan()
         except OutOfResources as error:
             self._aer = aer + self._aer
             self._complain("scan failed", f"{error}; the last known state stays, and it is tried again")
             return False
+        ms = round((time.monotonic() - facts.began_at) * 1000, 1)
+        log.debug("scanned", trigger=", ".join(sorted(triggers)), functions=len(facts.functions), ms=ms)
         self._complain("the PCI bus cannot be read", facts.unreachable)
         self._registry.observe(facts, aer=aer)
         return True

@@ -10,6 +10,7 @@ from typing import Protocol
 import pytest
 from daemon import Daemon, Places
 from daemon import places as make_places
+from hypothesis import HealthCheck, settings
 from kubelet import GrpcKubelet
 
 from sandbox_plugin.fake.node import FakeNode
@@ -19,7 +20,12 @@ MakeNode = Callable[[str], FakeNode]
 
 
 def pytest_configure() -> None:
-    """A test run under `nohup` is one as any other: what it starts would inherit that SIGHUP is ignored."""
+    """What no machine and no way to start the tests may decide: how long things take, and whether SIGHUP is ignored.
+
+    Under `nohup` it is, and what a test starts would inherit that.
+    """
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -276,7 +276,7 @@ def test_a_claim_without_a_share_and_one_with_an_empty_share_differ() -> None:
 
 
 @pytest.mark.parametrize(("api", "name"), MESSAGES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_whatever_google_protobuf_says_comes_back_unchanged_through_ours(
     api: str, name: str, data: st.DataObject

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from daemon import ROOT, Places, clean_environment
 from kubelet import TIMEOUT
-from trials import wait_until
+from trials import tampered, wait_until
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -34,18 +34,22 @@ def temporary(places: Places) -> Path:
 
 
 @pytest.fixture
-def start(temporary: Path) -> Iterator[Start]:
-    """Starts a command, by another program if that is asked for: `start("list", "--all", by=["nohup"])`."""
+def start(places: Places, temporary: Path) -> Iterator[Start]:
+    """Starts a command, by another program if that is asked for: `start("list", "--all", by=["nohup"])`.
+
+    `code` runs in its process before anything else does.
+    """
     started: list[subprocess.Popen[str]] = []
 
-    def begin(*arguments: str, by: Sequence[str] = (), **options: Any) -> subprocess.Popen[str]:
+    def begin(*arguments: str, by: Sequence[str] = (), code: str = "", **options: Any) -> subprocess.Popen[str]:
+        environment = {"TMPDIR": str(temporary), "PYTHONUNBUFFERED": "", "PYTHONPATH": tampered(places, code)}
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(
             [*by, sys.executable, "-m", "sandbox_plugin", *arguments],
             **(streams | options),
             text=True,
             cwd=ROOT,
-            env=clean_environment({"TMPDIR": str(temporary), "PYTHONUNBUFFERED": ""}),
+            env=clean_environment(environment),
         )
         started.append(process)
         return process
@@ -91,12 +95,23 @@ def end(process: subprocess.Popen[str]) -> tuple[int, str]:
 # Signals
 
 
+NEVER_MADE = """
+import os, time
+link = os.symlink
+def hold(*arguments):
+    link(*arguments)
+    time.sleep(60)
+os.symlink = hold
+"""
+"""The making of a tree stops at the first link."""
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("command", ["run", "demo", "list", "fake-node"])
 def test_a_signal_while_a_tree_is_made_ends_the_command_and_leaves_no_tree(
     start: Start, on_a_preset: OnAPreset, temporary: Path, command: str, number: signal.Signals
 ) -> None:
-    process = start(*on_a_preset[command])
+    process = start(*on_a_preset[command], code=NEVER_MADE)
     wait_for_a_tree(temporary)
     process.send_signal(number)
     status, errors = end(process)
@@ -145,6 +160,26 @@ def test_at_the_very_beginning_a_signal_leaves_nothing_either(
     process = start(*on_a_preset["run"])
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] in (0, -signal.SIGTERM)
+    assert list(temporary.iterdir()) == []
+
+
+IN_AN_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("module", ["argparse", "typing", "dataclasses", "sandbox_plugin.cli.run", "asyncio", "rich"])
+def test_a_signal_while_modules_are_imported_ends_it_as_at_any_other_time(
+    start: Start, on_a_preset: OnAPreset, temporary: Path, module: str
+) -> None:
+    """All that is not imported before is of the interpreter's own start, or a handler of signals cannot do without."""
+    for command, status in (("run", 0), ("list", 128 + signal.SIGTERM)):
+        assert end(start(*on_a_preset[command], code=IN_AN_IMPORT.format(module=module))) == (status, "")
     assert list(temporary.iterdir()) == []
 
 

@@ -514,7 +514,7 @@ nonsense = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(contents=st.dictionaries(st.sampled_from(names), nonsense, min_size=1, max_size=4))
 def test_whatever_sysfs_says_a_function_is_read_or_refused(battered: Tree, contents: dict[str, bytes]) -> None:
     before = {name: battered.file(name, GRACE_GPU).read_bytes() for name in contents}

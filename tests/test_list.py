@@ -25,6 +25,7 @@ import pytest
 from daemon import ROOT, Places, clean_environment, run_command
 from daemon import places as make_places
 from kubelet import TIMEOUT
+from mediated import Mediated
 from names import AUDIO, GEFORCE, T4
 
 from sandbox_plugin.cli.main import main
@@ -246,10 +247,13 @@ def test_nothing_is_changed(node: FakeNode, listed: Callable[..., Any]) -> None:
 
 def test_a_bus_that_cannot_be_read_is_said_and_is_a_failure(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     (node.root / "sys/bus/pci").rename(node.root / "sys/bus/gone")
+    line = f"sandbox-plugin: the PCI bus cannot be read: {node.root}/sys/bus/pci/devices: No such file or directory\n"
     assert main(["list", f"--fake-sysfs={node.root}"]) == 1
-    assert "The PCI bus cannot be read" in capsys.readouterr().out
+    assert capsys.readouterr() == ("\n", line)
     assert main(["list", f"--fake-sysfs={node.root}", "--output=json"]) == 1
-    assert "No such file" in json.loads(capsys.readouterr().out)["unreachable"]
+    said = capsys.readouterr()
+    assert said.err == line
+    assert "No such file" in json.loads(said.out)["unreachable"]
 
 
 def test_as_a_process_it_prints_json_for_other_programs(whole: dict[str, Path]) -> None:
@@ -515,6 +519,49 @@ def test_a_function_whose_read_hangs_is_named_and_the_command_ends(places: Place
     document = json.loads(done.stdout)
     assert healths(document) == {GEFORCE: "Healthy"}
     assert "does not answer" in not_offered(document)[T4]
+
+
+# Names that a terminal would obey
+
+
+ESCAPE = "\x1b]0;x\x07\x9b31mvf\nio\u202e"
+SHOWN = r"\x1b]0;x\x07\x9b31mvf\nio\u202e"
+
+
+def test_a_drivers_name_is_shown_and_not_obeyed(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
+    _point("driver", f"../drivers/{ESCAPE}")(node.folder(T4))
+    assert main(["list", "--all", f"--fake-sysfs={node.root}"]) == 0
+    table = capsys.readouterr().out
+    assert f"bound to {SHOWN}, not to vfio-pci" in table
+    assert re.search(rf"^{T4} .* {re.escape(SHOWN)} ", table, re.MULTILINE), table
+    assert all(c.isprintable() or c == "\n" for c in table)
+
+
+def test_a_type_of_mediated_devices_is_shown_and_not_obeyed(places: Places, capsys: pytest.CaptureFixture[str]) -> None:
+    node = places.node("workstation")
+    Mediated(node, T4).add(1, "nvidia-1", ESCAPE, 40)
+    assert main(["list", f"--fake-sysfs={node.root}"]) == 0
+    table = capsys.readouterr().out
+    assert SHOWN in table
+    assert all(c.isprintable() or c == "\n" for c in table)
+
+
+def test_in_the_log_on_a_console_names_are_shown_and_not_obeyed(node: FakeNode, places: Places) -> None:
+    _point("driver", f"../drivers/{ESCAPE}")(node.folder(T4))
+    flags = [*places.flags(node), f"--kubelet-dir={places.top}/\x1b]0;x"]  # a value without a blank, and so unquoted
+    command = [sys.executable, "-m", "sandbox_plugin", "run", *flags, "--log-format=console"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=clean_environment({}), text=True) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "not offered" in line and T4 in line:
+                break
+        process.terminate()
+        said += process.stderr
+    assert any(SHOWN in line for line in said), said
+    assert any(rf"kubelet_dir={places.top}/\x1b]0;x " in line for line in said), said
+    assert all(c.isprintable() or c == "\n" for line in said for c in line), said
 
 
 # Bad input

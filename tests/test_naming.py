@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from sandbox_plugin.inventory.naming import (
@@ -35,7 +35,6 @@ NAMES = ModelNames.load()
 LETTERS, DIGITS = set(string.ascii_letters), set(string.digits)
 LONGEST_DOMAIN = 244  # `requests.` and the domain make a DNS subdomain of at most 253 characters
 
-unhurried = settings(deadline=None)  # a busy machine is no fault of the names
 any_id = st.integers(0, 0xFFFF)
 any_name = st.text() | st.text(alphabet=string.ascii_letters + string.digits + " ._-/[]()+'", max_size=90)
 aliases = st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,61}[A-Za-z0-9]", fullmatch=True)
@@ -163,7 +162,6 @@ def test_a_name_that_the_rule_leaves_invalid_is_repaired_and_ends_in_the_device_
     assert ModelNames({(NVIDIA, 0x2FFF): name}).resource_name(NVIDIA, 0x2FFF) == repaired
 
 
-@unhurried
 @given(name=any_name, device=any_id)
 @example(name="ß" * 40, device=0)  # longer in capitals
 @example(name="Ω²½", device=0)  # nothing is left
@@ -177,7 +175,6 @@ def test_whatever_pci_ids_may_say_the_name_is_valid_and_cleaning_it_again_change
     assert clean_name(cleaned, device) == cleaned
 
 
-@unhurried
 @given(name=any_name, one=any_id, other=any_id)
 def test_two_models_whose_name_had_to_be_repaired_never_share_it(name: str, one: int, other: int) -> None:
     assume(one != other)
@@ -186,7 +183,6 @@ def test_two_models_whose_name_had_to_be_repaired_never_share_it(name: str, one:
     assert clean_name(name, one) != clean_name(name, other)
 
 
-@unhurried
 @given(vendor=any_id, device=any_id, other=any_id)
 def test_unknown_models_have_a_valid_name_each(vendor: int, device: int, other: int) -> None:
     assume(device != other)
@@ -208,13 +204,11 @@ def test_a_type_of_vgpu_keeps_the_name_that_kubevirts_users_know() -> None:
     assert type_name("GRID T4-1Q") == "GRID_T4-1Q"
 
 
-@unhurried
 @given(name=any_name)
 def test_a_type_of_vgpu_has_a_valid_name(name: str) -> None:
     assert is_class(type_name(name))
 
 
-@unhurried
 @given(start=aliases, one=any_name, other=any_name)
 def test_types_of_vgpus_whose_names_had_to_be_cut_are_still_told_apart(start: str, one: str, other: str) -> None:
     assume(one != other)
@@ -241,7 +235,6 @@ def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_do
         check_alias("nvidia.com/pgpu")
 
 
-@unhurried
 @given(alias=any_name | aliases)
 def test_an_alias_is_accepted_exactly_if_it_is_a_cdi_class_and_a_qualified_name(alias: str) -> None:
     assert accepts(check_alias, alias) == is_class(alias)
@@ -277,7 +270,6 @@ def test_the_longest_domain_that_the_kubelet_takes_is_taken() -> None:
     check_resource_name(f"{domain}/gpu")
 
 
-@unhurried
 @given(domain=domains | st.text(alphabet="a1-.A", max_size=8), name=aliases | st.text(max_size=5))
 @example(domain="requests", name="gpu")
 def test_a_resource_name_is_accepted_exactly_if_its_domain_and_its_last_part_are(domain: str, name: str) -> None:
@@ -300,7 +292,6 @@ def test_files_are_named_after_their_resource(resource: str, socket: str, spec: 
 lengths = st.integers(SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES)
 
 
-@unhurried
 @given(resource=resources, max_bytes=lengths)
 def test_a_sockets_name_never_passes_its_limit(resource: str, max_bytes: int) -> None:
     name = socket_name(resource, max_bytes=max_bytes)
@@ -318,7 +309,6 @@ def test_a_socket_is_shortened_from_the_first_byte_too_many() -> None:
     assert shortened.startswith("sandbox-ggg")
 
 
-@unhurried
 @given(resource=resources)
 @example(resource="a" * 60 + "." + "b" * 63 + "." + "c" * 63 + "." + "d" * 55 + "/" + "g" * 63)
 def test_a_cdi_specs_name_can_be_written_even_under_a_longer_name_first(resource: str) -> None:
@@ -338,7 +328,6 @@ def lookalikes(draw: st.DrawFn) -> tuple[str, str]:
     return one, other
 
 
-@unhurried
 @given(pair=lookalikes() | st.tuples(resources, resources), max_bytes=lengths)
 @example(pair=("example.com-x/y", "example.com/x-y"), max_bytes=SOCKET_PATH_BYTES)
 @example(pair=("nvidia.com/a-b", "a/b"), max_bytes=SOCKET_PATH_BYTES)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from sandbox_plugin.cli.main import main
+from sandbox_plugin.configuration import OPTIONS, load_settings
 from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.settings import Settings, UsageError
 
 Said = Callable[..., tuple[int, str]]
 
@@ -143,6 +145,51 @@ def test_what_a_command_does_not_know_is_named_with_the_help_of_that_command(
         main(arguments)
     assert end.value.code == 2
     assert capsys.readouterr().err == f"sandbox-plugin: unrecognized arguments: {told}\n"
+
+
+# Paths
+
+
+NO_UTF_8 = "/tmp/\udcff"
+"""As the interpreter shows what is not."""
+PATHS = {option.name: option for option in OPTIONS if isinstance(getattr(Settings(), option.name), Path)}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_is_not_utf_8_is_refused_by_the_name_of_its_flag_or_variable(name: str) -> None:
+    for flags, environment, where in (
+        ({name: NO_UTF_8}, {}, PATHS[name].flag),
+        ({}, {PATHS[name].environment: NO_UTF_8}, PATHS[name].environment),
+    ):
+        with pytest.raises(UsageError) as refused:
+            load_settings(flags, environment)
+        assert str(refused.value) == f"{where}: {NO_UTF_8!r} is not UTF-8, as a path must be here"
+
+
+def test_all_settings_that_are_paths_are_known_to_be() -> None:
+    assert set(PATHS) == {"kubelet_dir", "pod_resources_socket", "cdi_dir"}
+
+
+@pytest.mark.parametrize("variable", ["SANDBOX_PLUGIN_CONFIG", "SANDBOX_PLUGIN_FAKE_SYSFS"])
+def test_a_config_file_or_a_fake_host_whose_path_is_not_utf_8_is_refused_too(
+    said: Said, tmp_path: Path, variable: str
+) -> None:
+    folder = tmp_path / "\udcff"
+    path = FakeNode.create(folder, "gh200").root
+    if variable.endswith("CONFIG"):
+        path = folder / "plugin.toml"
+        path.touch()
+    flag = "--" + variable.removeprefix("SANDBOX_PLUGIN_").lower().replace("_", "-")
+    why = f"'{tmp_path}/\\udcff{str(path).removeprefix(str(folder))}' is not UTF-8, as a path must be here"
+    assert said(f"{flag}={path}") == (2, f"{flag}: {why}")
+    assert said(**{variable: str(path)}) == (2, f"{variable}: {why}")
+
+
+@pytest.mark.parametrize("flag", ["--config", "--fake-sysfs"])
+def test_what_a_terminal_would_obey_is_shown_in_messages(said: Said, flag: str) -> None:
+    status, line = said(f"{flag}=\x1b[31m")
+    assert status == 2
+    assert "\\x1b[31m" in line
 
 
 # Where a value comes from

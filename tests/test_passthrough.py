@@ -20,7 +20,6 @@ from conftest import StartDaemon
 from daemon import Places
 from facts import gpu, host
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kubelet import GrpcKubelet
 from mediated import Mediated
@@ -501,7 +500,6 @@ def crowded(draw: st.DrawFn) -> HostFacts:
     )
 
 
-@hypothesis_settings(deadline=None)
 @given(crowded(), st.lists(rules, max_size=4).map(tuple))
 def test_whatever_the_rules_no_device_is_of_two_resources_and_every_claim_is_kept_or_explained(
     facts: HostFacts, rules: tuple[ResourceRule, ...]

@@ -386,7 +386,7 @@ def requests(draw: st.DrawFn) -> Request:
 
 
 @policies
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(request=requests())
 def test_no_set_is_better_than_the_one_preferred(policy: Policy, request: Request) -> None:
     assert_best(request, policy)
@@ -435,7 +435,6 @@ def test_no_set_of_sixteen_is_better_than_the_one_preferred(seed: int, policy: P
 
 @policies
 @given(hosts().flatmap(lambda h: st.tuples(st.just(h), st.permutations(list(h)), st.permutations(list(h)))))
-@settings(deadline=None)
 def test_the_answer_does_not_depend_on_the_order_of_anything(
     policy: Policy, orders: tuple[dict[str, Device], list[str], list[str]]
 ) -> None:

@@ -320,7 +320,6 @@ def test_whatever_happens_the_kubelet_sees_the_truth(capsys: pytest.CaptureFixtu
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
-            deadline=None,
             phases=[Phase.generate],  # to shrink means to do all of it again, many times over
             suppress_health_check=list(HealthCheck),
         ),

@@ -20,7 +20,6 @@ from names import FIRST_GPU, NVSWITCH, PGPU
 from trials import QUICK, figures, socket_of, wait_until_it_sees
 from truth import Truth
 
-from sandbox_plugin.ending import PATIENCE
 from sandbox_plugin.kubelet.sockets import identity
 from sandbox_plugin.kubelet.turn import LOCK_NAME, Turn
 
@@ -65,7 +64,7 @@ def test_the_newcomer_takes_over_when_the_old_one_ends(
     if killed:
         old.kill()
     else:
-        assert old.terminate() < PATIENCE
+        old.terminate()
     new.wait_for("taking over")
     wait_until_it_sees(kubelet, truth)
     took = time.monotonic() - ended

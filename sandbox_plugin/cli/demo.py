@@ -21,9 +21,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sandbox_plugin.cli.signals import run_until_signal, temporary_folder
-from sandbox_plugin.cli.stdout import say
+from sandbox_plugin.cli.signals import run_until_signal
+from sandbox_plugin.cli.stdout import say, visible
 from sandbox_plugin.cli.tables import is_terminal, plain_console
+from sandbox_plugin.cli.temporary import temporary_folder
 from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
@@ -109,7 +110,7 @@ class _Daemon:
     async def listen(self) -> None:
         assert self.process.stderr is not None
         async for line in self.process.stderr:
-            self.said.append(_in_words(line.decode("utf-8", "replace").strip()))
+            self.said.append(visible(_in_words(line.decode("utf-8", "replace").strip())))
         await self.process.wait()  # before anybody signals it: that would take its exit status away from the loop
         raise StoryError(f"the daemon ended: {' / '.join(self.said) or 'without a word'}")
 

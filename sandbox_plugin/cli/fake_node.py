@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from sandbox_plugin.cli.tables import print_unfolded, table
+from sandbox_plugin.cli.tables import add_row, print_unfolded, table
 from sandbox_plugin.fake.attributes import OFF_THE_BUS
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 from sandbox_plugin.fake.presets import PRESETS
@@ -151,7 +151,8 @@ def _show(args: argparse.Namespace) -> list[RenderableType]:
     for f in functions:
         if args.all or f.vfio or f.class_code >> 16 not in _MACHINERY:
             numa = "-" if f.numa_node is None else str(f.numa_node)
-            shown.add_row(f.address, _model(f, names), f.driver or "-", str(f.iommu_group), _vfio(f), numa, _state(f))
+            state = (str(f.iommu_group), _vfio(f), numa, _state(f))
+            add_row(shown, f.address, _model(f, names), f.driver or "-", *state)
     said: list[RenderableType] = [shown]
     if hidden := len(functions) - shown.row_count:
         said.append(f"and {hidden} bridges and system peripherals (--all)")

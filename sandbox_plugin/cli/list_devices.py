@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -13,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sandbox_plugin.cli.options import add_options, settings_from
-from sandbox_plugin.cli.stdout import say
-from sandbox_plugin.cli.tables import print_unfolded, table
+from sandbox_plugin.cli.stdout import say, visible
+from sandbox_plugin.cli.tables import add_row, print_unfolded, table
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         if args.all:
             parts += ["", _table_of_all(_all_functions(inventory, facts, settings, names))]
         print_unfolded(*parts)
+    if facts.unreachable:
+        print(f"sandbox-plugin: the PCI bus cannot be read: {visible(facts.unreachable)}", file=sys.stderr)
     return 1 if facts.unreachable else 0
 
 
@@ -195,36 +198,34 @@ def _table_of_all(functions: list[dict[str, Any]]) -> Table:
     made = table(*_COLUMNS)
     for function in functions:
         cells = [function[key] for key in _COLUMNS.values()]
-        made.add_row(*("-" if cell is None else str(cell) for cell in cells))
+        add_row(made, *("-" if cell is None else str(cell) for cell in cells))
     return made
 
 
 def _tables(inventory: Inventory, facts: HostFacts, names: ModelNames) -> list[RenderableType]:
     """What is offered, or why there is nothing, and what is not offered."""
     parts: list[RenderableType] = []
-    if facts.unreachable:
-        parts.append(f"The PCI bus cannot be read: {facts.unreachable}")
-    elif not inventory.resources:
+    if not inventory.resources and not facts.unreachable:
         parts.append(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
     else:
         offered = table("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH")
         for resource, devices in inventory.resources.items():
             for device in devices:
-                offered.add_row(resource, *_row(device))
+                add_row(offered, resource, *_row(device))
         parts.append(offered)
     if inventory.unoffered:
         not_offered = table("NOT OFFERED", "MODEL", "REASON")
         for address, why in sorted(inventory.unoffered.items()):
-            not_offered.add_row(address, _model(address, facts, names), why)
+            add_row(not_offered, address, _model(address, facts, names), why)
         parts += ["", not_offered]
     return parts
 
 
-def _row(device: Device) -> tuple[str | Text, ...]:
+def _row(device: Device) -> tuple[str | Text | list[str], ...]:
     health = Text("Healthy", "green") if device.health.healthy else Text(f"Unhealthy: {device.health}", "red")
-    addresses = "\n".join(p.address for p in device.placements)
+    addresses = [p.address for p in device.placements]
     numa = ",".join(map(str, device.numa_nodes)) or "-"
-    return (device.id, addresses, device.model.replace(" + ", "\n"), numa, device.node, health)
+    return (device.id, addresses, device.model.split(" + "), numa, device.node, health)
 
 
 def _model(address: str, facts: HostFacts, names: ModelNames) -> str:

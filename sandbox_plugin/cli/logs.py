@@ -6,7 +6,9 @@ import logging
 from typing import TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
+
+from sandbox_plugin.cli.stdout import visible
 
 
 def configure_logs(log_format: str | None, level: str, stream: TextIO) -> None:
@@ -18,7 +20,7 @@ def configure_logs(log_format: str | None, level: str, stream: TextIO) -> None:
     ]
     last: list[Processor]
     if console:
-        last = [structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=24)]
+        last = [_only_visible, structlog.dev.ConsoleRenderer(colors=stream.isatty(), pad_event_to=24)]
     else:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     structlog.configure(
@@ -28,6 +30,11 @@ def configure_logs(log_format: str | None, level: str, stream: TextIO) -> None:
         cache_logger_on_first_use=False,
     )
     logging.basicConfig(handlers=[_Libraries()], level=logging.WARNING, force=True)
+
+
+def _only_visible(_: object, __: str, event: EventDict) -> EventDict:
+    """For the console: names from sysfs may hold anything. Where there is a blank in a value, structlog quotes it."""
+    return {k: visible(v) if isinstance(v, str) and (k == "event" or " " not in v) else v for k, v in event.items()}
 
 
 class _Libraries(logging.Handler):

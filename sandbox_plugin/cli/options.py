@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sandbox_plugin.cli.signals import temporary_folder
-from sandbox_plugin.configuration import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, OPTIONS, load_settings
+from sandbox_plugin.cli.temporary import temporary_folder
+from sandbox_plugin.configuration import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, OPTIONS, as_path, load_settings
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.settings import Settings, UsageError
@@ -60,12 +60,11 @@ def settings_from(args: argparse.Namespace) -> Iterator[Settings]:
         with temporary_folder("sandbox-plugin-") as folder:
             yield settings.on_fake_host(FakeNode.create(folder / fake, fake).root)
     else:
-        _refuse_if_no_host(fake, where)
-        yield settings.on_fake_host(Path(fake))
+        yield settings.on_fake_host(_fake_host(fake, where))
 
 
-def _refuse_if_no_host(folder: str, where: str) -> None:
-    """Raises `UsageError` unless there is a folder `sys` in this one that can be entered."""
+def _fake_host(folder: str, where: str) -> Path:
+    """Raises `UsageError` unless there is a folder `sys` in this one that can be entered, and its path can be used."""
     try:
         has_sys = bool(folder) and stat.S_ISDIR(os.stat(f"{folder}/sys").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
@@ -76,3 +75,7 @@ def _refuse_if_no_host(folder: str, where: str) -> None:
         raise UsageError(
             f"{where}: {folder!r} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})"
         )
+    try:
+        return as_path(folder)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None

@@ -20,6 +20,11 @@ from sandbox_plugin.configuration import OPTIONS, unknown_variables
 from sandbox_plugin.ending import Ending
 from sandbox_plugin.settings import Settings
 
+_NO_LABELS = (
+    "this plugin does not label the node, as the reference plugin does from within a Kata VM: what selects nodes by "
+    "those labels needs them from elsewhere"
+)
+
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
@@ -50,6 +55,8 @@ def _run_daemon(settings: Settings) -> int:
         log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
         for name in unknown_variables(os.environ):
             log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
+        if os.environ.get("ENABLE_GFD", "").lower() in ("1", "t", "true"):
+            log.warning("variable ignored", name="ENABLE_GFD", reason=_NO_LABELS)
         await daemon.run(settings, ending)
 
     try:

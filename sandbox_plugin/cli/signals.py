@@ -2,20 +2,16 @@
 
 The first of them ends what is under way, and those that come meanwhile are ignored, so that nothing is left behind.
 Apart from asyncio's signal handlers, which are there only as long as its loop: a preset's tree is made before the loop
-and removed after it.
+and removed after it. What is imported here is imported before signals are attended to, so it must be little.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
 
 class Interrupted(BaseException):
@@ -52,7 +48,7 @@ def interrupting() -> Iterator[None]:
 
 
 def run_until_signal(
-    work: Callable[[], Coroutine[Any, Any, None]],
+    work: Callable[[], Coroutine[None, None, None]],
     actions: Mapping[signal.Signals, Callable[[], None]],
     at_signal: Callable[[], None] = lambda: None,
 ) -> signal.Signals | None:
@@ -101,20 +97,6 @@ def run_until_signal(
         os.close(reader)
         os.close(writer)
     return ended_by[0] if ended_by else None
-
-
-@contextmanager
-def temporary_folder(prefix: str, parent: str | None = None) -> Iterator[Path]:
-    """A folder that is removed at the end, also when a signal comes while it is being removed."""
-    folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
-    try:
-        yield Path(folder)
-    finally:
-        try:
-            shutil.rmtree(folder)
-        except Interrupted:  # the only one that comes
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
 
 
 def _nothing(number: int, _: FrameType | None) -> None:

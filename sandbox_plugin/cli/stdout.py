@@ -18,6 +18,14 @@ def say(text: str) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+def visible(text: str) -> str:
+    """One line, with what a terminal would obey, or not show, written as in Python: `\\x1b` for an escape.
+
+    Names come from vendors and from sysfs, and may hold anything.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def flush() -> None:
     """Prints at once what others have written to stdout."""
     with _naming_stdout():

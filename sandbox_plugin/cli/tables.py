@@ -1,4 +1,5 @@
-"""Tables and other lines for people: names from outside as they are, lines as long as they need to be.
+"""Tables and other lines for people: names from outside as they are, as far as they can be seen, lines as long as
+they need to be.
 
 Apart because names come from vendors, pci.ids and sysfs, and rich takes `[/b]` in them for markup and `:ab:` for an
 emoji unless it is told not to.
@@ -9,12 +10,14 @@ from __future__ import annotations
 import io
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from sandbox_plugin.cli.stdout import say
+from sandbox_plugin.cli.stdout import say, visible
 
 _WIDER_THAN_ANY_LINE = 10_000
 _BLANKS_AT_THE_END = re.compile(r" +(?=(?:\x1b\[[0-9;]*m)*$)")
@@ -37,6 +40,17 @@ def table(*columns: str) -> Table:
     for column in columns:
         made.add_column(column, no_wrap=True)
     return made
+
+
+def add_row(made: Table, *cells: str | Text | Sequence[str]) -> None:
+    """Adds a row of one-line cells; a sequence is a cell of several lines."""
+    shown: list[str | Text] = []
+    for cell in cells:
+        if isinstance(cell, Text):
+            shown.append(Text(visible(cell.plain), cell.style))
+        else:
+            shown.append("\n".join(map(visible, [cell] if isinstance(cell, str) else cell)))
+    made.add_row(*shown)
 
 
 def print_unfolded(*parts: RenderableType) -> None:

@@ -74,6 +74,7 @@ class FolderWatcher:
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
+            trouble = None
             try:
                 await self._watch_once()
             except* (OSError, RuntimeError) as errors:
@@ -83,6 +84,8 @@ class FolderWatcher:
                 why = str(first_failure(trouble))
                 if self._trouble.update(why):
                     _say_unwatched((name for named in self._named.values() for name in named), why)
+            if trouble is not None:  # not above: Python 3.11.2 makes a group of a cancellation within `except*`
+                _go_on_unless_cancelled()
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
@@ -169,6 +172,13 @@ class FolderWatcher:
 def _say_unwatched(folders: Iterable[str], why: str) -> None:
     reason = f"{why}; until that works, changes there are found by the timer alone"
     log.warning("folders not watched", path=list(folders), reason=reason)
+
+
+def _go_on_unless_cancelled() -> None:
+    """A TaskGroup that is cancelled while it fails forgets it, before Python 3.13."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _is_trouble(error: BaseException) -> bool:

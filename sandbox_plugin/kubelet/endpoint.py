@@ -191,16 +191,18 @@ class Endpoint:
     @contextmanager
     def _stream(self, registration: _Registration | None) -> Iterator[None]:
         """Around each ListAndWatch stream. `registration` led to it; None: it is not the kubelet's."""
-        if registration is None:
-            yield
-            return
-        registration.opened = True
-        self._bell.set()
+        whose = "another client" if registration is None else "the kubelet"
+        log.debug("stream opened", resource=self.resource, client=whose)
+        if registration is not None:
+            registration.opened = True
+            self._bell.set()
         try:
             yield
         finally:
+            log.debug("stream ended", resource=self.resource, client=whose)
             current = self._registration
-            if current is not None and (current.kubelet, current.own) == (registration.kubelet, registration.own):
+            ours = None if registration is None else (registration.kubelet, registration.own)
+            if current is not None and (current.kubelet, current.own) == ours:
                 # Also when it is an older registration's: it is the current one that the same kubelet drops. Not when
                 # it went over an older socket of ours: we hung up there before we registered again.
                 current.ended = True

@@ -88,6 +88,7 @@ class HoldingsPoller:
         is_young = self._is_young()
         is_there = True
         learnt = None
+        log.debug("PodResources asked", path=str(self.socket))
         try:
             async with asyncio.timeout(patience):
                 answer = await list_pods(self.socket)
@@ -115,6 +116,10 @@ class HoldingsPoller:
             self._trouble.update(None)
             self._answered = self._answered or learnt.complete
             self._heard_at = self.clock()
+            ours = self.registry.current.resources
+            holders = {f"{resource}={id}": pod for (resource, id), pod in learnt.pods.items() if resource in ours}
+            ms = round((self.clock() - asked_at) * 1000, 1)
+            log.debug("PodResources answered", pods=len(set(holders.values())), holders=holders, young=is_young, ms=ms)
         self.registry.learn(holdings=learnt, pod_resources=is_there)
 
     def _is_only_away(self) -> bool:

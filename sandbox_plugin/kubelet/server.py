@@ -21,6 +21,8 @@ from typing import Any
 from weakref import WeakSet
 
 import structlog
+from grpclib import Status
+from grpclib.events import SendTrailingMetadata, listen
 from grpclib.server import Server
 
 from sandbox_plugin.api.v1beta1 import DevicePluginBase
@@ -84,8 +86,9 @@ class PluginServer:
             return
         client.setblocking(False)
         self._clients.add(client)
-        protocol = Server([self._service()], codec=MessageCodec())._protocol_factory
-        greeting = self._loop.create_task(self._loop.connect_accepted_socket(protocol, client))
+        server = Server([self._service()], codec=MessageCodec())
+        listen(server, SendTrailingMetadata, _tell_refusal)
+        greeting = self._loop.create_task(self._loop.connect_accepted_socket(server._protocol_factory, client))
         self._greetings.add(greeting)
         greeting.add_done_callback(self._greetings.discard)
 
@@ -103,3 +106,9 @@ def _why_not(client: socket.socket) -> str | None:
         return None
     expected = "0" if os.geteuid() == 0 else f"0 or {os.geteuid()}"
     return f"peer runs as uid {user}, expected {expected}"
+
+
+async def _tell_refusal(answer: SendTrailingMetadata) -> None:
+    """For each end of a call."""
+    if answer.status is not Status.OK:
+        log.debug("call refused", status=answer.status.name, reason=answer.status_message)

@@ -64,6 +64,8 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
             while True:
                 devices = [_listed(d) for d in inventory.resources.get(self.resource, ())]
                 if devices != sent:
+                    healthy = sum(device.health == HEALTHY for device in devices)
+                    log.debug("list sent", resource=self.resource, devices=len(devices), healthy=healthy)
                     yield v1beta1.ListAndWatchResponse(devices=devices)
                     sent = devices
                 inventory = await self.registry.newer_than(inventory.version)
@@ -79,6 +81,8 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
             self._places = inventory.version, places_by_id(devices.values())
         answers = []
         for asked in request.container_requests:
+            about = {"available": asked.available_device_i_ds, "must_include": asked.must_include_device_i_ds}
+            log.debug("preference asked", resource=self.resource, size=asked.allocation_size, **about)
             try:
                 ids = prefer(
                     devices,
@@ -90,6 +94,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
                 )
             except InvalidRequest as error:
                 raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
+            log.debug("preference answered", resource=self.resource, devices=list(ids))
             answers.append(v1beta1.ContainerPreferredAllocationResponse(device_i_ds=list(ids)))
         return v1beta1.PreferredAllocationResponse(container_responses=answers)
 
@@ -101,6 +106,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         """
         self._check(request)
         asked = [container.devices_ids for container in request.container_requests]
+        log.debug("allocate asked", resource=self.resource, devices=asked)
         chosen = self._choose(self.registry.current, asked)
         await self._look(chosen)
         chosen = self._choose(self.registry.current, asked)
@@ -111,6 +117,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         self.registry.allocate([(d.resource, d.id) for d in chosen])
         for device in chosen:
             log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
+        log.debug("allocate answered", resource=self.resource, answer=response)
         return response
 
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:

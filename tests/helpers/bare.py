@@ -9,7 +9,7 @@ from pathlib import Path
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import ResponseReceived, TrailersReceived
+from h2.events import PingAckReceived, ResponseReceived, TrailersReceived
 from kubelet import TIMEOUT
 
 
@@ -40,6 +40,16 @@ class BareClient:
         self.http.send_headers(stream, headers)
         self.http.send_data(stream, message, end_stream=end)
         return stream
+
+    def ping(self) -> None:
+        """Waits until all that was said before has been read. Raises ConnectionResetError."""
+        self.http.ping(b"all read")
+        self.send()
+        while True:
+            if not (data := self.socket.recv(1 << 16)):
+                raise ConnectionResetError
+            if any(isinstance(event, PingAckReceived) for event in self.http.receive_data(data)):
+                return
 
     def status(self, stream: int) -> str:
         """The number of the status with which this call ended: waits until it has. Raises ConnectionResetError."""

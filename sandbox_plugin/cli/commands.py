@@ -1,0 +1,74 @@
+"""The command line: finds the command, and turns what stops it into one line and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from sandbox_plugin import __version__
+from sandbox_plugin.cli import demo, fake_node, list_devices, run
+from sandbox_plugin.cli.stdout import drop, flush, visible
+from sandbox_plugin.settings import UsageError
+
+_DESCRIPTION = """\
+Kubernetes device plugin for whole passthrough GPUs, for pods that run in virtual machines (Kata Containers,
+confidential Kata, KubeVirt). Without a command it runs the daemon.
+"""
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs the command that these arguments name. Returns its exit status."""
+    parser = _OneLineParser(
+        prog="sandbox-plugin",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"sandbox-plugin {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (run, list_devices, demo, fake_node):
+        command.add_parser(commands)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit:  # it has printed help
+        flush()
+        raise
+    status: int = args.run(args)
+    return status
+
+
+def status_after(error: Exception) -> int:
+    """The exit status of a command that this stopped; the line that says why is printed. Raises what is our fault."""
+    match error:
+        case UsageError():
+            return _failed(2, str(error))
+        case BrokenPipeError():  # the reader of our output has seen enough, as `head` does
+            drop()
+            return 1
+        case OSError():
+            drop()
+            return _failed(1, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    raise error
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage in front of it, and which help to read."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's own, but the parser of a command names what it does not know: the outer one has other help."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(2, f"sandbox-plugin: {visible(message)} (see {self.prog} --help)\n")
+
+
+def _failed(status: int, why: str) -> int:
+    with suppress(OSError):  # whoever closed stderr does not want to know
+        print(f"sandbox-plugin: {visible(why)}", file=sys.stderr)
+    return status
