@@ -15,7 +15,7 @@ from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Placement, Reason, id_order
-from sandbox_plugin.settings import ResourceRule, Settings
+from sandbox_plugin.settings import Consumer, ResourceRule, Settings
 
 A, B, C = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
 AUDIO, USB, USB_C = "0000:01:00.1", "0000:01:00.2", "0000:01:00.3"
@@ -518,3 +518,30 @@ def test_a_device_knows_all_functions_of_its_group_that_a_vm_may_have() -> None:
     idle = gpu("0000:05:00.0", vfio=None, group=9)
     (device,) = find(host(gpu(A, vfio=1, group=9), bridge, left_by_a_vm, idle)).devices
     assert device.group_functions == (A, "0000:04:00.0")
+
+
+EXCLUDED = ResourceRule(label="resources[0]", name=None, addresses=(B,))
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (gpu(B, vfio=2, group=9), f"shares IOMMU group 9 with {B}, which resources[0] excludes"),
+        (
+            gpu(B, vfio=2, group=9, virtual_functions=4),
+            f"shares IOMMU group 9 with {B}, which has 4 SR-IOV virtual functions enabled",
+        ),
+    ],
+    ids=["excluded by a rule", "with virtual functions"],
+)
+def test_what_is_withheld_withholds_its_group_from_who_gets_the_groups_node(other: PciFunction, why: str) -> None:
+    """KubeVirt gets it beside the cdev: through it the VM could open every function of the group."""
+    rules = () if other.virtual_functions else (EXCLUDED,)
+    facts = host(gpu(A, vfio=1, group=9), other)
+    kubevirt = find(facts, resources=rules, consumer=Consumer.KUBEVIRT)
+    assert (kubevirt.devices, kubevirt.unoffered[A]) == ((), why)
+    (kata,) = find(facts, resources=rules).devices
+    assert kata.id == "1", "Kata gets the cdev alone"
+    without_group_nodes = host(gpu(A, vfio=1, group=9), other, group_nodes=frozenset())
+    (alone,) = find(without_group_nodes, resources=rules, consumer=Consumer.KUBEVIRT).devices
+    assert alone.id == "1"

@@ -866,6 +866,14 @@ def test_a_device_that_was_bound_again_or_made_again_with_another_type_since_may
     assert against(grace.paths, before) == f"{GRACE_GPU} was bound again, or made again with another type"
 
 
+def test_a_virtual_function_of_the_vendors_driver_that_has_no_vgpu_type_may_not(grace: Tree) -> None:
+    given = device(GRACE_GPU, node="/dev/vfio/devices/vfio0")
+    (grace.node.folder(GRACE_GPU) / "nvidia").mkdir()
+    for vgpu_type, allowed in (("0", False), ("1155", True)):
+        grace.file("nvidia/current_vgpu_type", GRACE_GPU).write_text(f"{vgpu_type}\n")
+        assert (against(grace.paths, given) is None) is allowed
+
+
 def test_a_device_that_fell_off_the_bus_a_moment_ago_may_not(tree: Tree) -> None:
     tree.node.sicken(T4)
     assert against(tree.paths, device(T4, node="/dev/vfio/13")) == (

@@ -234,6 +234,8 @@ def objection(paths: HostPaths, device: Device) -> Objection | None:
             return Objection(why=f"{placement.address} was bound again, or made again with another type")
         if device.mdev:
             continue
+        if sysfs.text_or_none(f"{folder}/nvidia/current_vgpu_type") == "0":
+            return Objection(why=f"{placement.address} has no vGPU type: every open fails")
         optional = _Optional(folder)
         power_state = optional.text("power_state")
         bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in placement.bridges[1:])
