@@ -10,12 +10,16 @@ world of its own (`helpers/world.py`): it raises `TwoHolders` by itself wherever
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
+import world
 from names import NVSWITCH, PGPU
 from search import search
-from world import GRACE_RULE, NEEDLESS, World
+from world import GRACE_RULE, World
 
+from sandbox_plugin.inventory import ledger, sharing
+from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
 
 STEPS = int(os.environ.get("ONE_HOLDER_STEPS", "15000"))
@@ -347,5 +351,78 @@ def test_without_pod_resources_everything_is_offered_again_ten_minutes_after_the
 def test_nothing_is_ever_in_two_hands_and_everything_is_offered_again(part: int) -> None:
     outcome = search(STEPS // _PARTS, first_seed=1_000_000 * part)
     assert outcome.failed is None, outcome.story()
-    assert outcome.counts[NEEDLESS] == 0
     assert outcome.counts["grants"] > outcome.steps / 100, "pods get something at all"
+
+
+# What the search finds when the daemon forgets one of its rules
+
+
+def _returning(value: object) -> Callable[..., object]:
+    return lambda *_, **__: value
+
+
+def _unchanged(first: object, *_: object, **__: object) -> object:
+    return first
+
+
+def _without_news(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """The registry is never told this."""
+
+    def forget(patch: pytest.MonkeyPatch) -> None:
+        learn = Registry.learn
+        patch.setattr(
+            Registry, "learn", lambda self, **news: learn(self, **{k: v for k, v in news.items() if k != name})
+        )
+
+    return forget
+
+
+def _every_answer_is_complete(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(world, "Holdings", lambda **told: ledger.Holdings(**{**told, "complete": True}))
+
+
+def _places_without(kind: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """A grant does not remember the node, the group or the addresses of its device."""
+
+    def some(places: ledger.Places) -> list[ledger.Place]:
+        every: dict[str, list[ledger.Place]] = {
+            "node": [places.node],
+            "group": [] if places.group is None else [places.group],
+            "addresses": [*places.addresses],
+        }
+        return [place for name, those in every.items() if name != kind for place in those]
+
+    return _replacing(ledger.Places, "all", property(some))
+
+
+def _replacing(where: object, name: str, by: object) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(where, name, by)
+
+
+FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "that a pod has ended when the kubelet gives its ID again": _replacing(
+        ledger.Ledger, "are_one_pods", _returning(True)
+    ),
+    "that an Allocate is younger than the answer": _replacing(ledger, "_is_over", _returning(True)),
+    "that the kubelet shows a new pod late": _replacing(ledger, "ADMISSION", 0.0),
+    "that a pod may use nothing for a while": _replacing(ledger, "PROMISE_UNUSED", 5.0),
+    "that another plugin may have served until now": _replacing(ledger, "serve_since", _unchanged),
+    "that a young kubelet does not name all pods": _every_answer_is_complete,
+    "that PodResources is there and will answer": _without_news("pod_resources"),
+    "that a name may be of an earlier run": _replacing(sharing, "was_perhaps_ours", _returning(False)),
+    "what CDI specs of earlier runs say": _without_news("former"),
+    "which node a pod has": _places_without("node"),
+    "which group a pod has": _places_without("group"),
+    "which addresses a pod has": _places_without("addresses"),
+    "that what is not bound may be a pod's": _replacing(ledger.Ledger, "unplaced", property(_returning([]))),
+    "what a look found in use": _without_news("busy"),
+    "what a scan saw in use": _replacing(ledger, "observe", _unchanged),
+    "to look before Allocate": _replacing(World, "_look", _returning(None)),
+}
+
+
+@pytest.mark.parametrize("rule", FORGOTTEN)
+def test_the_search_finds_that_the_daemon_forgets(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    FORGOTTEN[rule](monkeypatch)
+    outcome = search(20_000)
+    assert isinstance(outcome.error, AssertionError), f"nothing found in {outcome.steps} steps"

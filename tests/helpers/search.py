@@ -58,7 +58,8 @@ def _bind(world: World) -> None:
 
 
 def _unbind(world: World) -> None:
-    function = _some(world)
+    held = [world.kernel.functions[a] for pod in world.pods for grant in pod.grants for a in grant.functions]
+    function = world.dice.choice(held) if held and world.dice.random() < 0.5 else _some(world)
     if function is not None and world.kernel.unbind(function):
         world.note(function.address, "is unbound", "under its VM" if function.user else "")
         _an_event(world)
@@ -173,6 +174,14 @@ def _end_plugin(world: World) -> None:
             _start_plugin(world)
 
 
+def _maintain(world: World) -> None:
+    """Somebody rearranges things below a plugin that is restarted."""
+    world.end_plugin()
+    for _ in range(world.dice.choice((1, 1, 2))):
+        world.dice.choice((_unbind, _unbind, _swap, _plug))(world)
+    _start_plugin(world)
+
+
 def _start_plugin(world: World) -> None:
     if world.plugin is None:
         if world.standby is not None:
@@ -212,23 +221,24 @@ ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
     "wait long": (_wait_long, 1),
     "look": (World.look, 5),
     "bind": (_bind, 10),
-    "unbind": (_unbind, 6),
+    "unbind": (_unbind, 8),
     "swap": (_swap, 3),
     "plug": (_plug, 3),
     "carry": (_carry, 1),
-    "sicken": (_sicken, 1),
-    "hang": (_hang, 1),
+    "sicken": (_sicken, 0.5),
+    "hang": (_hang, 0.5),
     "admit": (_admit, 40),
     "end pod": (_end_pod, 20),
     "start VM": (_start_vm, 10),
     "stop VM": (_stop_vm, 12),
     "stranger's VM": (_strangers_vm, 1),
     "restart kubelet": (World.restart_kubelet, 1),
-    "change PodResources": (_change_pod_resources, 1),
-    "end plugin": (_end_plugin, 2),
-    "start plugin": (_start_plugin, 4),
-    "stand by": (_stand_by, 2),
-    "swap turns": (_swap_turns, 1),
+    "change PodResources": (_change_pod_resources, 2),
+    "end plugin": (_end_plugin, 4),
+    "start plugin": (_start_plugin, 8),
+    "maintain": (_maintain, 3),
+    "stand by": (_stand_by, 3),
+    "swap turns": (_swap_turns, 2),
 }
 
 
