@@ -83,6 +83,10 @@ test-vm-cdev:
 truth examples="100" steps="100": setup
     TRUTH_EXAMPLES={{ examples }} TRUTH_STEPS={{ steps }} pytest tests/test_truth.py
 
+# random pods, VMs, binds and restarts against the pure middle, for longer than the tests do: nothing is in two hands
+one-holder steps="200000": setup
+    ONE_HOLDER_STEPS={{ steps }} pytest -n 2 tests/test_one_holder.py
+
 # the tests that `just test` leaves out because they take long, and 100 kubelet restarts
 test-slow: setup
     pytest -n 2 -m slow

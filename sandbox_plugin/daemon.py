@@ -11,10 +11,10 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,18 +27,22 @@ from sandbox_plugin.host.scan import HostScanner, Recheck
 from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
-from sandbox_plugin.host.watch import FolderWatcher, host_folders
+from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
+from sandbox_plugin.inventory.ledger import DeviceKey
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, may_be_ours
-from sandbox_plugin.inventory.state import DeviceKey, Inventory
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
+from sandbox_plugin.kubelet.servicer import LastLook
 from sandbox_plugin.kubelet.turn import Turn
 from sandbox_plugin.model import Device, Reason, id_order
 from sandbox_plugin.outputs.cdi import CdiWriter
-from sandbox_plugin.outputs.neighbours import NeighbourWatch
+from sandbox_plugin.outputs.foreign_specs import ForeignSpecWatch
+from sandbox_plugin.outputs.stale import read_former
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble, Troubles
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -48,7 +52,7 @@ _DEBOUNCE = 0.002
 _RETRY = 1.0
 """Seconds between attempts while there are no descriptors or no threads to scan with."""
 _QUICK, _UNHURRIED = 0.01, 0.05
-"""Steps of folder watchers, in seconds: a quick one's thread looks a hundred times a second."""
+"""Steps of the folder watcher, in seconds: its thread looks a hundred or twenty times a second."""
 _RECHECK_PATIENCE = 0.08
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
 which is to come within 0.1 s."""
@@ -57,7 +61,7 @@ _CDI_RECHECK = 5.0
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 _FOLDER_PATIENCE = 1.0
-"""Seconds that a CDI folder gets to say where it is; on a dead mount it never does."""
+"""Seconds that a CDI folder gets to say where it is, or what is in it; on a dead mount it never does."""
 
 
 async def run(settings: Settings, ending: Ending) -> None:
@@ -71,60 +75,71 @@ async def run(settings: Settings, ending: Ending) -> None:
     needs_cdi = settings.consumer is Consumer.KATA
     registry = Registry(settings, names, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE))
+    endpoints = Endpoints(
+        settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
+    )
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
+    is_ours = partial(may_be_ours, settings=settings, names=names)
     cdi_writer = CdiWriter(
         folder=settings.cdi_dir,
         registry=registry,
-        is_ours=lambda resource: may_be_ours(resource, settings, names),
+        is_ours=is_ours,
         recheck=min(settings.health_interval, _CDI_RECHECK),
     )
 
     def look_at_kubelet() -> None:
         turn.look()
         endpoints.look()
+        poller.look()
+
+    async def begin_to_serve() -> None:
+        since = time.monotonic()
+        if registry.current.version:  # else it is asked before anything is offered
+            await poller.ask(patience=_FIRST_ANSWER)
+        registry.serve(since)
+        poller.hurry()
 
     async with Parts(ending) as group:
-        await group.create_task(poller.ask(patience=_FIRST_ANSWER))
+        # First: only what PodResources is asked after this plugin began to serve tells who holds what.
+        parts = [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]
+        group.create_task(serve(turn, begin_to_serve, parts, ending))
+        asking = group.create_task(poller.ask(patience=_FIRST_ANSWER))
+        if needs_cdi:
+            await group.create_task(learn_former(settings.cdi_dir, registry, is_ours))
+        await asking
         is_real = settings.host_root == Path("/")
         if is_real:
             group.create_task(UeventSource(on_change=partial(rescans.wake, "uevent"), on_aer=rescans.note_aer).run())
-        # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
-        step = _UNHURRIED if is_real else _QUICK
-        wake = partial(rescans.wake, "folder")
-        watcher = FolderWatcher(folders=lambda: host_folders(paths), on_change=wake, step=step)
-        group.create_task(watcher.run())
-        watcher = FolderWatcher(folders=lambda: [settings.kubelet_dir], on_change=look_at_kubelet, step=step)
-        group.create_task(watcher.run())
         group.create_task(rescans.run())
         group.create_task(rescans.follow_time())
         group.create_task(poller.run())
         group.create_task(report(registry))
+        watched: dict[OnChange, Folders] = {
+            partial(rescans.wake, "folder"): lambda: host_folders(paths),
+            look_at_kubelet: lambda: [settings.kubelet_dir],
+        }
         if needs_cdi:
-            group.create_task(watch_cdi_folders(settings, cdi_writer.look, ending))
-        group.create_task(serve(turn, [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run], ending))
+            watched[cdi_writer.look] = lambda: [settings.cdi_dir]
+            # Each folder for itself: the others must not wait for one on a dead mount.
+            foreign: list[ForeignSpecWatch] = []
+            for folder in await cdi_folders(settings):
+                recheck = min(settings.health_interval, _CDI_RECHECK)
+                foreign.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(foreign)))
+                group.create_task(foreign[-1].run())
+                watched[foreign[-1].look] = partial(list, [folder])
+        # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
+        group.create_task(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
 
 
-async def watch_cdi_folders(settings: Settings, on_change: Callable[[], None], ending: Ending) -> None:
-    """Watches all folders that Kata reads specs from, each for itself: one on a dead mount holds up its own watch."""
-    recheck = min(settings.health_interval, _CDI_RECHECK)
-    async with Parts(ending) as group:
-        for folder in await cdi_folders(settings):
-            group.create_task(watch_cdi_folder(folder, recheck, on_change, ending))
+async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:
+    """Tells the registry which nodes pods may hold under names that are not offered any more.
 
-
-async def watch_cdi_folder(folder: Path, recheck: float, on_change: Callable[[], None], ending: Ending) -> None:
-    """Looks after the specs of others in this folder."""
-    neighbours = NeighbourWatch(folder=folder, recheck=recheck)
-
-    def look() -> None:
-        neighbours.look()
-        on_change()
-
-    async with Parts(ending) as group:
-        group.create_task(neighbours.run())
-        group.create_task(FolderWatcher(folders=lambda: [folder], on_change=look, step=_UNHURRIED).run())
+    To be known, like their holders, before anything is offered. Later the CDI writer says when the folder is silent.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_FOLDER_PATIENCE):
+            registry.learn(former=await read_former(folder, is_ours))
 
 
 async def cdi_folders(settings: Settings) -> tuple[Path, ...]:
@@ -143,10 +158,16 @@ async def _real_path(folder: Path) -> str:
         return str(folder)
 
 
-async def serve(turn: Turn, parts: Sequence[Callable[[], Coroutine[None, None, None]]], ending: Ending) -> None:
+async def serve(
+    turn: Turn,
+    begin: Callable[[], Awaitable[None]],
+    parts: Sequence[Callable[[], Coroutine[None, None, None]]],
+    ending: Ending,
+) -> None:
     """Runs what others on this node must not do at the same time, whenever it is this plugin's turn."""
     while True:
         async with turn.taken(), Parts(ending) as group:
+            await begin()
             tasks = [group.create_task(part()) for part in parts]
             await turn.lost()
             for task in tasks:
@@ -180,12 +201,8 @@ class Rescans:
         while True:
             self._wanted.clear()
             has_looked = await self._scan()
-            try:
-                async with asyncio.timeout(min(self._interval, math.inf if has_looked else _RETRY)):
-                    await self._wanted.wait()
-            except TimeoutError:
-                continue
-            await asyncio.sleep(_DEBOUNCE if has_looked else _RETRY)
+            if await happens(self._wanted, within=self._interval if has_looked else min(self._interval, _RETRY)):
+                await asyncio.sleep(_DEBOUNCE if has_looked else _RETRY)
 
     async def follow_time(self) -> None:
         """Wakes a scan when time alone may have changed something. Runs until cancelled."""
@@ -228,7 +245,7 @@ class Endpoints:
     settings: Settings
     registry: Registry
     ending: Ending
-    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    why_not: LastLook
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
 

@@ -15,14 +15,20 @@ from types import MappingProxyType
 
 NVIDIA = 0x10DE
 """PCI vendor ID of NVIDIA."""
+D3COLD = "D3cold"
+"""`power_state` of a function without power, and of one whose registers read all ones (pci_power_up and
+pci_update_current_state in drivers/pci/pci.c)."""
+ROM = 6
+"""Index of the expansion ROM among the BARs."""
 _CDEV_FOLDER = "/dev/vfio/devices/"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One base address register (or the expansion ROM, index 6) of a PCI function.
+    """One base address register (or the expansion ROM) of a PCI function.
 
-    `size` is in bytes. A region that the firmware left unassigned is not listed.
+    `size` is in bytes; 0 for one without an address whose size the kernel does not know either. One that the kernel has
+    given up (a line of zeros) is not listed.
     """
 
     index: int
@@ -31,6 +37,8 @@ class Bar:
     wide: bool
     """64-bit memory region."""
     io: bool
+    unset: bool = False
+    """It has no address, and without one the kernel does not enable the function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +83,18 @@ class PciFunction:
     enable: int | None = None
     """1 while someone, a VM for a vfio-bound function, has the function enabled.
 
-    Also read, for as long as it is 1, of a function that was unbound from vfio while a VM had it.
+    Of a function without a driver it is 1 or None: 1 for as long as a VM has it that had it when it was unbound.
     """
     power_state: str | None = None
     """`power_state` as cached by the kernel: D0, D3hot, D3cold, unknown."""
+    runtime_status: str | None = None
+    """`power/runtime_status`: active, suspended and so on. Read of a function in D3cold alone."""
+    has_power: bool | None = None
+    """Of a function in D3cold, whether nothing can have cut its power: every bridge above is awake, and it has no ACPI
+    power resource of its own. None for any other function."""
     bars: tuple[Bar, ...] = ()
+    reset_methods: tuple[str, ...] | None = None
+    """How the kernel can reset this function alone: `reset_method`. None where that is not told (before Linux 5.15)."""
     bridges: tuple[str, ...] = ()
     """The way down to this function: the host bridge (`pciDDDD:BB`), then the address of every bridge."""
     virtual_functions: int = 0
@@ -101,6 +116,11 @@ class PciFunction:
         """Vendor and device ID: what pci.ids names."""
         return (self.vendor, self.device)
 
+    @property
+    def silence(self) -> str | None:
+        """What proves that it does not answer on the bus, in words; None: nothing does."""
+        return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IommuGroup:
@@ -111,6 +131,9 @@ class IommuGroup:
     """Addresses of every function in the group, readable or not, sorted."""
     noiommu: bool = False
     """A group without an IOMMU (vfio's unsafe no-IOMMU mode): never offered."""
+    firmware_mappings: tuple[str, ...] = ()
+    """Regions of memory, each as `first-last` in hex, that the firmware wants mapped for a function of this group at
+    all times: `direct` in `reserved_regions`, without those that the kernel lets go of (`direct-relaxable`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +151,8 @@ class HostFacts:
     """Whether /proc/devices shows that the kernel makes VFIO cdevs. It shows nothing before vfio is loaded."""
     dev_nodes: frozenset[str] | None = None
     """Nodes under the host's live /dev/vfio (`/dev/vfio/12`); None where only a copy, or nothing, is visible."""
+    vfio_devs: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """`vfioN` -> address of its function, as `/sys/class/vfio-dev` has it, also of one that cannot be read."""
     unreachable: str | None = None
     """Why there is nothing at all: the PCI bus folder itself could not be read."""
     began_at: float = field(default=-math.inf, compare=False)
@@ -143,11 +168,15 @@ class Reason(StrEnum):
     NO_CDEV = "no-cdev"
     NO_NODE = "no-node"
     NOT_VIABLE = "not-viable"
+    FIRMWARE_MAPPING = "firmware-mapping"
     OFF_THE_BUS = "off-the-bus"
+    NO_ADDRESS = "no-address"
     FATAL_ERROR = "fatal-error"
     IN_USE_ELSEWHERE = "in-use-elsewhere"
     GROUP_TAKEN = "group-taken"
+    HELD_AS_ANOTHER = "held-as-another"
     ID_HELD = "id-held"
+    HOLDERS_UNKNOWN = "holders-unknown"
     NOT_IN_CDI = "not-in-cdi"
     SETTLING = "settling"
 
@@ -202,6 +231,8 @@ class Device:
     iommu_group: int
     mates: tuple[str, ...] = ()
     """IDs of the other devices in its IOMMU group, which the kernel gives to one VM only, of any resource."""
+    group_functions: tuple[str, ...] = ()
+    """Functions of its group that a VM may have: those that a vfio driver has, or had when a VM had them."""
     mdev: bool = False
     """A mediated device: the address is a UUID."""
     group_node: str | None = None
@@ -226,6 +257,27 @@ class Device:
         return tuple(sorted({p.numa_node for p in self.placements if p.numa_node is not None}))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objection:
+    """What a last look found against giving a device away."""
+
+    why: str
+    in_use: frozenset[str] = frozenset()
+    """Functions of its IOMMU group that a VM has: none that the pod which asks could have started already."""
+
+
+def silence(
+    link_speed: str | None, link_width: int | None, power_state: str | None, runtime_status: str | None
+) -> str | None:
+    """What proves that a function does not answer on the bus, in words; None: nothing does."""
+    if link_speed == "Unknown" and link_width == 63:
+        # What a link register of all ones reads as (measured; drivers/pci/pci-sysfs.c decodes it).
+        return "link speed Unknown, width 63"
+    if power_state == D3COLD and runtime_status == "active":
+        return "the kernel has set it to D3cold although its runtime_status is active"
+    return None
+
+
 def node_of_cdev(number: int | str) -> str:
     """The VFIO node of vfioN (vfio_device_devnode in drivers/vfio/device_cdev.c)."""
     return f"{_CDEV_FOLDER}vfio{number}"
@@ -239,6 +291,12 @@ def node_of_group(number: int | str) -> str:
 def is_vfio_driver(driver: str | None) -> bool:
     """Whether a driver of this name gives functions to VMs: vfio-pci, and those of vendors have `vfio` in it too."""
     return driver is not None and "vfio" in driver
+
+
+def group_of_node(node: str) -> int | None:
+    """The IOMMU group that a node is for; None for a cdev's."""
+    name = node.removeprefix("/dev/vfio/")
+    return int(name) if name != node and name.isascii() and name.isdecimal() and len(name) < 10 else None
 
 
 def id_order(device_id: str) -> tuple[int, int, str]:

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 
-from sandbox_plugin.inventory.advance import advance
+from sandbox_plugin.inventory.advance import advance, allocate
+from sandbox_plugin.inventory.ledger import PROMISE_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.state import DeviceKey, Holdings, Inventory, Signals
+from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.settings import Settings
+from sandbox_plugin.tasks import happens
 
 
 class Registry:
@@ -65,9 +66,7 @@ class Registry:
         """Waits until another look would lead further although nothing happens: a device has settled, for one."""
         while self._wake_at is None or self._clock() < self._wake_at:
             patience = None if self._wake_at is None else self._wake_at - self._clock()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(patience):
-                    await self.stepped()
+            await happens(self._stepped, within=patience)
 
     async def stepped(self) -> None:
         """Waits for the next `observe` or `learn`, whether or not it brings news."""
@@ -80,33 +79,66 @@ class Registry:
         self._facts = facts
         return self._step(replace(self._signals, aer=tuple(aer)))
 
+    @property
+    def holdings(self) -> Holdings | None:
+        """The latest answer of PodResources, if it ever gave one."""
+        return self._signals.holdings
+
+    @property
+    def has_pod_resources(self) -> bool:
+        """Whether there is a PodResources, as far as is known."""
+        return self._signals.pod_resources
+
+    def allocate(self, keys: Iterable[DeviceKey]) -> Inventory:
+        """Takes in that one Allocate is being answered with these devices of the current inventory."""
+        devices = [self._inventory.by_key[key] for key in keys]
+        now = self._clock()
+        late = now + PROMISE_UNUSED
+        self._wake_at = late if self._wake_at is None else min(self._wake_at, late)
+        return self._replace(allocate(self._inventory, devices, self._signals, now))
+
+    def serve(self, since: float | None = None) -> Inventory:
+        """Takes in that this plugin serves since then, or now, and that another one may have done so until then."""
+        self._signals = replace(self._signals, serving_since=self._clock() if since is None else since)
+        return self._step(self._signals)
+
     def learn(
         self,
         *,
-        allocated: Iterable[DeviceKey] = (),
         holdings: Holdings | None = None,
+        pod_resources: bool | None = None,
+        former: Mapping[DeviceKey, str] | None = None,
+        busy: Mapping[DeviceKey, frozenset[str]] | None = None,
         in_cdi: Mapping[str, frozenset[str]] | None = None,
         cdi_trouble: Mapping[str, str] | None = None,
     ) -> Inventory:
         """Takes in what readers found out; what is not given stays as it was known."""
-        if holdings is not None:
-            self._signals = replace(self._signals, holdings=holdings)
+        known = self._signals.holdings
+        if holdings is not None and (known is None or holdings.asked_at >= known.asked_at):  # else it comes late
+            self._signals = replace(self._signals, holdings=holdings, pod_resources=True)
         if in_cdi is not None:
             self._signals = replace(self._signals, in_cdi=in_cdi)
         if cdi_trouble is not None:
             self._signals = replace(self._signals, cdi_trouble=cdi_trouble)
-        return self._step(replace(self._signals, allocated=tuple(allocated)))
+        if pod_resources is not None:
+            self._signals = replace(self._signals, pod_resources=pod_resources)
+        if former is not None:
+            self._signals = replace(self._signals, former=former)
+        return self._step(replace(self._signals, busy=busy or {}))
 
     def _step(self, signals: Signals) -> Inventory:
         if self._facts is None:
             return self._inventory
-        before = self._inventory
-        self._inventory, self._wake_at = advance(
-            before, self._facts, signals, self._clock(), self._settings, self._names
+        inventory, self._wake_at = advance(
+            self._inventory, self._facts, signals, self._clock(), self._settings, self._names
         )
+        return self._replace(inventory)
+
+    def _replace(self, inventory: Inventory) -> Inventory:
+        before, self._inventory = self._inventory, inventory
         self._stepped.set()
         self._stepped = asyncio.Event()
-        if self._inventory.version != before.version:
+        if inventory.version != before.version:
             self._changed.set()
             self._changed = asyncio.Event()
-        return self._inventory
+        return inventory

@@ -37,12 +37,12 @@ class Trouble:
     """
 
     def __init__(self) -> None:
-        self._now: str | None = None
+        self.now: str | None = None
 
     def update(self, now: str | None) -> bool:
         """Takes in what is wrong now; None: nothing. Returns whether it is to be said."""
-        is_news = now is not None and now != self._now
-        self._now = now
+        is_news = now is not None and now != self.now
+        self.now = now
         return is_news
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from names import PGPU
 
-from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance
+from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance, allocate
+from sandbox_plugin.inventory.ledger import ADMISSION, PROMISE_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.sharing import ADMISSION, PROMISE_UNUSED
-from sandbox_plugin.inventory.state import DeviceKey, Holdings, Inventory, Signals
+from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
@@ -35,10 +36,13 @@ class Node:
     wake_at: float | None = None
     facts: HostFacts = field(default_factory=HostFacts)
 
-    def look(self, facts: HostFacts | None = None, *, after: float = 0.0, **news: Any) -> Node:
+    def look(
+        self, facts: HostFacts | None = None, *, after: float = 0.0, allocated: Sequence[DeviceKey] = (), **news: Any
+    ) -> Node:
         """One step `after` seconds later; `news` are signals of this step alone.
 
-        With facts it is a scan; without, something was learnt, and what was scanned last still counts.
+        With facts it is a scan; without, something was learnt, and what was scanned last still counts. Then an Allocate
+        is answered with what is `allocated`.
         """
         self.now += after
         if facts is not None:
@@ -46,14 +50,19 @@ class Node:
         signals = replace(self.signals, **news)
         names = ModelNames()
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, self.settings, names)
+        if allocated:
+            devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
+            self.inventory = allocate(self.inventory, devices, self.signals, self.now)
+            return self.look()
         return self
 
-    def pods(self, *held: str, after: float = 0.0, asked: float | None = None) -> Node:
+    def pods(self, *held: str, after: float = 0.0, asked: float | None = None, complete: bool = True) -> Node:
         """PodResources answers: these IDs are held by pods."""
         self.now += after
         pods: dict[DeviceKey, str] = {(PGPU, number): f"default/pod-{number}" for number in held}
         self.signals = replace(
-            self.signals, holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods)
+            self.signals,
+            holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods, complete=complete),
         )
         return self.look()
 
@@ -447,6 +456,66 @@ def test_a_dead_device_that_sleeps_is_dead_whatever_else_befalls_it_meanwhile() 
     assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
 
 
+COLD: dict[str, Any] = {**ASLEEP, "power_state": "D3cold", "runtime_status": "suspended", "has_power": True}
+"""In D3cold although nothing can have cut its power."""
+UNPOWERED = COLD | {"has_power": False}
+"""In D3cold below a bridge that sleeps too, or by ACPI."""
+
+
+def test_a_device_that_is_in_d3cold_with_power_is_dead_after_a_while_and_says_so_in_its_own_words() -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **COLD)), after=10)
+    assert node.reason("0") is None, "the bridge above may just have been woken"
+    assert node.wake_at == node.now + DEAD
+    assert node.look_again(after=DEAD - 0.1).reason("0") is None
+    assert node.look_again(after=0.1).reason("0") is Reason.OFF_THE_BUS
+    assert f"{A} does not answer on the PCI bus: it is in D3cold although" in node.device("0").health.detail
+    assert node.look_again(after=10 * DEAD).reason("0") is Reason.OFF_THE_BUS
+    assert node.wake_at is None
+
+
+def test_a_device_that_sleeps_without_power_is_well_however_long() -> None:
+    node = Node().look(host(gpu(A, **UNPOWERED)))
+    assert node.reason("0") is None
+    assert node.wake_at is None
+    assert node.look_again(after=10 * DEAD).look_again(after=10 * DEAD).reason("0") is None
+
+
+def test_a_device_whose_bridge_was_woken_shortly_before_it_is_well() -> None:
+    node = Node().look(host(gpu(A, **UNPOWERED))).look(host(gpu(A, **COLD)), after=10)
+    for _ in range(3):
+        assert node.look(host(gpu(A)), after=DEAD - 0.1).reason("0") is None
+        assert node.look(host(gpu(A, **COLD)), after=0.2).reason("0") is None
+
+
+def test_a_device_that_is_in_d3cold_with_power_when_it_is_first_seen_is_not_given_away_meanwhile() -> None:
+    node = Node().look(host(gpu(A, **COLD)))
+    assert node.reason("0") is Reason.OFF_THE_BUS
+    assert node.look(host(gpu(A)), after=ARRIVAL / 2).reason("0") is None
+
+
+@pytest.mark.parametrize("sign", [OFF, COLD | {"runtime_status": "active"}])
+def test_a_device_that_was_seen_dead_and_is_suspended_in_d3cold_is_never_healthy_in_between(
+    sign: dict[str, Any],
+) -> None:
+    node = Node().look(host(gpu(A))).look(host(gpu(A, **sign)), after=10)
+    assert node.reason("0") is Reason.OFF_THE_BUS
+    node.look(host(gpu(A, **COLD)), after=0.1)
+    for _ in range(10):
+        assert node.reason("0") is Reason.OFF_THE_BUS
+        node.look_again(after=DEAD / 5)
+
+
+def test_a_device_that_was_dead_in_d3cold_is_dead_until_its_link_is_read_or_it_is_bound_again() -> None:
+    first, second = (VfioDev(number=0, cdev="511:0", binding=inode) for inode in (77, 78))
+    node = Node().look(bound(first)).look(bound(first, **COLD), after=10).look_again(after=DEAD)
+    assert node.look(bound(first, **UNPOWERED), after=1).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
+    assert "has been asleep since" in node.device("0").health.detail
+    assert node.look(bound(second, **COLD), after=1).reason("0") is Reason.OFF_THE_BUS, "still dead"
+    assert node.look(bound(second, **UNPOWERED), after=0.1).reason("0") is None
+    node.look(bound(second, **COLD), after=1).look_again(after=DEAD)
+    assert node.look(bound(second), after=1).look_again(after=SETTLE).reason("0") is None
+
+
 def test_a_recovery_that_failed_at_the_bridge_above_failed() -> None:
     node = Node().look(host(gpu(A))).look(aer=((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")))
     assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
@@ -464,11 +533,11 @@ def test_what_is_in_use_when_it_is_first_seen_was_so_when_pod_resources_was_aske
 
 
 def test_an_answer_that_may_lack_anything_says_who_holds_what_and_no_more() -> None:
-    node = Node().pods("1", asked=-math.inf).look(mates(enable=1))
+    node = Node().pods("1", complete=False).look(mates(enable=1))
     assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
-    assert Node().pods(asked=-math.inf).look(host(gpu(A, enable=1))).reason("0") is None
-    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(asked=-math.inf)
-    assert gone.look(after=10 * RETIRE).pods(asked=-math.inf).listed == ["0"]
+    assert Node().pods(complete=False).look(host(gpu(A, enable=1))).reason("0") is None
+    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(complete=False)
+    assert gone.look(after=10 * RETIRE).pods(complete=False).listed == ["0"]
 
 
 def test_a_node_that_was_only_guessed_promises_nothing() -> None:
@@ -518,3 +587,45 @@ def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
 def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
     node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
     assert node.look_again(after=PROMISE_UNUSED + 1).wake_at is None
+
+
+# What a step costs, in calls of functions: that does not depend on the machine
+
+
+def calls_of(work: Callable[[], object]) -> int:
+    """How many functions are called, in Python and below."""
+    number = 0
+
+    def count(_: object, event: str, __: object) -> None:
+        nonlocal number
+        number += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return number
+
+
+def many(count: int) -> HostFacts:
+    return host(*(gpu(f"{n >> 8:04x}:{n & 255:02x}:00.0", vfio=n, group=n) for n in range(count)))
+
+
+def test_an_allocate_costs_the_same_on_a_node_with_8_devices_and_with_1024() -> None:
+    costs = []
+    for count in (8, 1024):
+        node = Node().look(many(count)).pods(*map(str, range(count // 2)))
+        devices = [node.device("3")]
+        costs.append(calls_of(lambda n=node, d=devices: allocate(n.inventory, d, n.signals, n.now)))  # type: ignore[misc]
+    assert costs[0] == costs[1]
+
+
+@pytest.mark.parametrize("held", [0, 1], ids=["nothing held", "all held"])
+def test_what_a_scan_costs_grows_no_faster_than_the_node(held: int) -> None:
+    costs = []
+    for count in (128, 1024):
+        facts = many(count)
+        node = Node().look(facts).pods(*map(str, range(count * held)))
+        costs.append(calls_of(lambda n=node, f=facts: n.look(f, after=1)))  # type: ignore[misc]
+    assert costs[1] <= 9 * costs[0]

@@ -454,6 +454,19 @@ def test_a_gpu_that_falls_off_the_bus_is_unhealthy_and_cannot_be_allocated(
     assert f"device {t4} ({T4}) is unhealthy: off-the-bus" in refused.message
 
 
+def test_a_gpu_that_is_dead_in_d3cold_is_unhealthy_and_says_so(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("workstation")
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 2)
+    t4 = str(node.function(T4).iommu_group)
+    node.set_enable(T4, 1)
+    node.sicken(T4, cold=True)  # awake, as it is until its VM has let go of it
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {t4})
+    plugin.wait_for("device changed", device=t4, reason="D3cold although its runtime_status is active")
+
+
 def test_allocate_looks_at_the_device_again_before_it_promises_it(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:
@@ -465,9 +478,9 @@ def test_allocate_looks_at_the_device_again_before_it_promises_it(
     refused = refusal(lambda: kubelet.plugin(PGPU).allocate([t4]))
     assert refused.status is StatusCode.FAILED_PRECONDITION
     assert T4 in refused.message
-    assert "no driver" in refused.message
+    assert "bound to no driver now" in refused.message, "found by the look, and not by a scan"
     assert not plugin.events("allocated")
-    assert len(kubelet.healthy(PGPU)) == 2, "nothing has told the daemon yet, so this test shows nothing"
+    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {t4})
 
 
 def test_an_entry_that_becomes_unreadable_costs_that_device_alone(

@@ -213,6 +213,47 @@ def test_what_could_be_a_device_and_is_not_says_why(function: PciFunction, why: 
     assert found.unoffered[A].startswith(why)
 
 
+def carrier(**changes: Any) -> PciFunction:
+    return gpu(A, vfio=None, driver="nvidia", **changes)
+
+
+def part(address: str, driver: str = "nvidia") -> PciFunction:
+    """A virtual function of A."""
+    return gpu(address, vfio=None, driver=driver, group=60, physical_function=A)
+
+
+def mediated(number: int, *bridges: str) -> PciFunction:
+    uuid = f"83b8f4f2-509f-382f-3c1e-e6bfe0fa100{number}"
+    return gpu(uuid, vfio=10 + number, group=70 + number, driver="vfio_mdev", mdev_type="GRID T4-1Q", bridges=bridges)
+
+
+@pytest.mark.parametrize(
+    ("others", "carried"),
+    [
+        ([part(B), part(C)], "SR-IOV virtual functions"),
+        ([mediated(1, "pci0000:00", A), mediated(2, "pci0000:00", A)], "mediated devices (vGPUs)"),
+        ([part(B), mediated(1, "pci0000:00", A)], "SR-IOV virtual functions and mediated devices (vGPUs)"),
+    ],
+)
+def test_a_function_that_carries_others_says_what_and_that_it_is_not_to_be_bound(
+    others: list[PciFunction], carried: str
+) -> None:
+    found = find(host(carrier(), *others))
+    assert found.unoffered[A] == f"bound to nvidia and carries {carried}: do not bind it to vfio-pci"
+
+
+def test_a_virtual_function_that_carries_mediated_devices_is_not_to_be_bound_either() -> None:
+    found = find(host(carrier(), part(B), mediated(1, "pci0000:00", B)))
+    assert "carries mediated devices (vGPUs):" in found.unoffered[B]
+    assert "carries SR-IOV virtual functions:" in found.unoffered[A]
+
+
+def test_a_function_above_which_others_are_is_no_carrier_of_what_those_carry() -> None:
+    below = gpu(B, bridges=("pci0000:00", A))
+    found = find(host(carrier(), below, mediated(1, "pci0000:00", A, "0000:09:00.0")))
+    assert found.unoffered[A] == "bound to nvidia, not to vfio-pci"
+
+
 def test_a_group_without_an_iommu_is_never_offered() -> None:
     noiommu = {50: IommuGroup(number=50, members=(A,), noiommu=True)}
     found = find(host(gpu(A, cdev=False), groups=noiommu))
@@ -469,3 +510,11 @@ def test_a_resource_is_ours_if_a_device_can_have_it_by_these_settings(
     settings: Settings, ours: set[str], others: set[str]
 ) -> None:
     assert {name for name in ours | others if may_be_ours(name, settings, NAMES)} == ours
+
+
+def test_a_device_knows_all_functions_of_its_group_that_a_vm_may_have() -> None:
+    bridge = gpu(C, vfio=None, group=9, enable=1, class_code=0x060400)
+    left_by_a_vm = gpu("0000:04:00.0", vfio=None, group=9, enable=1)
+    idle = gpu("0000:05:00.0", vfio=None, group=9)
+    (device,) = find(host(gpu(A, vfio=1, group=9), bridge, left_by_a_vm, idle)).devices
+    assert device.group_functions == (A, "0000:04:00.0")

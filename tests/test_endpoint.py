@@ -12,8 +12,9 @@ from daemon import Places
 from devices import nothing_against
 from loop import run
 
+from sandbox_plugin.fake.kubelet import FakeKubelet
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint
+from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint, State
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy, Settings
 
@@ -56,17 +57,22 @@ class HangingKubelet:
         writer.close()
 
 
+def patient_endpoint(places: Places) -> Endpoint:
+    """One whose pauses do not end by themselves."""
+    return Endpoint(
+        resource="nvidia.com/pgpu",
+        kubelet_dir=places.top,
+        registry=Registry(Settings(), ModelNames(), requires_cdi=False),
+        policy=Policy.PACKED,
+        consumer=Consumer.KATA,
+        why_not=nothing_against,
+        backoff=Backoff(first=FOR_EVER, cap=FOR_EVER),
+    )
+
+
 def test_a_kubelet_sock_that_is_replaced_while_register_hangs_is_tried_without_a_pause(places: Places) -> None:
     async def work() -> None:
-        endpoint = Endpoint(
-            resource="nvidia.com/pgpu",
-            kubelet_dir=places.top,
-            registry=Registry(Settings(), ModelNames(), requires_cdi=False),
-            policy=Policy.PACKED,
-            consumer=Consumer.KATA,
-            why_not=nothing_against,
-            backoff=Backoff(first=FOR_EVER, cap=FOR_EVER),
-        )
+        endpoint = patient_endpoint(places)
         kubelet = places.top / KUBELET_SOCKET
         async with HangingKubelet(kubelet) as old, HangingKubelet(places.top / "new.sock") as new:
             running = asyncio.create_task(endpoint.run())
@@ -74,6 +80,28 @@ def test_a_kubelet_sock_that_is_replaced_while_register_hangs_is_tried_without_a
             new.path.rename(kubelet)  # in one step: the attempt has not failed yet
             endpoint.look()
             await new.asked.acquire()
+            running.cancel()
+            await asyncio.wait([running])
+
+    run(work())
+
+
+def test_streams_that_end_with_an_older_socket_of_ours_do_not_count_as_the_loss_of_the_new_registration(
+    places: Places,
+) -> None:
+    async def work() -> None:
+        async def until(*states: State) -> None:
+            while endpoint.state not in states:  # noqa: ASYNC110  (nothing tells of it)
+                await asyncio.sleep(0)
+
+        endpoint = patient_endpoint(places)
+        async with FakeKubelet(places.top):
+            running = asyncio.create_task(endpoint.run())
+            await until(State.REGISTERED)
+            endpoint.path.unlink()
+            endpoint.look()
+            await until(State.SERVING, State.REGISTERING)
+            await until(State.REGISTERED)  # and not, at once, lost
             running.cancel()
             await asyncio.wait([running])
 

@@ -802,9 +802,17 @@ class TestSickness:
         assert (folder / "current_link_width").read_text() == "63\n"
         assert set((folder / "config").read_bytes()) == {0xFF}
 
-    def test_a_healed_device_is_as_it_was(self, workstation: FakeNode) -> None:
+    def test_a_device_that_is_taken_to_be_in_d3cold_says_that_too(self, workstation: FakeNode) -> None:
+        workstation.sicken(T4, cold=True)
+        folder = workstation.folder(T4)
+        assert (folder / "power_state").read_text() == "D3cold\n"
+        assert (folder / "power/runtime_status").read_text() == "suspended\n"
+        assert _off_the_bus(workstation) == {T4}
+
+    @pytest.mark.parametrize("cold", [False, True])
+    def test_a_healed_device_is_as_it_was(self, workstation: FakeNode, cold: bool) -> None:
         before = snapshot(workstation.root)
-        workstation.sicken(T4)
+        workstation.sicken(T4, cold=cold)
         workstation.sicken(T4)
         FakeNode.open(workstation.root).heal(T4)
         assert snapshot(workstation.root) == before
@@ -1046,6 +1054,9 @@ class TestCommand:
         assert "in use by a VM" in run("enable", folder, T4, 1)
         run("enable", folder, T4, 0)
         assert "off the bus" in run("sicken", folder, T4)
+        assert "off the bus" not in run("heal", folder, T4)
+        assert "off the bus" in run("sicken", folder, T4, "--cold")
+        assert (FakeNode.open(folder).folder(T4) / "power_state").read_text() == "D3cold\n"
         assert "off the bus" not in run("heal", folder, T4)
         assert T4 in run("remove", folder, T4)
         assert run("show", folder).splitlines()[-1] == f"removed: {T4}"

@@ -23,7 +23,7 @@ from pathlib import Path
 import daemon as daemon_process
 import psutil
 import pytest
-from attacker import Attacker, attacker
+from bare import BareClient, bare_client
 from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places, sockets
 from grpc import StatusCode
@@ -335,11 +335,11 @@ def test_a_stream_that_ends_while_something_is_sent_over_it_is_lost_at_once(
     """Not only when the garbage collector comes by."""
     kubelet.manners = Manners.FORGETS
     with ExitStack() as stack:
-        clients: list[Attacker] = []
+        clients: list[BareClient] = []
 
         def connect(_: str) -> None:
             if not clients:
-                clients.append(stack.enter_context(attacker(socket_of(places))))
+                clients.append(stack.enter_context(bare_client(socket_of(places))))
 
         kubelet.on_register = connect  # a connection that is made now counts as the kubelet's
         plugin = daemon(fake_node("workstation"), PYTHONPATH=tampered(places, "import gc; gc.disable()"))
@@ -351,7 +351,7 @@ def test_a_stream_that_ends_while_something_is_sent_over_it_is_lost_at_once(
         plugin.wait_for("registered", resource=PGPU)
         kubelet.manners = Manners.POLITE
         if cut:
-            client.close()
+            client.socket.close()
         else:
             client.http.reset_stream(stream)
             client.send()
@@ -832,8 +832,7 @@ def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_
 
 HANGING_FOLDER = """
 import os
-from sandbox_plugin.host import watch
-from sandbox_plugin.outputs import neighbours
+from sandbox_plugin.outputs import foreign_specs
 def hanging(function):
     def hang(path):
         if "etc/cdi" in str(path) and os.path.exists(os.environ["HANGS"]):
@@ -841,8 +840,8 @@ def hanging(function):
                 pass
         return function(path)
     return hang
-neighbours._specs_below = hanging(neighbours._specs_below)
-watch._inode = hanging(watch._inode)
+foreign_specs._specs_below = hanging(foreign_specs._specs_below)
+os.statvfs = hanging(os.statvfs)
 """
 
 
@@ -854,6 +853,7 @@ def test_while_the_other_cdi_folder_hangs_ours_is_looked_after_and_sigterm_ends_
     os.mkfifo(pipe)
     plugin = daemon(node, PYTHONPATH=tampered(places, HANGING_FOLDER), HANGS=str(pipe))
     wait_until_it_sees(kubelet, Truth(node.root))
+    plugin.wait_for("folders not watched", reason="no answer in 2 s")
     spec = places.cdi / "nvidia.com-pgpu.yaml"
     for _ in range(5):
         spec.unlink()
@@ -901,7 +901,7 @@ def test_a_part_that_fails_unexpectedly_ends_the_process_loudly_with_status_1(
 
 HOLDINGS_FAIL = """
 from sandbox_plugin.kubelet import podresources
-def boom(*args):
+def boom(*args, **more):
     raise AttributeError("a fault of our own")
 podresources.holdings = boom
 """

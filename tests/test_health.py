@@ -9,9 +9,9 @@ import pytest
 from facts import gpu, host
 
 from sandbox_plugin.inventory.devices import find_devices
-from sandbox_plugin.inventory.health import assess, is_vfio_bound
+from sandbox_plugin.inventory.health import assess, is_vfio_bound, remarks
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
+from sandbox_plugin.model import HEALTHY, Bar, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
 from sandbox_plugin.settings import Settings
 
 A, B = "0000:01:00.0", "0000:02:00.0"
@@ -72,7 +72,10 @@ def test_a_device_that_answers_in_a_viable_group_with_a_node_is_healthy() -> Non
         {"link_speed": "2.5 GT/s PCIe", "link_width": 63},
         {"link_speed": "2.5 GT/s PCIe", "link_width": 1},
         {"power_state": "D3hot"},
+        {"power_state": "D3hot", "runtime_status": "active"},
         {"power_state": "D3cold", "link_speed": None, "link_width": None},
+        {"power_state": "D3cold", "runtime_status": "suspended", "has_power": False, "link_speed": None},
+        {"power_state": "D3cold", "runtime_status": "resuming", "has_power": True, "link_speed": None},
         {"power_state": "unknown"},
         {"enable": None, "numa_node": None, "fatal_errors": 7},
     ],
@@ -87,10 +90,29 @@ def test_a_device_that_does_not_answer_is_off_the_bus() -> None:
     assert A in found.detail
 
 
+@pytest.mark.parametrize("has_power", [True, False])
+def test_a_device_in_d3cold_that_the_kernel_takes_for_awake_is_off_the_bus(has_power: bool) -> None:
+    found = verdict(host(gpu(A, power_state="D3cold", runtime_status="active", has_power=has_power, link_speed=None)))
+    assert found.reason is Reason.OFF_THE_BUS
+    assert f"{A} does not answer" in found.detail
+    assert "D3cold although its runtime_status is active" in found.detail
+
+
 def test_of_a_group_every_function_must_answer() -> None:
     facts = host(gpu(A, group=5, cdev=False), gpu(B, vfio=1, group=5, cdev=False, **GONE))
     assert verdict(facts).reason is Reason.OFF_THE_BUS
     assert B in verdict(facts).detail
+
+
+def bar(index: int, *, io: bool = False, unset: bool = False) -> Bar:
+    return Bar(index=index, size=4096, prefetchable=False, wide=False, io=io, unset=unset)
+
+
+def test_a_device_with_a_bar_that_has_no_address_cannot_be_enabled_and_the_bar_is_named() -> None:
+    assert verdict(host(gpu(A, bars=(bar(0), bar(2), bar(4))))) == HEALTHY
+    found = verdict(host(gpu(A, bars=(bar(0), bar(2, unset=True), bar(4, unset=True)))))
+    detail = f"{A} has no address for BAR 2, BAR 4: the kernel cannot enable it"
+    assert found == Health(reason=Reason.NO_ADDRESS, detail=detail)
 
 
 @pytest.mark.parametrize("driver", [None, "vfio-pci", "vfio_something", "pci-stub"])
@@ -144,6 +166,16 @@ def test_a_sibling_that_left_meanwhile_is_no_longer_one() -> None:
     assert verdict(with_member(host(gpu(A)), SOUND)) == HEALTHY
 
 
+@pytest.mark.parametrize("cdev", [True, False])
+def test_a_group_in_which_the_firmware_maps_memory_cannot_be_given_to_a_vm(cdev: bool) -> None:
+    facts = host(gpu(A, cdev=cdev), sound("snd_hda_intel"))
+    found = verdict(
+        replace(facts, groups={50: replace(facts.groups[50], firmware_mappings=("0x7e000000-0x7e0fffff",))})
+    )
+    assert found.reason is Reason.FIRMWARE_MAPPING, "whatever else is wrong can be put right, and does not help"
+    assert "IOMMU group 50 at all times (0x7e000000-0x7e0fffff)" in found.detail
+
+
 def test_a_group_needs_its_node_in_sysfs() -> None:
     facts = host(gpu(A, group=5, cdev=False))
     assert verdict(facts) == HEALTHY
@@ -189,3 +221,31 @@ def test_of_several_faults_the_one_that_matters_most_is_told() -> None:
 def test_what_others_do_with_the_device_is_not_judged_here() -> None:
     device: Device = find_devices(host(gpu(A, enable=1)), Settings(), ModelNames()).devices[0]
     assert device.health == HEALTHY
+
+
+# Remarks
+
+
+@pytest.mark.parametrize(
+    ("function", "is_odd"),
+    [
+        (gpu(A, bars=(bar(0),)), True),
+        (gpu(A, bars=(bar(0), bar(5, io=True), bar(6))), True),
+        (gpu(A, bars=(bar(0), bar(2), bar(4))), False),
+        (gpu(A, bars=(bar(1),)), False),
+        (gpu(A, bars=()), False),
+        (gpu(A, bars=(bar(0),), class_code=0x068000), False),
+        (gpu(A, bars=(bar(0),), physical_function=B), False),
+    ],
+)
+def test_a_gpu_that_has_only_its_first_bar_left_is_remarked_on(function: PciFunction, is_odd: bool) -> None:
+    assert bool(remarks(function)) is is_odd
+    assert all("only BAR 0 is left" in remark for remark in remarks(function))
+
+
+@pytest.mark.parametrize(("methods", "is_odd"), [((), True), (("flr", "bus"), False), (None, False)])
+def test_a_function_that_cannot_be_reset_is_remarked_on(methods: tuple[str, ...] | None, is_odd: bool) -> None:
+    found = remarks(gpu(A, reset_methods=methods))
+    assert bool(found) is is_odd
+    assert all("cannot reset it" in remark for remark in found)
+    assert verdict(host(gpu(A, reset_methods=methods))) == HEALTHY

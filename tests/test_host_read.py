@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,15 @@ def test_a_function_that_was_unbound_under_a_vm_is_watched_until_the_vm_lets_go(
     assert (unbound.driver, unbound.enable) == (None, 1)
     tree.node.set_enable(T4, 0)
     free = pci_function.read_function(tree.paths, T4, unbound)
-    assert (free.driver, free.enable) == (None, 0)
-    assert pci_function.read_function(tree.paths, T4, free).enable is None
+    assert (free.driver, free.enable) == (None, None)
+    tree.node.set_attribute(T4, "enable", "1")
+    assert pci_function.read_function(tree.paths, T4, free).enable is None, "whoever enables it now is no VM"
+
+
+def test_a_function_without_a_driver_that_is_seen_for_the_first_time_may_be_a_vms(tree: Tree) -> None:
+    tree.node.set_enable(T4, 1)
+    tree.node.unbind(T4)
+    assert tree.read().enable == 1
 
 
 def test_binding_a_function_again_gives_it_another_binding(tree: Tree) -> None:
@@ -209,6 +217,67 @@ def test_a_link_of_a_device_that_merely_sleeps_lightly_is_read(tree: Tree) -> No
     tree.node.sicken(GEFORCE)
     found = tree.read(GEFORCE)
     assert (found.power_state, found.link_speed, found.link_width) == ("D3hot", "Unknown", 63)
+
+
+# In D3cold
+
+
+def test_of_a_function_in_d3cold_it_is_told_whether_the_kernel_takes_it_for_awake_and_whether_it_has_power(
+    tree: Tree,
+) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    tree.node.set_attribute(GEFORCE, "power/runtime_status", "active")
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.runtime_status, found.has_power) == ("D3cold", "active", True)
+    assert (found.link_speed, found.unread) == (None, ())
+
+
+@pytest.mark.parametrize("name", ["power_resources_D3hot", "real_power_state"])
+def test_a_function_in_d3cold_may_have_no_power_where_acpi_can_cut_it(tree: Tree, name: str) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    acpi = tree.paths.root / "sys/devices/LNXSYSTM:00/device:2a"
+    acpi.mkdir(parents=True)
+    tree.file("firmware_node", GEFORCE).symlink_to(acpi)
+    assert tree.read(GEFORCE).has_power is True
+    os.mkfifo(acpi / name)  # to read it would ask the firmware
+    assert tree.read(GEFORCE).has_power is False
+
+
+@pytest.mark.parametrize(
+    "put", [below_a_sleeping_bridge, below_a_bridge_that_cannot_say, below_a_sleeping_bridge_of_an_old_kernel]
+)
+def test_a_function_in_d3cold_may_have_no_power_below_a_bridge_that_sleeps(
+    tree: Tree, put: Callable[[Tree], None]
+) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    put(tree)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.has_power, found.link_speed) == ("D3cold", False, None)
+
+
+@pytest.mark.parametrize("state", ["D0", "D3hot", "unknown"])
+def test_what_is_asked_in_d3cold_is_not_asked_of_any_other_function(tree: Tree, state: str) -> None:
+    tree.node.set_attribute(GEFORCE, "power_state", state)
+    tree.put_fifo("power/runtime_status", GEFORCE)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.runtime_status, found.has_power) == (state, None, None)
+
+
+def test_a_function_that_is_woken_while_it_is_read_is_not_taken_to_be_in_d3cold(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree.node.sicken(GEFORCE, cold=True)
+    real = sysfs.text
+
+    def wake(file: str, limit: int = 4096) -> str:
+        if file.endswith("power/runtime_status"):
+            tree.node.set_attribute(GEFORCE, "power_state", "D0")
+            tree.node.set_attribute(GEFORCE, "power/runtime_status", "active")
+        return real(file, limit)
+
+    monkeypatch.setattr(sysfs, "text", wake)
+    found = tree.read(GEFORCE)
+    assert (found.power_state, found.runtime_status) == ("D0", "active")
 
 
 # What is missing, nonsense or unreadable
@@ -336,6 +405,79 @@ def test_a_region_that_the_firmware_left_unassigned_is_not_listed(tree: Tree) ->
     assert tree.read().bars == (Bar(index=2, size=4096, prefetchable=False, wide=False, io=False),)
 
 
+UNSET, ROM_ENABLED = 0x20000000, 0x1
+
+
+def with_region(tree: Tree, index: int, last: int, flags: int) -> None:
+    """Only this region, from 0 to `last`: without an address, all begin at 0."""
+    lines = [f"0x{0:016x} 0x{0:016x} 0x{0:016x}"] * 13
+    lines[index] = f"0x{0:016x} 0x{last:016x} 0x{flags:016x}"
+    tree.node.set_attribute(T4, "resource", "\n".join(lines))
+
+
+@pytest.mark.parametrize(("last", "size"), [(0xFFFFFFF, 256 * MIB), (0, 0)], ids=["size known", "size not known"])
+def test_a_region_that_could_not_be_given_an_address_is_listed_as_such(tree: Tree, last: int, size: int) -> None:
+    with_region(tree, 1, last, 0x14220C | UNSET)
+    assert tree.read().bars == (Bar(index=1, size=size, prefetchable=True, wide=True, io=False, unset=True),)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_expansion_rom_needs_an_address_only_while_it_is_switched_on(tree: Tree, enabled: bool) -> None:
+    with_region(tree, 6, 0x7FFFF, 0x46200 | UNSET | (ROM_ENABLED if enabled else 0))
+    (rom,) = tree.read().bars
+    assert (rom.index, rom.unset) == (6, enabled)
+
+
+def test_regions_of_virtual_functions_do_not_count(tree: Tree) -> None:
+    with_region(tree, 8, 0xFFFFFFF, 0x14220C | UNSET)
+    assert tree.read().bars == ()
+
+
+def test_a_region_without_an_address_is_read_again_until_it_has_one(tree: Tree) -> None:
+    whole = tree.file("resource").read_text()
+    with_region(tree, 1, 0xFFFFFFF, 0x14220C | UNSET)
+    before = tree.read()
+    tree.node.set_attribute(T4, "resource", whole)
+    after = pci_function.read_function(tree.paths, T4, before)
+    assert [bar.unset for bar in after.bars] == [False] * 3
+    tree.put_fifo("resource")
+    assert pci_function.read_function(tree.paths, T4, after).bars == after.bars
+
+
+def test_regions_may_have_another_size_when_a_function_is_bound_again(tree: Tree) -> None:
+    before = tree.read()
+    tree.node.unbind(T4)
+    unbound = pci_function.read_function(tree.paths, T4, before)
+    with_region(tree, 1, 0xFFFFFFFF, 0x14220C)
+    tree.node.bind(T4)
+    for known in (before, unbound):
+        known = replace(known, vfio=known.vfio and replace(known.vfio, binding=1))  # inode numbers are used again here
+        found = pci_function.read_function(tree.paths, T4, known)
+        assert [bar.size for bar in found.bars] == [4096 * MIB]
+
+
+@pytest.mark.parametrize(
+    ("method", "has_reset", "methods"),
+    [
+        ("flr bus", True, ("flr", "bus")),
+        ("", True, ()),
+        (None, True, None),
+        (None, False, ()),
+    ],
+    ids=["some", "switched off", "old kernel", "none from the start"],
+)
+def test_the_ways_to_reset_a_function_are_told(
+    tree: Tree, method: str | None, has_reset: bool, methods: tuple[str, ...] | None
+) -> None:
+    if method is None:
+        tree.file("reset_method").unlink()
+    else:
+        tree.node.set_attribute(T4, "reset_method", method)
+    if not has_reset:
+        tree.file("reset").unlink()
+    assert tree.read().reset_methods == methods
+
+
 @pytest.mark.parametrize(
     ("content", "count"),
     [
@@ -387,7 +529,7 @@ def test_whatever_sysfs_says_a_function_is_read_or_refused(battered: Tree, conte
         assert 0 <= found.device <= 0xFFFF
         assert 0 <= found.class_code <= 0xFFFFFF
         assert found.numa_node is None or 0 <= found.numa_node < 1 << 31
-        assert all(bar.size > 0 for bar in found.bars)
+        assert all(bar.size > 0 or bar.unset for bar in found.bars)
         assert all("\n" not in line for line in found.unread)
     finally:
         for name, content in before.items():
@@ -525,6 +667,34 @@ def test_a_group_without_an_iommu_is_told_from_others(tree: Tree) -> None:
     assert (groups[T4_GROUP].noiommu, groups[GEFORCE_GROUP].noiommu) == (True, False)
 
 
+MSI = "0x00000000fee00000 0x00000000feefffff msi\n"
+DIRECT = "0x000000007e000000 0x000000007e0fffff direct\n"
+DIRECT_MAPPING = "0x000000007e000000-0x000000007e0fffff"
+
+
+@pytest.mark.parametrize(
+    ("lines", "mappings"),
+    [
+        (MSI, ()),
+        (f"{DIRECT}{MSI}", (DIRECT_MAPPING,)),
+        (f"{MSI}{DIRECT}{DIRECT}", (DIRECT_MAPPING, DIRECT_MAPPING)),
+        ("0x0000000000000000 0x0000000000ffffff direct-relaxable\n", ()),
+        ("0x0000000000000000 0x0000000000ffffff reserved\n", ()),
+        ("", ()),
+        ("direct\n\n0x1 direct\n0x1 0x2 direct 0x3\n", ()),
+        (None, ()),
+    ],
+)
+def test_what_the_firmware_maps_in_a_group_is_what_is_direct_and_not_relaxable(
+    tree: Tree, lines: str | None, mappings: tuple[str, ...]
+) -> None:
+    file = tree.paths.iommu_groups / str(T4_GROUP) / "reserved_regions"
+    file.unlink()
+    if lines is not None:
+        file.write_text(lines)
+    assert bus.read_firmware_mappings(tree.paths, T4_GROUP) == mappings
+
+
 def test_group_nodes_are_those_that_the_class_shows_as_numbers_with_an_iommu_or_without(tree: Tree) -> None:
     for name in ("noiommu-3", "noiommu-x", "vfio", "\u00b2", "\u0661"):
         (tree.paths.vfio_class / name).mkdir()
@@ -538,13 +708,13 @@ def test_without_vfio_there_are_no_group_nodes(tmp_path: Path) -> None:
 
 
 def test_functions_with_a_vfio_device_are_listed_by_the_class(tree: Tree) -> None:
-    vfio = frozenset(f.address for f in tree.node.functions() if f.vfio)
-    assert bus.list_vfio_devices(tree.paths) == vfio
+    vfio = {f"vfio{f.vfio.number}": f.address for f in tree.node.functions() if f.vfio}
+    assert bus.list_vfio_devs(tree.paths) == vfio
     tree.node.unbind(T4)
     (tree.paths.vfio_dev_class / "vfio77").symlink_to("astray")
-    assert bus.list_vfio_devices(tree.paths) == vfio - {T4}
+    assert bus.list_vfio_devs(tree.paths) == {name: address for name, address in vfio.items() if address != T4}
     shutil.rmtree(tree.paths.vfio_dev_class)
-    assert bus.list_vfio_devices(tree.paths) is None
+    assert bus.list_vfio_devs(tree.paths) is None
 
 
 @pytest.mark.parametrize(
@@ -619,51 +789,60 @@ def device(*addresses: str, node: str, mdev: bool = False) -> Device:
         model="GPU",
         placements=tuple(Placement(address=a, numa_node=None, bridges=()) for a in addresses),
         iommu_group=1,
+        group_functions=addresses,
         mdev=mdev,
     )
 
 
+GEFORCE_AUDIO = "0000:01:00.1"
+
+
+def against(paths: HostPaths, device: Device) -> str | None:
+    objection = pci_function.objection(paths, device)
+    return None if objection is None else objection.why
+
+
 def test_a_device_that_is_still_bound_may_be_given_away(tree: Tree) -> None:
-    assert pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13")) is None
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) is None
 
 
 def test_a_cdev_that_is_still_bound_may_be_given_away(grace: Tree) -> None:
-    assert pci_function.why_not_bound(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
+    assert against(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio0")) is None
 
 
 def test_a_device_on_another_driver_or_none_may_not(tree: Tree) -> None:
     given = device(T4, node="/dev/vfio/13")
     tree.node.bind(T4, "nvidia")
-    assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to nvidia now"
+    assert against(tree.paths, given) == f"{T4} is bound to nvidia now"
     tree.node.unbind(T4)
-    assert pci_function.why_not_bound(tree.paths, given) == f"{T4} is bound to no driver now"
+    assert against(tree.paths, given) == f"{T4} is bound to no driver now"
 
 
 def test_a_device_with_another_number_may_not(grace: Tree) -> None:
-    why = pci_function.why_not_bound(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio3"))
+    why = against(grace.paths, device(GRACE_GPU, node="/dev/vfio/devices/vfio3"))
     assert why == "/dev/vfio/devices/vfio3 is gone"
 
 
 def test_a_cdev_whose_dev_file_went_may_not(grace: Tree) -> None:
     grace.file("vfio-dev/vfio0/dev", GRACE_GPU).unlink()
     given = device(GRACE_GPU, node="/dev/vfio/devices/vfio0")
-    assert pci_function.why_not_bound(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
+    assert against(grace.paths, given) == "/dev/vfio/devices/vfio0 is gone"
 
 
 def test_a_group_whose_node_went_may_not(tree: Tree) -> None:
     (tree.paths.vfio_class / "13").unlink()
-    assert pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) == "/dev/vfio/13 is gone"
 
 
 def test_every_function_of_the_device_counts(tree: Tree) -> None:
     tree.node.bind(T4, "nvidia")
-    why = pci_function.why_not_bound(tree.paths, device(GEFORCE, T4, node="/dev/vfio/11"))
+    why = against(tree.paths, device(GEFORCE, T4, node="/dev/vfio/11"))
     assert why == f"{T4} is bound to nvidia now"
 
 
 def test_a_device_that_left_may_not(tree: Tree) -> None:
     tree.node.remove(T4)
-    why = pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13"))
+    why = against(tree.paths, device(T4, node="/dev/vfio/13"))
     assert why == f"{T4} is bound to no driver now"
 
 
@@ -671,9 +850,59 @@ def test_a_mediated_device_is_looked_for_where_it_is(tree: Tree) -> None:
     add_mdev(tree)
     (tree.paths.vfio_class / "70").mkdir()
     given = device(UUID, node="/dev/vfio/70", mdev=True)
-    assert pci_function.why_not_bound(tree.paths, given) is None
+    assert against(tree.paths, given) is None
     (tree.paths.mdev_devices / UUID).unlink()
-    assert pci_function.why_not_bound(tree.paths, given) is not None
+    assert against(tree.paths, given) is not None
+
+
+def test_a_device_that_was_bound_again_or_made_again_with_another_type_since_may_not(grace: Tree) -> None:
+    function = grace.read(GRACE_GPU)
+    assert function.vfio is not None
+    given = device(GRACE_GPU, node="/dev/vfio/devices/vfio0")
+    (placement,) = given.placements
+    as_it_is = replace(given, placements=(replace(placement, binding=function.vfio.binding),))
+    assert against(grace.paths, as_it_is) is None
+    before = replace(given, placements=(replace(placement, binding=(function.vfio.binding or 0) + 1),))
+    assert against(grace.paths, before) == f"{GRACE_GPU} was bound again, or made again with another type"
+
+
+def test_a_device_that_fell_off_the_bus_a_moment_ago_may_not(tree: Tree) -> None:
+    tree.node.sicken(T4)
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) == (
+        f"{T4} does not answer on the PCI bus now (link speed Unknown, width 63)"
+    )
+
+
+def test_a_device_that_a_vm_has_may_not_and_is_said_to_be_in_use(tree: Tree) -> None:
+    tree.node.set_enable(T4, 1)
+    objection = pci_function.objection(tree.paths, device(GEFORCE, T4, node="/dev/vfio/13"))
+    assert objection is not None
+    assert objection.in_use == {T4}
+    assert objection.why == f"{T4} in its IOMMU group 1 is in use (enable is 1) by a VM that has not ended"
+
+
+def test_a_device_of_whose_group_a_vm_has_another_function_may_not(tree: Tree) -> None:
+    given = replace(device(GEFORCE, node="/dev/vfio/11"), group_functions=(GEFORCE, GEFORCE_AUDIO))
+    assert pci_function.objection(tree.paths, given) is None
+    tree.node.set_enable(GEFORCE_AUDIO, 1)
+    objection = pci_function.objection(tree.paths, given)
+    assert objection is not None
+    assert objection.in_use == {GEFORCE_AUDIO}
+    tree.node.unbind(GEFORCE_AUDIO)
+    assert pci_function.objection(tree.paths, given) is not None, "it is the VM's until that lets go"
+    tree.node.set_enable(GEFORCE_AUDIO, 0)
+    tree.node.bind(GEFORCE_AUDIO, "snd_hda_intel")
+    tree.node.set_attribute(GEFORCE_AUDIO, "enable", "1")
+    assert pci_function.objection(tree.paths, given) is None, "the host's driver has it; not-viable is another matter"
+
+
+def test_the_link_of_a_device_that_sleeps_is_not_read_when_it_is_given_away(tree: Tree) -> None:
+    tree.node.sicken(T4)
+    tree.node.set_attribute(T4, "power_state", "D3cold")
+    tree.node.set_attribute(T4, "power/runtime_status", "suspended")
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) is None
+    tree.node.set_attribute(T4, "power/runtime_status", "active")
+    assert against(tree.paths, device(T4, node="/dev/vfio/13")) is not None, "dead in D3cold"
 
 
 # When this process is at its own end
@@ -700,7 +929,7 @@ def test_a_want_of_descriptors_or_memory_is_no_word_about_the_host(
         with pytest.raises(sysfs.OutOfResources):
             bus.read_group_nodes(tree.paths)
         with pytest.raises(sysfs.OutOfResources):
-            pci_function.why_not_bound(tree.paths, device(T4, node="/dev/vfio/13"))
+            pci_function.objection(tree.paths, device(T4, node="/dev/vfio/13"))
 
 
 def test_a_bus_that_cannot_be_listed_is_an_error(tmp_path: Path) -> None:

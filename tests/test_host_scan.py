@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +20,14 @@ from typing import Any
 import pytest
 from conftest import MakeNode
 from loop import LIMIT, run
-from names import GEFORCE, T4
+from names import AUDIO, GEFORCE, T4
 from trials import wait_until
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import HostScanner, Recheck, scan_now
-from sandbox_plugin.model import Device, HostFacts, PciFunction, Placement
+from sandbox_plugin.model import Device, HostFacts, Objection, PciFunction, Placement
 
 PATIENCE = 0.5
 """Seconds; long against the time that a whole scan takes, also on a busy machine."""
@@ -592,6 +593,79 @@ def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
     run(work())
 
 
+def reserve(paths: HostPaths, group: int, kind: str) -> None:
+    """A region that somebody wants to have for himself in an IOMMU group, and no other."""
+    file = paths.iommu_groups / str(group) / "reserved_regions"
+    file.unlink(missing_ok=True)
+    file.write_text(f"0x7e000000 0x7e0fffff {kind}\n")
+
+
+def test_what_the_firmware_maps_in_a_group_is_read_once_and_again_when_the_group_is_another(
+    node: FakeNode, paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[int] = []
+    real = bus.read_firmware_mappings
+
+    def spy(paths: HostPaths, number: int) -> tuple[str, ...]:
+        reads.append(number)
+        return real(paths, number)
+
+    monkeypatch.setattr(bus, "read_firmware_mappings", spy)
+    scanner = HostScanner(paths, on_late=ignore)
+
+    def mappings() -> tuple[str, ...]:
+        reads.clear()
+        return run(scanner.scan()).groups[13].firmware_mappings
+
+    reserve(paths, 13, "direct")
+    assert (mappings(), reads) == (("0x7e000000-0x7e0fffff",), [11, 13])
+    assert (mappings(), reads) == (("0x7e000000-0x7e0fffff",), [])
+    node.remove(T4)  # with its group, which comes back with it
+    node.add(T4)
+    node.bind(T4)
+    group = paths.iommu_groups / "13"
+    group.rename(group.with_name("kept"))  # so that its inode number stays taken
+    shutil.copytree(group.with_name("kept"), group, symlinks=True)
+    assert (mappings(), reads) == ((), [13])
+    assert (mappings(), reads) == ((), [])
+
+
+def test_what_the_firmware_maps_in_a_group_is_read_again_when_another_function_comes_into_it(
+    node: FakeNode, paths: HostPaths
+) -> None:
+    node.remove(AUDIO)
+    scanner = HostScanner(paths, on_late=ignore)
+    assert run(scanner.scan()).groups[11].firmware_mappings == ()
+    node.add(AUDIO)
+    reserve(paths, 11, "direct")
+    assert run(scanner.scan()).groups[11].firmware_mappings == ("0x7e000000-0x7e0fffff",)
+
+
+def test_where_the_regions_of_a_group_hang_only_what_is_held_for_vms_in_it_is_unreadable(
+    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {GEFORCE, AUDIO, "0000:01:00.2", "0000:01:00.3", T4}
+    with gate(monkeypatch, bus, "read_firmware_mappings") as hanging:
+
+        async def work() -> tuple[HostFacts, HostFacts]:
+            late = Late()
+            scanner = HostScanner(paths, on_late=late, patience=3 * PATIENCE)
+            silent = await scanner.scan()
+            hanging.open()
+            while late.calls < len(held):
+                late.called.clear()
+                await late.called.wait()
+            assert hanging.calls == len(held), "who is not waited for any more reads on"
+            return silent, await scanner.scan()
+
+        silent, answered = run(work())
+    assert silent.unreachable is None
+    assert dict(silent.unreadable) == dict.fromkeys(held, SILENCE)
+    assert silent.functions.keys() == answered.functions.keys() - held
+    assert answered.unreadable == {}
+    assert answered.groups.keys() == {11, 13}
+
+
 def test_a_second_scan_sees_everything_that_changed(node: FakeNode, paths: HostPaths) -> None:
     async def work() -> tuple[HostFacts, HostFacts]:
         scanner = HostScanner(paths, on_late=ignore)
@@ -628,7 +702,11 @@ def given(*addresses: str) -> list[Device]:
 
 
 async def recheck(paths: HostPaths, devices: list[Device], patience: float = LIMIT) -> dict[str, str]:
-    return await Recheck(paths, patience)(devices)
+    return words(await Recheck(paths, patience)(devices))
+
+
+def words(against: Mapping[str, Objection]) -> dict[str, str]:
+    return {device_id: objection.why for device_id, objection in against.items()}
 
 
 def test_devices_that_are_as_they_should_be_have_nothing_against_them(paths: HostPaths) -> None:
@@ -643,15 +721,15 @@ def test_what_is_against_a_device_stands_at_its_id(node: FakeNode, paths: HostPa
 def test_devices_that_do_not_answer_in_time_are_not_given_away(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pci_function.why_not_bound
+    real = pci_function.objection
     opened = threading.Event()
 
-    def look(paths: HostPaths, device: Device) -> str | None:
+    def look(paths: HostPaths, device: Device) -> Objection | None:
         if device.id == "13":
             assert opened.wait(LIMIT)
         return real(paths, device)
 
-    monkeypatch.setattr(pci_function, "why_not_bound", look)
+    monkeypatch.setattr(pci_function, "objection", look)
     try:
         begun = time.monotonic()
         found = run(recheck(paths, given(GEFORCE, T4), PATIENCE))
@@ -664,13 +742,13 @@ def test_devices_that_do_not_answer_in_time_are_not_given_away(
 def test_a_device_that_hangs_costs_one_thread_however_often_it_is_asked_for(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with gate(monkeypatch, pci_function, "why_not_bound") as hanging:
+    with gate(monkeypatch, pci_function, "objection") as hanging:
 
         async def work() -> None:
             once_more = Recheck(paths, PATIENCE)
             for _ in range(3):
                 both = await asyncio.gather(once_more(given(T4)), once_more(given(T4)))
-                assert list(both) == 2 * [{"13": SILENCE}]
+                assert list(map(words, both)) == 2 * [{"13": SILENCE}]
             assert hanging.calls == 1
             hanging.open()
             while await once_more(given(T4)):
@@ -685,20 +763,20 @@ def test_a_look_that_hangs_says_nothing_of_another_device_that_has_the_node_now(
     paths: HostPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (t4,), (geforce,) = given(T4), given(GEFORCE)
-    real = pci_function.why_not_bound
+    real = pci_function.objection
     opened = threading.Event()
 
-    def look(paths: HostPaths, device: Device) -> str | None:
+    def look(paths: HostPaths, device: Device) -> Objection | None:
         if device.address == T4:
             assert opened.wait(LIMIT)
         return real(paths, device)
 
-    monkeypatch.setattr(pci_function, "why_not_bound", look)
+    monkeypatch.setattr(pci_function, "objection", look)
 
     async def work() -> None:
         once_more = Recheck(paths, PATIENCE)
         in_its_place = replace(t4, node=geforce.node)
-        assert await once_more([in_its_place]) == {"13": SILENCE}
+        assert words(await once_more([in_its_place])) == {"13": SILENCE}
         assert await once_more([geforce]) == {}
 
     try:
@@ -711,7 +789,7 @@ def test_a_want_of_descriptors_is_against_giving_away(paths: HostPaths, monkeypa
     def fail(*_: object) -> None:
         raise sysfs.OutOfResources("Too many open files")
 
-    monkeypatch.setattr(pci_function, "why_not_bound", fail)
+    monkeypatch.setattr(pci_function, "objection", fail)
     assert run(recheck(paths, given(T4))) == {"13": "it cannot be looked at: Too many open files"}
 
 
@@ -721,14 +799,34 @@ def test_a_want_of_threads_is_against_giving_away_for_as_long_as_it_lasts(
     once_more = Recheck(paths, LIMIT)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
-        assert run(once_more(given(T4))) == {"13": "it cannot be looked at: can't start new thread"}
+        assert words(run(once_more(given(T4)))) == {"13": "it cannot be looked at: can't start new thread"}
     assert run(once_more(given(T4))) == {}
+
+
+def test_a_look_that_was_answered_is_not_remembered(paths: HostPaths) -> None:
+    async def work() -> None:
+        once_more = Recheck(paths, LIMIT)
+        for group in range(100):
+            await once_more([replace(given(T4)[0], node=f"/dev/vfio/{group}")])
+        assert once_more._hanging == {}
+
+    run(work())
+
+
+def test_whatever_speaks_against_a_device_asks_for_a_scan(node: FakeNode, paths: HostPaths) -> None:
+    refusals: list[None] = []
+    once_more = Recheck(paths, LIMIT, on_refusal=lambda: refusals.append(None))
+    run(once_more(given(GEFORCE, T4)))
+    assert not refusals
+    node.sicken(T4)
+    run(once_more(given(GEFORCE, T4)))
+    assert len(refusals) == 1
 
 
 def test_a_fault_of_our_own_in_a_look_is_raised(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a fault of our own")
 
-    monkeypatch.setattr(pci_function, "why_not_bound", fail)
+    monkeypatch.setattr(pci_function, "objection", fail)
     with pytest.raises(RuntimeError, match="a fault of our own"):
         run(recheck(paths, given(T4)))

@@ -347,6 +347,52 @@ def test_a_gpu_that_does_not_answer_is_unhealthy(
     assert f"Unhealthy: off-the-bus: {T4} does not answer" in capsys.readouterr().out
 
 
+def test_a_gpu_that_is_dead_in_d3cold_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    node.sicken(T4, cold=True)
+    document = listed(node.root, "--all")
+    assert healths(document) == {GEFORCE: "Healthy", T4: "off-the-bus"}
+    (facts,) = (function["facts"] for function in document["functions"] if function["pci_address"] == T4)
+    assert (facts["power_state"], facts["runtime_status"], facts["has_power"]) == ("D3cold", "suspended", True)
+
+
+def test_a_gpu_with_a_bar_that_has_no_address_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    lines = (node.folder(T4) / "resource").read_text().splitlines()
+    lines[1] = "0x0000000000000000 0x000000000fffffff 0x000000002014220c"
+    node.set_attribute(T4, "resource", "\n".join(lines))
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "no-address"}
+
+
+def test_what_is_odd_about_a_gpu_is_said_of_all_and_is_no_reason_not_to_offer_it(
+    node: FakeNode, listed: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = (node.folder(T4) / "resource").read_text().splitlines()[0]
+    node.set_attribute(T4, "resource", "\n".join([first, *["0x0 0x0 0x0"] * 12]))
+    for address in (T4, AUDIO):
+        node.set_attribute(address, "reset_method", "")
+    document = listed(node.root, "--all")
+    assert healths(document) == {GEFORCE: "Healthy", T4: "Healthy"}
+    remarked = {f["pci_address"]: f["remarks"] for f in document["functions"] if f["remarks"] is not None}
+    assert remarked.keys() == {T4}, "that an audio function cannot be reset alone is nothing odd"
+    assert remarked[T4].startswith("of its BARs only BAR 0 is left: there was no room for the others; ")
+    assert main(["list", f"--fake-sysfs={node.root}", "--all"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.endswith(remarked[T4]))
+    assert line.startswith(T4)
+
+
+@pytest.mark.parametrize("preset", ["hgx-h100", "workstation", "gh200"])
+def test_nothing_is_odd_about_a_node_that_is_well(
+    whole: dict[str, Path], listed: Callable[..., Any], preset: str
+) -> None:
+    assert {function["remarks"] for function in listed(whole[preset], "--all")["functions"]} == {None}
+
+
+def test_a_gpu_in_whose_group_the_firmware_maps_memory_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+    regions = node.root / f"sys/kernel/iommu_groups/{node.function(T4).iommu_group}/reserved_regions"
+    regions.unlink()
+    regions.write_text("0x000000007e000000 0x000000007e0fffff direct\n")
+    assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "firmware-mapping"}
+
+
 def test_a_gpu_whose_node_is_not_in_dev_is_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
     (node.root / "dev/vfio" / str(node.function(T4).iommu_group)).unlink()
     assert healths(listed(node.root)) == {GEFORCE: "Healthy", T4: "no-node"}
@@ -457,6 +503,7 @@ def test_what_can_block_in_the_kernel_is_never_opened(places: Places) -> None:
 def test_the_link_of_a_device_is_not_read_while_that_would_wake_something(places: Places, asleep: str) -> None:
     node = places.node("gh200")
     node.set_attribute(asleep, "power_state", "D3cold")
+    (node.folder(GH200) / "firmware_node/power_resources_D3hot").mkdir(parents=True)
     for name in ("current_link_speed", "current_link_width"):
         (node.folder(GH200) / name).unlink()
         os.mkfifo(node.folder(GH200) / name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from facts import gpu, host
@@ -13,7 +12,7 @@ from loop import run
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet import podresources
-from sandbox_plugin.kubelet.podresources import YOUNG, HoldingsPoller
+from sandbox_plugin.kubelet.podresources import INTERVAL, YOUNG, HoldingsPoller
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Settings
@@ -27,26 +26,17 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions: list[Path] = []
-    pauses: list[float] = []
 
     async def body() -> None:
-        pause_is_over = asyncio.Event()
-
         async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
             questions.append(socket)
             return v1.ListPodResourcesResponse()
-
-        async def sleep(seconds: float) -> None:
-            pauses.append(seconds)
-            await pause_is_over.wait()
-            pause_is_over.clear()
 
         async def everybody_had_a_turn() -> None:
             for _ in range(20):
                 await asyncio.sleep(0)
 
         monkeypatch.setattr(podresources, "list_pods", list_pods)
-        monkeypatch.setattr(podresources, "asyncio", SimpleNamespace(sleep=sleep, timeout=asyncio.timeout))
         registry = Registry(Settings(), ModelNames(), requires_cdi=False)
         registry.observe(host(gpu(A)))
         poller = HoldingsPoller(socket=tmp_path / "kubelet.sock", registry=registry, clock=lambda: 10 * YOUNG)
@@ -54,7 +44,7 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
             task = group.create_task(poller.run())
             await everybody_had_a_turn()
             assert len(questions) == 1, "who holds what is asked at the start"
-            pause_is_over.set()
+            poller.hurry()
             registry.observe(host(gpu(A), gpu(B, vfio=1, group=51)))
             await everybody_had_a_turn()
             assert len(questions) == 1, "nothing waits for an answer"
@@ -64,10 +54,36 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
             registry.observe(host(gpu(A)))
             await everybody_had_a_turn()
             assert len(questions) == 2, "whatever happens, not before the pause is over"
-            pause_is_over.set()
+            poller.hurry()
             await everybody_had_a_turn()
-            assert len(questions) == 3, "the other one is still waited for"
+            assert len(questions) == 3, "the other one is still waited for, and there is a reason to ask now"
             task.cancel()
 
     run(body())
-    assert pauses == [LEAST] * 3
+    assert INTERVAL == LEAST
+
+
+def test_what_is_waited_for_is_asked_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[Path] = []
+
+    async def body() -> None:
+        asked_three_times = asyncio.Event()
+
+        async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
+            questions.append(socket)
+            if len(questions) == 3:
+                asked_three_times.set()
+            return v1.ListPodResourcesResponse()
+
+        monkeypatch.setattr(podresources, "list_pods", list_pods)
+        monkeypatch.setattr(podresources, "INTERVAL", 0.001)
+        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        registry.observe(host(gpu(A)))
+        registry.observe(HostFacts())
+        poller = HoldingsPoller(socket=tmp_path / "kubelet.sock", registry=registry, clock=lambda: 10 * YOUNG)
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(poller.run())
+            await asked_three_times.wait()
+            task.cancel()
+
+    run(body())

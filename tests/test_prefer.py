@@ -17,7 +17,6 @@ from devices import DEAD, device, eight_over_two_sockets, function, on_switch, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandbox_plugin.inventory import prefer as search
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.inventory.topology import Place, link, places_by_id
 from sandbox_plugin.model import Device, Placement
@@ -448,27 +447,6 @@ def test_the_answer_does_not_depend_on_the_order_of_anything(
 
 
 # Many devices: too many for brute force
-
-
-def by_trying(one: Sequence[int], other: Sequence[int], wanted: range) -> list[int]:
-    return [min(one[n] + other[m - n] for n in range(max(0, m - len(other) + 1), min(len(one), m + 1))) for m in wanted]
-
-
-@policies
-@pytest.mark.parametrize("seed", range(30))
-def test_of_a_hundred_devices_the_choice_is_the_one_of_a_search_without_short_cuts(
-    seed: int, policy: Policy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    request = scattered_request(seed, 100)
-
-    def answer() -> list[str]:
-        return take(request.devices, request.size, of=request.available, must=request.must, policy=policy)
-
-    chosen = answer()
-    monkeypatch.setattr(search, "least_sums", by_trying)
-    monkeypatch.setattr(search, "is_convex", lambda costs: False)
-    monkeypatch.setattr(search, "of_all_or_none", lambda heaps: None)
-    assert answer() == chosen
 
 
 def greedy(request: Request, distance: Distance, policy: Policy) -> list[str]:

@@ -96,8 +96,8 @@ def test_slow_tests_are_left_out_unless_they_are_asked_for() -> None:
     assert not set(slow) & set(others)
 
 
-UNPROMISED = {"grpclib", "betterproto", "h2", "hpack", "watchfiles"}
-"""Libraries of which names are used that they do not promise (see sandbox_plugin/kubelet/server.py)."""
+UNPROMISED = {"grpclib", "betterproto", "watchfiles"}
+"""Libraries of which a name is used that they do not promise (pyproject.toml says which)."""
 
 
 def test_every_dependency_has_a_lower_bound_and_those_we_lean_on_too_much_an_upper_one() -> None:

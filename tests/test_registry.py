@@ -9,9 +9,9 @@ from loop import run
 from names import PGPU
 
 from sandbox_plugin.inventory.advance import SETTLE
+from sandbox_plugin.inventory.ledger import PROMISE_UNUSED, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.sharing import PROMISE_UNUSED
-from sandbox_plugin.inventory.state import Holdings, Inventory
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import HostFacts, Reason
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Settings
@@ -41,7 +41,7 @@ def reason(inventory: Inventory, device_id: str) -> Reason | None:
 def test_before_the_first_scan_there_is_nothing_and_nothing_can_be_learnt() -> None:
     empty = registry()
     assert (empty.current.version, empty.current.resources) == (0, {})
-    learnt = empty.learn(allocated=[(PGPU, "3")], holdings=Holdings(asked_at=1, pods={(PGPU, "3"): "a/b"}))
+    learnt = empty.learn(holdings=Holdings(asked_at=1, pods={(PGPU, "3"): "a/b"}))
     assert learnt is empty.current
     assert learnt.version == 0
 
@@ -150,10 +150,10 @@ def test_a_snapshot_that_was_taken_never_changes() -> None:
     assert before.version == 1
 
 
-def test_an_allocation_counts_from_the_moment_it_is_learnt() -> None:
+def test_an_allocation_counts_from_the_moment_it_is_taken_in() -> None:
     seen = registry()
     seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
-    after = seen.learn(allocated=[(PGPU, "1")])
+    after = seen.allocate([(PGPU, "1")])
     assert after is seen.current
     assert reason(after, "2") is Reason.GROUP_TAKEN
 
@@ -162,7 +162,7 @@ def test_an_allocation_is_news_once() -> None:
     clock = Clock()
     seen = registry(clock=clock)
     seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
-    seen.learn(allocated=[(PGPU, "1")])
+    seen.allocate([(PGPU, "1")])
     clock.now += PROMISE_UNUSED / 2
     seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
     clock.now += PROMISE_UNUSED / 2
@@ -190,7 +190,7 @@ def test_what_is_not_told_anew_stays_as_it_was() -> None:
     assert (device.health.reason, device.health.detail) == (Reason.NOT_IN_CDI, "the disk is full")
     seen.learn(in_cdi={PGPU: frozenset({"0"})}, cdi_trouble={})
     assert reason(seen.current, "0") is None
-    assert seen.learn(allocated=[]).device(PGPU, "0") == seen.current.device(PGPU, "0")
+    assert seen.learn().device(PGPU, "0") == seen.current.device(PGPU, "0")
     assert reason(seen.observe(host(gpu(A, enable=1))), "0") is None  # the pod of before still holds it
 
 

@@ -44,9 +44,9 @@ class Node(FakeNode):
     on_change: Callable[[str], None] | None = None
     """Called with the address, after `create`."""
 
-    def sicken(self, address: str) -> None:
+    def sicken(self, address: str, *, cold: bool = False) -> None:
         self._begin(address)
-        super().sicken(address)
+        super().sicken(address, cold=cold)
 
     def heal(self, address: str) -> None:
         self._begin(address)

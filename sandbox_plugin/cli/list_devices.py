@@ -19,6 +19,7 @@ from sandbox_plugin.cli.tables import add_row, print_unfolded, table
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
+from sandbox_plugin.inventory.health import remarks
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Claim, claim
 from sandbox_plugin.inventory.state import Inventory, Signals
@@ -35,6 +36,7 @@ _COLUMNS = {
     "RESOURCE": "resource",
     "RULE": "rule",
     "NOT OFFERED BECAUSE": "reason",
+    "REMARKS": "remarks",
 }
 """Of the table of all functions, with the JSON key of each."""
 
@@ -55,7 +57,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--all",
         action="store_true",
-        help="every PCI function, with the rule that took it or why it is not offered; in json with what was read",
+        help="every PCI function, with the rule that took it or why it is not offered, and what is odd about it; in "
+        "json with what was read",
     )
     parser.set_defaults(run=run)
 
@@ -146,6 +149,7 @@ def _all_functions(
 
 def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str | None) -> dict[str, Any]:
     """`reason` is null for what is offered."""
+    odd = remarks(function) if answer is not None and answer.resource is not None else []
     return {
         "pci_address": function.address,
         "class": f"{function.class_code:06x}",
@@ -155,6 +159,7 @@ def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str 
         "resource": answer.resource if answer is not None else None,
         "rule": answer.rule if answer is not None else None,
         "reason": "no rule matches" if answer is None else why_not,
+        "remarks": "; ".join(odd) or None,
         "facts": _facts_as_json(function),
     }
 
@@ -178,10 +183,13 @@ def _facts_as_json(function: PciFunction) -> dict[str, Any]:
         "vfio_device": None if function.vfio is None else function.vfio.number,
         "cdev": None if function.vfio is None else function.vfio.cdev,
         "power_state": function.power_state,
+        "runtime_status": function.runtime_status,
+        "has_power": function.has_power,
         "link_speed": function.link_speed,
         "link_width": function.link_width,
         "fatal_errors": function.fatal_errors,
         "bars": [asdict(bar) for bar in function.bars],
+        "reset_methods": None if function.reset_methods is None else list(function.reset_methods),
         "unread": list(function.unread),
     }
 

@@ -30,7 +30,7 @@ from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
 from sandbox_plugin.fake.pci import Pci, addresses_in, driver_of, group_of, number_in
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.vfio import Vfio, is_vfio_driver
-from sandbox_plugin.model import PciFunction, VfioDev
+from sandbox_plugin.model import D3COLD, PciFunction, VfioDev
 
 _STATE = ".fake-node"
 _HARMLESS_DRIVERS = ("pci-stub", "pcieport")
@@ -273,17 +273,20 @@ class FakeNode:
 
     # Sickness
 
-    def sicken(self, address: str) -> None:
+    def sicken(self, address: str, *, cold: bool = False) -> None:
         """The device no longer answers, as after a power cut behind the driver's back; no event tells.
 
-        The link reads Unknown and 63, `config` all ones; the rest looks as ever. It befalls all functions of the slot
-        and what hangs below them.
+        The link reads Unknown and 63, `config` all ones; the rest looks as ever. `cold`: the kernel has tried to change
+        its power state, read all ones, and takes it to be in D3cold since. It befalls all functions of the slot and
+        what hangs below them.
         """
         answers: dict[str, str | bytes] = {
             "current_link_speed": f"{OFF_THE_BUS.speed}\n",
             "current_link_width": f"{OFF_THE_BUS.width}\n",
             "config": GONE_CONFIG,
         }
+        if cold:
+            answers["power_state"] = f"{D3COLD}\n"
         for folder in self._pci.slot(self._folder_with_link(address)):
             stash = self._state("sick", os.path.basename(folder))
             if os.path.isdir(stash):

@@ -6,6 +6,7 @@ Everything here runs on a scan thread (`host.scan`), because any sysfs read can 
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +31,8 @@ def list_addresses(paths: HostPaths) -> list[str]:
     return names + sorted(sysfs.listed(paths.mdev_devices))
 
 
-def list_vfio_devices(paths: HostPaths) -> frozenset[str] | None:
-    """Addresses, and UUIDs, of all functions that have a `vfio-dev` folder now; None before Linux 6.1.
+def list_vfio_devs(paths: HostPaths) -> dict[str, str] | None:
+    """`vfioN` -> address, or UUID, of every function that has a `vfio-dev` folder now; None before Linux 6.1.
 
     `/sys/class/vfio-dev/vfioN` leads to `.../<address>/vfio-dev/vfioN`. Raises `sysfs.OutOfResources`.
     """
@@ -40,12 +41,11 @@ def list_vfio_devices(paths: HostPaths) -> frozenset[str] | None:
     except OSError as error:
         sysfs.refuse_if_out_of_resources(error)
         return None
-    devices = set()
+    devs = {}
     for name in names:
-        with suppress(OSError):  # it went at this moment
-            way = os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")
-            devices.update(way[-3:-2])
-    return frozenset(devices)
+        with suppress(OSError, IndexError):  # it went at this moment
+            devs[name] = os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")[-3]
+    return devs
 
 
 def read_groups(
@@ -55,17 +55,42 @@ def read_groups(
 
     A group whose folder cannot be read has the members that `functions` shows.
     """
-    wanted = {f.iommu_group for f in functions.values() if f.vfio or is_vfio_driver(f.driver)}
+    seen: dict[int | None, set[str]] = defaultdict(set)
+    for function in functions.values():
+        seen[function.iommu_group].add(function.address)
+    wanted = {f.iommu_group for f in functions.values() if is_held_by_vfio(f)}
     groups = {}
     for number in sorted(n for n in wanted if n is not None):
         folder = f"{paths.iommu_groups}/{number}"
-        seen = {f.address for f in functions.values() if f.iommu_group == number}
         groups[number] = IommuGroup(
             number=number,
-            members=tuple(sorted(seen | set(sysfs.listed(f"{folder}/devices")))),
+            members=tuple(sorted(seen[number] | set(sysfs.listed(f"{folder}/devices")))),
             noiommu=number in without_iommu,
         )
     return groups
+
+
+def is_held_by_vfio(function: PciFunction) -> bool:
+    return function.vfio is not None or is_vfio_driver(function.driver)
+
+
+def group_inode(paths: HostPaths, number: int) -> int | None:
+    """Tells a group's folder from one that was there before under the same number; None if there is none."""
+    try:
+        return os.stat(f"{paths.iommu_groups}/{number}").st_ino
+    except OSError:
+        return None
+
+
+def read_firmware_mappings(paths: HostPaths, number: int) -> tuple[str, ...]:
+    """As in `IommuGroup.firmware_mappings`. The file has a line `start end type` for each region.
+
+    The kernel takes the group's lock for this (iommu_get_group_resv_regions in drivers/iommu/iommu.c), which whoever
+    attaches the group to an IOMMU domain holds: with a dead device that may take long. Raises `sysfs.OutOfResources`.
+    """
+    lines = (sysfs.text_or_none(f"{paths.iommu_groups}/{number}/reserved_regions") or "").splitlines()
+    regions = [line.split() for line in lines]
+    return tuple(f"{region[0]}-{region[1]}" for region in regions if len(region) == 3 and region[2] == "direct")
 
 
 def read_group_nodes(paths: HostPaths) -> tuple[frozenset[int], frozenset[int]]:

@@ -11,12 +11,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, Device, PciFunction, VfioDev, is_vfio_driver, node_of_cdev
+from sandbox_plugin.model import (
+    D3COLD,
+    ROM,
+    Bar,
+    Device,
+    Objection,
+    PciFunction,
+    VfioDev,
+    is_vfio_driver,
+    node_of_cdev,
+    silence,
+)
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -24,8 +35,12 @@ _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
-_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64 = 0x100, 0x200, 0x2000, 0x100000
-"""IORESOURCE_IO, _MEM, _PREFETCH and _MEM_64 of the kernel's include/linux/ioport.h."""
+_ACPI_POWER_RESOURCES = ("power_resources_D3hot", "real_power_state")
+"""What an ACPI device has whose power ACPI can cut (drivers/acpi/power.c and drivers/acpi/device_sysfs.c)."""
+_IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64, _UNSET = 0x100, 0x200, 0x2000, 0x100000, 0x20000000
+"""IORESOURCE_IO, _MEM, _PREFETCH, _MEM_64 and _UNSET of the kernel's include/linux/ioport.h."""
+_ROM_ENABLE = 0x1
+"""IORESOURCE_ROM_ENABLE: the expansion ROM is switched on."""
 _REGIONS_OF_FUNCTION = 7
 """Lines of `resource` that are the function's own: six BARs and the ROM; SR-IOV and bridge windows follow."""
 
@@ -56,7 +71,7 @@ def driver_of(paths: HostPaths, address: str) -> str | None:
 
 
 def read_function(
-    paths: HostPaths, address: str, before: PciFunction | None = None, vfio_devices: frozenset[str] | None = None
+    paths: HostPaths, address: str, before: PciFunction | None = None, vfio_devices: Collection[str] | None = None
 ) -> PciFunction:
     """Reads one function.
 
@@ -86,13 +101,17 @@ def read_function(
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
     if is_for_vms:
-        details = _read_details(paths, folder, function)
-        return PciFunction(**(_unchanging(function) | details), driver=driver, iommu_group=group, vfio=vfio)
-    # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it.
-    enable = _Optional(folder).number("enable") if driver is None and function.enable == 1 else None
+        details = _read_details(paths, folder, function, vfio)
+        now = PciFunction(**(_kept(function) | details), driver=driver, iommu_group=group, vfio=vfio)
+        return function if now == function and _binding(now) == _binding(function) else now
+    # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that is
+    # seen for the first time may have been.
+    may_be_a_vms = before is None or before.enable == 1 or before.vfio is not None or is_vfio_driver(before.driver)
+    is_enabled = driver is None and may_be_a_vms and sysfs.text_or_none(f"{folder}/enable") == "1"
+    enable = 1 if is_enabled else None
     if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
         return function
-    return PciFunction(**_unchanging(function), driver=driver, iommu_group=group, enable=enable)
+    return PciFunction(**_kept(function), driver=driver, iommu_group=group, enable=enable)
 
 
 def _identify(folder: str, address: str) -> PciFunction:
@@ -115,13 +134,17 @@ def _identify(folder: str, address: str) -> PciFunction:
     )
 
 
-def _unchanging(function: PciFunction) -> dict[str, Any]:
-    """What can never change while the function is there."""
+def _binding(function: PciFunction) -> int | None:
+    return function.vfio.binding if function.vfio is not None else None
+
+
+def _kept(function: PciFunction) -> dict[str, Any]:
+    """What can never change while the function is there, or only while no driver has it."""
     names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision", "bars")
-    return {name: getattr(function, name) for name in (*names, "bridges", "physical_function")}
+    return {name: getattr(function, name) for name in (*names, "reset_methods", "bridges", "physical_function")}
 
 
-def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[str, Any]:
+def _read_details(paths: HostPaths, folder: str, function: PciFunction, vfio: VfioDev | None) -> dict[str, Any]:
     """What else the folder of a function says that a vfio driver holds."""
     optional = _Optional(folder)
     details: dict[str, Any] = {}
@@ -130,22 +153,42 @@ def _read_details(paths: HostPaths, folder: str, function: PciFunction) -> dict[
             "subsystem_vendor": optional.hex("subsystem_vendor", 4),
             "subsystem_device": optional.hex("subsystem_device", 4),
             "revision": optional.hex("revision", 2),
-            "bars": optional.bars(),
         }
+    # A BAR that has an address keeps it and its size while a driver has the function (resource_resize_store in
+    # drivers/pci/pci-sysfs.c); one without may get it whenever the bus is scanned again.
+    is_bound_anew = vfio is None or function.vfio is None or function.vfio.binding != vfio.binding
+    if is_bound_anew or not function.bars or any(bar.unset for bar in function.bars):
+        details |= {"bars": optional.bars(), "reset_methods": optional.reset_methods()}
     power_state = optional.text("power_state")
-    link_is_safe = power_state != "D3cold" and all(
-        _is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:]
-    )
+    bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:])
+    link_speed, link_width = _read_link(optional, power_state, bridges_awake=bridges_awake)
     details |= {
         "numa_node": _known_node(optional.number("numa_node")),
-        "link_speed": optional.text("current_link_speed") if link_is_safe else None,
-        "link_width": optional.number("current_link_width") if link_is_safe else None,
+        "link_speed": link_speed,
+        "link_width": link_width,
         "enable": optional.number("enable"),
         "power_state": power_state,
         "virtual_functions": _virtual_functions(folder),
         "fatal_errors": optional.fatal_errors(),
     }
+    if power_state == D3COLD:
+        details |= _read_d3cold(folder, optional, bridges_awake=bridges_awake)
     return details | {"unread": tuple(optional.unread)}
+
+
+def _read_d3cold(folder: str, optional: _Optional, *, bridges_awake: bool) -> dict[str, Any]:
+    """What tells a function that sleeps without power from one that is dead.
+
+    Nothing here wakes it or asks the firmware: of what ACPI knows, that it is there is enough.
+    """
+    runtime_status = optional.text("power/runtime_status")
+    switches = any(os.path.exists(f"{folder}/firmware_node/{name}") for name in _ACPI_POWER_RESOURCES)
+    return {
+        "runtime_status": runtime_status,
+        "has_power": bridges_awake and not switches,
+        # Once more: if it was woken between the two reads, they do not contradict each other.
+        "power_state": optional.text("power_state"),
+    }
 
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
@@ -174,20 +217,59 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
         raise FunctionUnreadable(str(error)) from None
 
 
-def why_not_bound(paths: HostPaths, device: Device) -> str | None:
-    """Looks once more, at as little as possible, before a device is promised. Returns what is wrong, or None."""
+def objection(paths: HostPaths, device: Device) -> Objection | None:
+    """Looks once more, at what is cheap, before a device is promised. Returns what speaks against it, or None."""
     for placement in device.placements:
         folder = f"{paths.mdev_devices if device.mdev else paths.pci_devices}/{placement.address}"
         try:
             driver, vfio = sysfs.link_name(f"{folder}/driver"), _vfio_dev(folder)
         except OSError as error:
-            return f"{placement.address}: {_why(error)}"
+            return Objection(why=f"{placement.address}: {_why(error)}")
         if driver is None or (vfio is None and not is_vfio_driver(driver)):
-            return f"{placement.address} is bound to {driver or 'no driver'} now"
+            return Objection(why=f"{placement.address} is bound to {driver or 'no driver'} now")
         node = node_of_cdev(vfio.number) if vfio is not None and vfio.cdev else None
         if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
-            return f"{device.node} is gone"
+            return Objection(why=f"{device.node} is gone")
+        if vfio is not None and None not in (vfio.binding, placement.binding) and vfio.binding != placement.binding:
+            return Objection(why=f"{placement.address} was bound again, or made again with another type")
+        if device.mdev:
+            continue
+        optional = _Optional(folder)
+        power_state = optional.text("power_state")
+        bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in placement.bridges[1:])
+        link = _read_link(optional, power_state, bridges_awake=bridges_awake)
+        status = optional.text("power/runtime_status") if power_state == D3COLD else None
+        power_state = optional.text("power_state")  # once more, as in `_read_d3cold`
+        if why := silence(*link, power_state, status):
+            return Objection(why=f"{placement.address} does not answer on the PCI bus now ({why})")
+    if used := _in_use(paths, device):
+        names = " and ".join(sorted(used))
+        detail = f"{names} in its IOMMU group {device.iommu_group} is in use (enable is 1) by a VM that has not ended"
+        return Objection(why=detail, in_use=used)
     return None
+
+
+def _in_use(paths: HostPaths, device: Device) -> frozenset[str]:
+    """The functions of its group that a VM has: a group's DMA has one owner."""
+    return frozenset(address for address in device.group_functions if _is_a_vms(f"{paths.pci_devices}/{address}"))
+
+
+def _is_a_vms(folder: str) -> bool:
+    """Whether it is enabled, and no host driver has it."""
+    if sysfs.text_or_none(f"{folder}/enable") != "1":
+        return False
+    try:
+        driver = sysfs.link_name(f"{folder}/driver")
+    except OSError:
+        return True
+    return driver is None or is_vfio_driver(driver) or _vfio_dev(folder) is not None
+
+
+def _read_link(optional: _Optional, power_state: str | None, *, bridges_awake: bool) -> tuple[str | None, int | None]:
+    """Speed and width of the link; None where reading them would wake something."""
+    if power_state == D3COLD or not bridges_awake:
+        return None, None
+    return optional.text("current_link_speed"), optional.number("current_link_width")
 
 
 class _Optional:
@@ -241,6 +323,13 @@ class _Optional:
             self.unread.append("resource: not lines of three numbers")
             return ()
 
+    def reset_methods(self) -> tuple[str, ...] | None:
+        """Where the kernel knows no way from the start, both `reset_method` and `reset` are missing."""
+        text = self.text("reset_method")
+        if text is None:
+            return None if os.path.lexists(f"{self._folder}/reset") else ()
+        return tuple(text.split())
+
     def fatal_errors(self) -> int | None:
         """The last line of `aer_dev_fatal` is TOTAL_ERR_FATAL (Documentation/ABI/testing/sysfs-bus-pci-devices-aer)."""
         for line in (self.text("aer_dev_fatal") or "").splitlines():
@@ -251,15 +340,18 @@ class _Optional:
 
 
 def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
+    """What is unset is what pci_enable_resources in drivers/pci/setup-res.c refuses: not a ROM that is switched off."""
     for index, line in enumerate(lines):
         start, end, flags = (int(word, 16) for word in line.split())
-        if flags & (_IO_REGION | _MEM_REGION) and end > start:
+        unset = bool(flags & _UNSET) and (index != ROM or bool(flags & _ROM_ENABLE))
+        if flags & (_IO_REGION | _MEM_REGION) and (end > start or unset):
             yield Bar(
                 index=index,
-                size=end - start + 1,
+                size=end - start + 1 if end > start else 0,
                 prefetchable=bool(flags & _PREFETCH),
                 wide=bool(flags & _MEM_64),
                 io=bool(flags & _IO_REGION),
+                unset=unset,
             )
 
 

@@ -20,10 +20,12 @@ from types import MappingProxyType
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.threads import start_thread
-from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
+from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, is_vfio_driver
 
 _Known = tuple[pci_function.Stamp, PciFunction]
 """A function as it was read, and what tells it from another in its place."""
+_KnownMappings = tuple[tuple[int | None, tuple[str, ...]], tuple[str, ...]]
+"""The inode and the members of a group, and the firmware's mappings in it: those depend on who its members are."""
 _TRIES = 3
 """How often a sweep mends what changed under it; the event of the change asks for the next one anyway."""
 _GRACE = 0.05
@@ -57,6 +59,7 @@ class HostScanner:
         self._patience = patience
         self._hanging: set[str] = set()
         self._known: dict[str, _Known] = {}
+        self._known_mappings: dict[int, _KnownMappings] = {}
 
     async def scan(self) -> HostFacts:
         """One look at everything.
@@ -67,7 +70,12 @@ class HostScanner:
         began_at = time.monotonic()
         if _BUS in self._hanging:
             return HostFacts(unreachable=_SILENCE, began_at=began_at)
-        sweep = _Sweep(paths=self._paths, skipped=dict.fromkeys(self._hanging, _SILENCE), known=self._known)
+        sweep = _Sweep(
+            paths=self._paths,
+            skipped=dict.fromkeys(self._hanging, _SILENCE),
+            known=self._known,
+            known_mappings=self._known_mappings,
+        )
         patience = self._patience
         try:
             while (hung_at := await self._hung_at(sweep, patience)) is not None:
@@ -83,6 +91,7 @@ class HostScanner:
         if facts.unreachable is None:
             skipped = {address: self._known[address] for address in sweep.skipped if address in self._known}
             self._known = skipped | sweep.learnt
+            self._known_mappings = sweep.learnt_mappings
         return facts
 
     async def _hung_at(self, sweep: _Sweep, patience: float) -> str | None:
@@ -112,7 +121,7 @@ class _Look:
     """One device is looked at once more, on a thread of its own."""
 
     began_at: float
-    answer: Future[str | Exception | None]
+    answer: Future[Objection | Exception | None]
     """What is wrong with it, None for nothing; or a fault of ours."""
 
 
@@ -125,16 +134,19 @@ class Recheck:
         ill = await recheck(devices)
 
     There is one look at a device at a time. Who asks while it goes on waits for its answer too; while it hangs, the
-    device is refused at once. So a device that hangs costs one thread, however often it is asked for.
+    device is refused at once. So a device that hangs costs one thread, however often it is asked for. `on_refusal` is
+    called for whatever speaks against a device: a scan should see it too.
     """
 
-    def __init__(self, paths: HostPaths, patience: float) -> None:
+    def __init__(self, paths: HostPaths, patience: float, *, on_refusal: Callable[[], None] = lambda: None) -> None:
         self._paths = paths
         self._patience = patience
-        self._looks: dict[tuple[str, str], _Look] = {}
-        """Node and PCI address -> the last look at that device. A number may be another device's by now."""
+        self._on_refusal = on_refusal
+        self._hanging: dict[tuple[str, str], _Look] = {}
+        """Node and PCI address -> a look at that device that has not been answered yet. A number may be another
+        device's by now."""
 
-    async def __call__(self, devices: Sequence[Device]) -> dict[str, str]:
+    async def __call__(self, devices: Sequence[Device]) -> dict[str, Objection]:
         """By ID, what speaks against giving these devices away now.
 
         Takes `patience` seconds at most; a device that has not answered by then is one of those.
@@ -144,13 +156,17 @@ class Recheck:
         fresh = [asyncio.wrap_future(look.answer) for look in looks.values() if now - look.began_at < self._patience]
         if fresh:
             await asyncio.wait(fresh, timeout=self._patience)
+        self._hanging = {key: look for key, look in self._hanging.items() if not look.answer.done()}
         answers = {device_id: self._answer(look, now) for device_id, look in looks.items()}
-        return {device_id: why for device_id, why in answers.items() if why is not None}
+        against = {device_id: why for device_id, why in answers.items() if why is not None}
+        if against:
+            self._on_refusal()
+        return against
 
-    def _answer(self, look: _Look, now: float) -> str | None:
+    def _answer(self, look: _Look, now: float) -> Objection | None:
         """The thread's own word: a loop that is busy hears of it later."""
         if now - look.began_at >= self._patience or not look.answer.done():
-            return _SILENCE
+            return Objection(why=_SILENCE)
         answer = look.answer.result()
         if isinstance(answer, Exception):
             raise answer
@@ -158,10 +174,10 @@ class Recheck:
 
     def _look(self, device: Device, now: float) -> _Look:
         key = (device.node, device.address)
-        last = self._looks.get(key)
+        last = self._hanging.get(key)
         if last is not None and not last.answer.done():
             return last
-        look = self._looks[key] = _Look(began_at=now, answer=Future())
+        look = self._hanging[key] = _Look(began_at=now, answer=Future())
 
         def work() -> None:
             look.answer.set_result(self._ask(device))
@@ -169,14 +185,14 @@ class Recheck:
         try:
             start_thread("recheck", work)
         except OSError as error:
-            look.answer.set_result(f"it cannot be looked at: {error.strerror}")
+            look.answer.set_result(Objection(why=f"it cannot be looked at: {error.strerror}"))
         return look
 
-    def _ask(self, device: Device) -> str | Exception | None:
+    def _ask(self, device: Device) -> Objection | Exception | None:
         try:
-            return pci_function.why_not_bound(self._paths, device)
+            return pci_function.objection(self._paths, device)
         except sysfs.OutOfResources as error:
-            return f"it cannot be looked at: {error}"
+            return Objection(why=f"it cannot be looked at: {error}")
         except Exception as error:  # it is for the caller to raise
             return error
 
@@ -193,6 +209,9 @@ class _Sweep:
     """What earlier sweeps read."""
     learnt: dict[str, _Known] = field(default_factory=dict)
     """What this one read."""
+    known_mappings: Mapping[int, _KnownMappings] = field(default_factory=dict)
+    learnt_mappings: dict[int, _KnownMappings] = field(default_factory=dict)
+    """The same of IOMMU groups, by their numbers."""
     vfio_devices: frozenset[str] | None = None
     unreachable: str | None = None
     reading: tuple[str, float] = (_BUS, 0.0)
@@ -223,9 +242,11 @@ class _Sweep:
         return _Sweep(
             paths=self.paths,
             skipped={**self.skipped, address: because},
-            functions=dict(self.functions),
+            functions={a: function for a, function in self.functions.items() if a != address},
             known=self.known,
             learnt=dict(self.learnt),
+            known_mappings=self.known_mappings,
+            learnt_mappings=dict(self.learnt_mappings),
             unreadable=dict(self.unreadable),
         )
 
@@ -248,7 +269,8 @@ class _Sweep:
 
     def run(self) -> None:
         try:
-            self.vfio_devices = bus.list_vfio_devices(self.paths)
+            vfio_devs = bus.list_vfio_devs(self.paths)
+            self.vfio_devices = None if vfio_devs is None else frozenset(vfio_devs.values())
             addresses = bus.list_addresses(self.paths)
         except OSError as error:
             self.unreachable = f"{error.filename}: {error.strerror}"
@@ -282,14 +304,33 @@ class _Sweep:
         skipped = {a: self.skipped[a] for a in addresses if a in self.skipped}
         group_nodes, without_iommu = bus.read_group_nodes(self.paths)
         has_cdevs = any(f.vfio is not None and f.vfio.cdev for f in self.functions.values())
+        groups = bus.read_groups(self.paths, self.functions, without_iommu)
         return HostFacts(
             functions=MappingProxyType({a: self.functions[a] for a in addresses if a in self.functions}),
             unreadable=MappingProxyType(self.unreadable | skipped),
-            groups=MappingProxyType(bus.read_groups(self.paths, self.functions, without_iommu)),
+            groups=MappingProxyType({n: self._with_mappings(group) for n, group in groups.items()}),
             group_nodes=group_nodes,
             kernel_has_cdevs=has_cdevs or bus.read_kernel_has_cdevs(self.paths),
             dev_nodes=bus.read_dev_nodes(self.paths),
+            vfio_devs=MappingProxyType(bus.list_vfio_devs(self.paths) or {}),
         )
+
+    def _with_mappings(self, group: IommuGroup) -> IommuGroup:
+        """The group with the firmware's mappings in it: read once, and again when it is another or has other members.
+
+        While that hangs, it is a function of the group that does not answer, and not the whole bus.
+        """
+        if self._left is not None:
+            return group
+        which = (bus.group_inode(self.paths, group.number), group.members)
+        known = self.learnt_mappings.get(group.number) or self.known_mappings.get(group.number)
+        if known is None or known[0] != which:
+            held = (f.address for f in self.functions.values() if f.iommu_group == group.number)
+            self._at(next(address for address in held if bus.is_held_by_vfio(self.functions[address])))
+            known = (which, bus.read_firmware_mappings(self.paths, group.number))
+            self._at(_BUS)
+        self.learnt_mappings[group.number] = known
+        return replace(group, firmware_mappings=known[1])
 
     def _changed_meanwhile(self) -> list[str]:
         """Functions that have been unbound since they were read: their nodes, read later, do not fit to that."""

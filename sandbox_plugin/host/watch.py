@@ -7,10 +7,12 @@ a watch that cannot be had is logged once and tried again. Callers must look now
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
@@ -20,12 +22,20 @@ from watchfiles._rust_notify import WatchfilesRustInternalError
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.threads import is_lack_of_threads, on_thread
 from sandbox_plugin.model import is_vfio_driver
-from sandbox_plugin.trouble import first_failure
+from sandbox_plugin.tasks import happens
+from sandbox_plugin.trouble import Trouble, Troubles, first_failure
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_RECHECK_MS = 5000
-"""How often it is checked that the watched folders are still the ones at these paths."""
+OnChange = Callable[[], None]
+Folders = Callable[[], Sequence[Path]]
+"""Finds out which folders there are; on a thread, so it may read files."""
+Targets = dict[Path, tuple[int, int] | str]
+"""What to watch, with device and inode numbers, which tell a new folder from the one that was there before, or why
+it cannot be watched."""
+
+_RECHECK = 5.0
+"""Seconds between checks that the watched folders are still the ones at these paths."""
 _CHURN_MS = 100
 """How long changes that follow each other without a pause are gathered: watchfiles' own 1600 would make "at once" so
 late in a folder where somebody else is busy."""
@@ -33,22 +43,33 @@ late in a folder where somebody else is busy."""
 
 @dataclass(kw_only=True)
 class FolderWatcher:
-    """Calls `on_change` whenever an entry appears, goes or is changed in one of `folders()` (not below them).
+    """Calls whoever waits for folders when an entry appears, goes or is changed in one of them (not below them).
 
-    The folder above each is watched too, and in place of one that is missing the nearest that exists. `on_change` is
-    also called each time the watch begins again, for what happened before.
+    The folder above each is watched too, and in place of one that is missing the nearest that exists. All are also
+    called each time the watch begins again, for what happened before.
+
+    There is one watch for all folders, because the thread of each wakes every `step`, whether or not anything happens:
+    watchfiles sleeps and looks (`RustNotify.watch`), and a change is told of one to two steps after it came, whatever
+    its `debounce` and `rust_timeout` are. So nothing but a longer `step` makes it sleep longer.
     """
 
-    folders: Callable[[], Sequence[Path]]
-    on_change: Callable[[], None]
+    groups: Mapping[OnChange, Folders]
+    """Who is called, and for what. Folders of which one may be on a dead mount belong into groups of their own: a group
+    of which one folder does not answer is left out."""
     step: float
-    """Seconds that watchfiles waits for more before it reports, and how often its thread looks meanwhile; its own
-    default, 0.05, costs a bind some 90 ms."""
+    """Seconds; watchfiles' own default, 0.05, costs a bind some 90 ms."""
     retry: float = 5.0
     """Seconds before a watch that could not be had is tried again."""
-    _failing: bool = False
-    _folders: Sequence[Path] = ()
-    """What is to be watched, as it was found last."""
+    patience: float = 2.0
+    """Seconds that the folders of a group get to answer."""
+    _looks: dict[OnChange, asyncio.Future[Targets]] = field(default_factory=dict)
+    """The latest look at each group. One that hangs is not begun again: its thread hangs as well."""
+    _named: dict[OnChange, list[str]] = field(default_factory=dict)
+    """The folders of each group, as they were found last."""
+    _trouble: Trouble = field(default_factory=Trouble)
+    """Of the whole watch."""
+    _left_out: Troubles[tuple[str, ...]] = field(default_factory=Troubles)
+    """By folders."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -56,60 +77,101 @@ class FolderWatcher:
             trouble = None
             try:
                 await self._watch_once()
-            except* (OSError, RuntimeError, UnicodeEncodeError) as errors:
+            except* (OSError, RuntimeError) as errors:
                 trouble, faults = errors.split(_is_trouble)
                 if trouble is None or faults is not None:
                     raise
-                if not self._failing:
-                    reason = f"{first_failure(trouble)}; until that works, changes there are found by the timer alone"
-                    log.warning("folders not watched", path=[str(folder) for folder in self._folders], reason=reason)
-                self._failing = True
+                why = str(first_failure(trouble))
+                if self._trouble.update(why):
+                    _say_unwatched((name for named in self._named.values() for name in named), why)
             if trouble is not None:  # not above: Python 3.11.2 makes a group of a cancellation within `except*`
                 _go_on_unless_cancelled()
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
         """Watches until one of the folders has been replaced."""
-        targets = await on_thread(self._targets)()
-        stop = asyncio.Event()
+        found = await self._find()
+        # The kernel has one watch for each folder, and watchfiles calls it by one name, however many it has.
+        names: dict[tuple[int, int], str] = {}
+        waiting: dict[str, set[OnChange]] = defaultdict(set)
+        for on_change, targets in found.items():
+            for path, identity in targets.items():
+                if isinstance(identity, tuple):
+                    waiting[names.setdefault(identity, str(path))].add(on_change)
+        stop, changed = asyncio.Event(), asyncio.Event()
         watch = awatch(
-            *targets,
+            *waiting,
             watch_filter=None,
             recursive=False,  # these folders hold links into all of sysfs, and a recursive watch follows them
             debounce=_CHURN_MS,
             step=round(self.step * 1000),
-            rust_timeout=_RECHECK_MS,
-            yield_on_timeout=True,
+            rust_timeout=0,
             stop_event=stop,
         )
         async with aclosing(watch) as batches, asyncio.TaskGroup() as group:
-            group.create_task(self._confirm(targets, stop))  # begins when awatch waits, and so has made the watch
+            # It begins when awatch waits, and so has made the watch.
+            group.create_task(self._confirm(found, changed, stop))
             async for changes in batches:
-                self._failing = False
-                if changes:
-                    self.on_change()
-                if await on_thread(self._targets)() != targets:
-                    return
+                places = {place for _, path in changes for place in (path, os.path.dirname(path))}
+                for on_change in set[OnChange]().union(*(waiting.get(place, ()) for place in places)):
+                    on_change()
+                changed.set()
 
-    async def _confirm(self, targets: dict[Path, int], stop: asyncio.Event) -> None:
-        """Sees to what happened between the choice of the folders and the watch, which tells only what comes later."""
-        self.on_change()
-        if await on_thread(self._targets)() != targets:
-            stop.set()
+    async def _confirm(self, found: Mapping[OnChange, Targets], changed: asyncio.Event, stop: asyncio.Event) -> None:
+        """Ends the watch when other folders are to be watched.
 
-    def _targets(self) -> dict[Path, int]:
-        """What to watch now, with inode numbers, which tell a new folder from the one that was there before.
-
-        For a thread: a folder on a dead mount does not answer.
+        Sees to what happened between the choice of the folders and the watch, too, which tells only what comes later.
         """
-        targets = {}
-        self._folders = self.folders()
-        for folder in self._folders:
+        for on_change in self.groups:
+            on_change()
+        while await self._find() == found:
+            await happens(changed, within=_RECHECK)
+            changed.clear()
+            self._trouble.update(None)  # not earlier: a thread for the watch may not have been had
+        stop.set()
+
+    async def _find(self) -> dict[OnChange, Targets]:
+        """What to watch now. Groups that do not answer are missing. Raises OSError where no thread can be had."""
+        begun = {}
+        for on_change, folders in self.groups.items():
+            if on_change not in self._looks or self._looks[on_change].done():
+                begun[on_change] = asyncio.ensure_future(on_thread(self._look)(on_change, folders))
+        self._looks |= begun
+        if begun:
+            await asyncio.wait(begun.values(), timeout=self.patience)
+        answered = {on_change: look for on_change, look in begun.items() if look.done()}
+        failures = [error for look in answered.values() if (error := look.exception()) is not None]
+        if failures:
+            raise failures[0]
+        found = {on_change: look.result() for on_change, look in answered.items()}
+        self._say_left_out(found)
+        return found
+
+    def _say_left_out(self, found: Mapping[OnChange, Targets]) -> None:
+        left_out: dict[tuple[str, ...], str] = {
+            (str(path),): why for targets in found.values() for path, why in targets.items() if isinstance(why, str)
+        }
+        for on_change in self.groups.keys() - found.keys():
+            left_out[tuple(self._named.get(on_change, ()))] = f"no answer in {self.patience:g} s"
+        for folders, why in self._left_out.update(left_out).items():
+            _say_unwatched(folders, why)
+
+    def _look(self, on_change: OnChange, folders: Folders) -> Targets:
+        """What to watch for one group. For a thread: a folder on a dead mount does not answer."""
+        targets: Targets = {}
+        named = [folder.absolute() for folder in folders()]  # as watchfiles names what changed
+        self._named[on_change] = [str(folder) for folder in named]
+        for folder in named:
             for path in (folder, folder.parent):
-                while (inode := _inode(path)) is None and path != path.parent:
+                while (found := _look_at(path)) is None and path != path.parent:
                     path = path.parent
-                targets[path] = inode or 0
+                targets[path] = found or "it is not there"
         return targets
+
+
+def _say_unwatched(folders: Iterable[str], why: str) -> None:
+    reason = f"{why}; until that works, changes there are found by the timer alone"
+    log.warning("folders not watched", path=list(folders), reason=reason)
 
 
 def _go_on_unless_cancelled() -> None:
@@ -120,16 +182,24 @@ def _go_on_unless_cancelled() -> None:
 
 
 def _is_trouble(error: BaseException) -> bool:
-    """Whether there can be no watch: for want of watches, descriptors or a thread, or for a name that is not UTF-8."""
-    return isinstance(error, OSError | WatchfilesRustInternalError | UnicodeEncodeError) or is_lack_of_threads(error)
+    """Whether there can be no watch: for want of watches, descriptors or a thread."""
+    return isinstance(error, OSError | WatchfilesRustInternalError) or is_lack_of_threads(error)
 
 
-def _inode(path: Path) -> int | None:
+def _look_at(path: Path) -> tuple[int, int] | str | None:
+    """Which folder is there now, or why it cannot be watched; None: there is none."""
     try:
         os.statvfs(path)  # asks the file system, while stat may be answered from a cache: a watch on a dead mount would
-        return os.stat(path).st_ino  # hold up the whole process
+        status = os.stat(path)  # hold up the whole process
     except OSError:
         return None
+    if not os.access(path, os.R_OK):
+        return os.strerror(errno.EACCES)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8"
+    return status.st_dev, status.st_ino
 
 
 def host_folders(paths: HostPaths) -> list[Path]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
-
-_OFF_THE_BUS_SPEED = "Unknown"
-_OFF_THE_BUS_WIDTH = 63
-"""What a link register of all ones reads as: nothing answers (measured; drivers/pci/pci-sysfs.c decodes it)."""
+from sandbox_plugin.model import D3COLD, HEALTHY, ROM, Device, Health, HostFacts, PciFunction, Reason, is_vfio_driver
 
 _BRIDGE_CLASSES = (0x0600, 0x0604)
 """Host bridge and PCI-to-PCI bridge."""
+_DISPLAY = 0x03
+"""Base class of GPUs."""
 
 
 def is_bridge(function: PciFunction) -> bool:
@@ -41,6 +39,8 @@ def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -
     for verdict in (
         _has_needed_node(device, require_iommufd),
         _on_the_bus(functions),
+        _has_addresses(functions),
+        _without_firmware_mappings(device, facts),
         _viable(device, facts),
         _node_is_there(device, facts),
     ):
@@ -56,19 +56,57 @@ def _has_needed_node(device: Device, require_iommufd: bool) -> Health:
     return Health(reason=Reason.NO_CDEV, detail=detail)
 
 
-def is_off_the_bus(function: PciFunction) -> bool:
-    """Whether the link was read, and nothing answered."""
-    return function.link_speed == _OFF_THE_BUS_SPEED and function.link_width == _OFF_THE_BUS_WIDTH
+def may_be_dead(function: PciFunction) -> bool:
+    """Whether it does not answer, or is in D3cold although nothing can have cut its power.
+
+    The latter passes for a moment when the bridge above has just been woken: the kernel resumes what is below after it
+    (pci_pm_bridge_power_up_actions in drivers/pci/pci-driver.c).
+    """
+    return function.silence is not None or (function.power_state == D3COLD and function.has_power is True)
 
 
 def _on_the_bus(functions: Sequence[PciFunction]) -> Health:
     for function in functions:
-        if is_off_the_bus(function):
+        if why := function.silence:
             return Health(
-                reason=Reason.OFF_THE_BUS,
-                detail=f"{function.address} does not answer on the PCI bus (link speed Unknown, width 63)",
+                reason=Reason.OFF_THE_BUS, detail=f"{function.address} does not answer on the PCI bus ({why})"
             )
     return HEALTHY
+
+
+def _has_addresses(functions: Sequence[PciFunction]) -> Health:
+    for function in functions:
+        if unset := [f"BAR {bar.index}" for bar in function.bars if bar.unset]:
+            return Health(
+                reason=Reason.NO_ADDRESS,
+                detail=f"{function.address} has no address for {', '.join(unset)}: the kernel cannot enable it",
+            )
+    return HEALTHY
+
+
+def remarks(function: PciFunction) -> list[str]:
+    """What is odd about a GPU or another function to offer, although it can be given to a VM."""
+    found = []
+    whole_gpu = function.class_code >> 16 == _DISPLAY and function.physical_function is None
+    if whole_gpu and [bar.index for bar in function.bars if not bar.io and bar.index != ROM] == [0]:
+        found.append("of its BARs only BAR 0 is left: there was no room for the others")
+    if function.reset_methods == ():
+        found.append("the kernel cannot reset it alone: the next VM may find what the last one left")
+    return found
+
+
+def _without_firmware_mappings(device: Device, facts: HostFacts) -> Health:
+    """A VM's memory cannot be where the firmware wants its own, so the kernel refuses the group to every VM.
+
+    From Linux 6.6 by __iommu_device_set_domain in drivers/iommu/iommu.c. Before, Intel's IOMMU does it
+    (intel_iommu_attach_device), and with any other vfio lets no VM map its memory there (vfio_iommu_resv_exclude in
+    drivers/vfio/vfio_iommu_type1.c).
+    """
+    mappings = facts.groups[device.iommu_group].firmware_mappings
+    if not mappings:
+        return HEALTHY
+    what = f"the firmware wants memory mapped in IOMMU group {device.iommu_group} at all times ({', '.join(mappings)})"
+    return Health(reason=Reason.FIRMWARE_MAPPING, detail=f"{what}, so the kernel gives this group to no VM")
 
 
 def _viable(device: Device, facts: HostFacts) -> Health:

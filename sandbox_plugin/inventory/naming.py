@@ -94,9 +94,14 @@ def type_name(name: str) -> str:
     return f"T{cleaned}"[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix
 
 
+def is_alias(name: str) -> bool:
+    """Whether `name` is a valid last part of a resource name."""
+    return len(name) <= NAME_LENGTH and _CLASS.fullmatch(name) is not None
+
+
 def check_alias(alias: str) -> None:
     """Raises ValueError, saying what is allowed, unless `alias` is a valid last part of a resource name."""
-    if len(alias) > NAME_LENGTH or not _CLASS.fullmatch(alias):
+    if not is_alias(alias):
         raise ValueError(
             f"{alias!r} is not a valid resource name: allowed are 2 to {NAME_LENGTH} letters, digits, `-` and `_`, "
             "a letter first and a letter or digit last"

@@ -19,8 +19,8 @@ with them: the kubelet may know less than we do for a moment, and fills an answe
 
 How it is found: all of this is one number, a sum over the devices taken and over the parts of the PCIe tree
 (`topology.places`), to which each part contributes by how many of its devices are taken, and by nothing else. So the
-best set follows from the leaves up: for each part, the least cost of taking one, two, three devices there. Parts side
-by side share them in the cheapest way (`least_sums`). So the answer is the best of all sets, of any number of devices.
+best set follows from the leaves up: for each part, the least cost of taking one, two, three devices there. Of two parts
+side by side every way to share them is tried. So the answer is the best of all sets, of any number of devices.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from operator import add
 from typing import NamedTuple
 
-from sandbox_plugin.inventory.least_sums import is_convex, least_sums, of_all_or_none, of_convex
 from sandbox_plugin.inventory.topology import Link, Place, places_by_id
 from sandbox_plugin.model import Device, id_order
 from sandbox_plugin.settings import Policy
@@ -242,34 +242,17 @@ class _Search:
         return self._table(len(members), len(forced), len(forced), list(accumulate(free, initial=sum(forced))))
 
     def _side_by_side(self, tables: Sequence[_Table]) -> _Table:
-        """Several parts: for each number, the cheapest way to share it between them."""
-        if len(tables) == 1:
-            return tables[0]
-        convex, alike = [], defaultdict(list)
-        for table in tables:
-            if is_convex(table.costs):
-                convex.append(table)
-            else:
-                alike[len(table.costs)].append(table)
-        rest = [self._sum(convex, of_convex([t.costs for t in convex]))] if convex else []
-        for similar in alike.values():
-            # Two are shared as quickly by `least_sums`.
-            costs = of_all_or_none([t.costs for t in similar]) if len(similar) > 2 else None
-            rest += similar if costs is None else [self._sum(similar, costs)]
-        rest.sort(key=_length)
+        """Several parts: for each number, the cheapest way to share it between them. The smallest two come first."""
+        rest = sorted(tables, key=_length)
         while len(rest) > 1:
             one, other, *rest = rest
             insort(rest, self._merge_two(one, other), key=_length)
         return rest[0]
 
-    def _sum(self, tables: Sequence[_Table], costs: Sequence[int]) -> _Table:
-        totals, forced, firsts, _ = zip(*tables, strict=True)
-        return self._table(sum(totals), sum(forced), sum(firsts), costs)
-
     def _merge_two(self, one: _Table, other: _Table) -> _Table:
         total, forced, first = one.total + other.total, one.forced + other.forced, one.first + other.first
         wanted = self._wanted(total, forced)
-        costs = least_sums(one.costs, other.costs, range(wanted.start - first, wanted.stop - first))
+        costs = _least_sums(one.costs, other.costs, range(wanted.start - first, wanted.stop - first))
         return _Table(total, forced, wanted.start, costs)
 
     def _table(self, total: int, forced: int, first: int, costs: Sequence[int]) -> _Table:
@@ -281,6 +264,12 @@ class _Search:
         """How many devices of a part the answer may take, so that elsewhere there are enough, and not too many."""
         least, most = self.size - (self.count - total), self.size - (self.forced - forced)
         return range(max(forced, least), min(total, most) + 1)
+
+
+def _least_sums(one: Sequence[int], other: Sequence[int], wanted: range) -> list[int]:
+    """For each m of `wanted` the least `one[n] + other[m - n]`."""
+    rests, span = other[::-1], len(other)  # one[0] goes with rests[span - 1 - m]; where either ends, so does the map
+    return [min(map(add, one[max(0, m - span + 1) :], rests[max(0, span - 1 - m) :])) for m in wanted]
 
 
 def _length(table: _Table) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sandbox_plugin.inventory.naming import ModelNames, type_name
+from sandbox_plugin.inventory.naming import ModelNames, is_alias, type_name
 from sandbox_plugin.model import NVIDIA, PciFunction
 from sandbox_plugin.settings import ResourceRule, Settings
 
@@ -71,6 +71,16 @@ def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
     if name in aliases - {""}:
         return True
     return "" in aliases and (name in settings.model_names.values() or names.is_resource_name(name))
+
+
+def was_perhaps_ours(resource: str, settings: Settings) -> bool:
+    """Whether an earlier run of this plugin, with other aliases or rules, may have offered a resource of this name.
+
+    NVIDIA's own device plugin has `gpu` and the names of MIG profiles in the same domain.
+    """
+    domain, _, name = resource.partition("/")
+    domains = {"nvidia.com"} | {rule.name.partition("/")[0] for rule in settings.resources if rule.name is not None}
+    return domain in domains and is_alias(name) and name != "gpu" and not name.startswith("mig-")
 
 
 def matches(rule: ResourceRule, function: PciFunction) -> bool:

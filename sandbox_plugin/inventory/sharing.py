@@ -1,127 +1,185 @@
-"""Who has which device, and what that means for the other devices of its IOMMU group.
+"""What the ledger means for each device: free for a pod, held by its own pod, or withheld, and why.
 
-The kernel gives the DMA of a group to one owner (iommu_device_claim_dma_owner in drivers/iommu/iommu.c), so devices of
-one group work in one VM only: an Allocate of one promises its whole group, and a VM that uses one takes them all.
-
-Three witnesses say who has a device: PodResources names the pods that hold it; a promise stands for a pod that was just
-admitted and that PodResources need not name yet; `enable` says that a VM uses it, but not whose VM.
+An IOMMU group has one holder. Devices that are held by that one pod are well; the others of the group, and all that
+have a node, a group or an address of it under another name or number, are withheld. Where it is not yet known, a device
+is not given.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from sandbox_plugin.inventory.state import DeviceKey, Holdings, Promise, Signals, Track
-from sandbox_plugin.model import HEALTHY, Health, Reason
-
-ADMISSION = 10.0
-"""Seconds that the kubelet may take to show an allocation in PodResources after Allocate was answered."""
-PROMISE_UNUSED = 600.0
-"""Seconds after which an unused promise ends where there is no PodResources to ask."""
-
-
-def keep_promises(
-    old: Mapping[DeviceKey, Promise], tracks: Mapping[DeviceKey, Track], signals: Signals, now: float
-) -> dict[DeviceKey, Promise]:
-    """Old and new promises without those that are over."""
-    promises = {}
-    for key, promise in {**old, **dict.fromkeys(signals.allocated, Promise(at=now))}.items():
-        track = tracks.get(key)
-        in_use_since = track.in_use_since if track is not None else None
-        kept = _kept(promise, in_use_since, signals.holdings, now, is_named=_names(signals.holdings, key))
-        if kept is not None:
-            promises[key] = kept
-    return promises
+from sandbox_plugin.inventory.devices import Found, Group
+from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger, Places, Use, is_heir, is_undecided, places_of
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import may_be_ours, was_perhaps_ours
+from sandbox_plugin.inventory.state import Signals
+from sandbox_plugin.model import Device, Health, HostFacts, Reason, group_of_node, node_of_cdev, node_of_group
+from sandbox_plugin.settings import Settings
 
 
-def _kept(
-    promise: Promise, in_use_since: float | None, holdings: Holdings | None, now: float, *, is_named: bool
-) -> Promise | None:
-    """The promise as it is known now; None: it is over."""
-    is_answered = holdings is not None and holdings.asked_at >= promise.at
-    promise = Promise(
-        at=promise.at,
-        seen_held=promise.seen_held or (is_answered and is_named),
-        # A use that began before is the previous VM's, which has not let go yet.
-        seen_used=promise.seen_used or (in_use_since is not None and in_use_since >= promise.at),
-    )
-    if is_answered and holdings is not None:
-        is_over = not is_named and (promise.seen_held or holdings.asked_at - promise.at >= ADMISSION)
-    elif holdings is not None and now < promise.at + PROMISE_UNUSED:
-        is_over = False  # the answer will come
-    else:
-        is_over = in_use_since is None and (promise.seen_used or now >= promise.at + PROMISE_UNUSED)
-    return None if is_over else promise
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts:
+    """Devices that are withheld, and why. Those of `taken` are freed with a delay, like those that were ill."""
+
+    taken: Mapping[DeviceKey, Health]
+    unknown: Mapping[DeviceKey, Health]
 
 
-def why_taken(
-    key: DeviceKey, tracks: Mapping[DeviceKey, Track], promises: Mapping[DeviceKey, Promise], signals: Signals
-) -> Health:
-    """Whether a device is free for a pod, or held by one already: Healthy; else who has it or its group."""
-    if _holder(key, promises, signals.holdings) is not None:
-        return HEALTHY
-    track = tracks[key]
-    mates = _group_mates(track, tracks)
-    group = track.device.iommu_group
-    for mate in mates:
-        if (holder := _holder(mate.key, promises, signals.holdings)) is not None:
-            by = f"{holder} through device {mate.device.id} ({mate.device.address})"
-            return Health(reason=Reason.GROUP_TAKEN, detail=f"IOMMU group {group} is held by {by}")
-    for user in [track, *mates]:
-        if _is_used_without_a_pod(user, signals.holdings):
-            detail = f"{user.device.address} is in use (enable is 1) although no pod holds it"
-            return Health(reason=Reason.IN_USE_ELSEWHERE, detail=detail)
-    for mate in mates:
-        # While it is not known who uses the mate, a device that is in use itself may be so by the same pod.
-        if mate.in_use_since is not None and track.in_use_since is None:
-            by = f"device {mate.device.id} ({mate.device.address})"
-            return Health(reason=Reason.GROUP_TAKEN, detail=f"IOMMU group {group} is in use through {by}")
-    return HEALTHY
+def withheld(
+    groups: Mapping[int, Group], ledger: Ledger, signals: Signals, was_healthy: Callable[[DeviceKey], bool]
+) -> Verdicts:
+    """The devices of these groups that must not be given to a pod which does not have them already.
 
-
-def waits_for_holdings(
-    tracks: Mapping[DeviceKey, Track], promises: Mapping[DeviceKey, Promise], holdings: Holdings | None
-) -> bool:
-    """Whether something can only be settled by asking PodResources."""
-    if promises or any(t.gone_since is not None or t.in_use_since is not None for t in tracks.values()):
-        return True
-    return holdings is not None and not tracks.keys().isdisjoint(holdings.pods)
-
-
-def waits_for_a_look(tracks: Mapping[DeviceKey, Track], holdings: Holdings | None, looked_at: float) -> bool:
-    """Whether a device that no pod holds was in use, but was not looked at since PodResources was asked."""
-    if holdings is None or not math.isfinite(holdings.asked_at) or looked_at >= holdings.asked_at:
-        return False
-    return any(t.in_use_since is not None and t.key not in holdings.pods for t in tracks.values())
-
-
-def _group_mates(track: Track, tracks: Mapping[DeviceKey, Track]) -> list[Track]:
-    """The other devices of its group, and those that left it but may still be held or used.
-
-    A device that the function itself was under another ID is not a mate.
+    `was_healthy` tells whether a device was listed as Healthy before this step.
     """
-    mates = (t for t in tracks.values() if t is not track and t.device.iommu_group == track.device.iommu_group)
-    return [t for t in mates if t.gone_since is None or t.device.address != track.device.address]
+    taken: dict[DeviceKey, Health] = {}
+    unknown: dict[DeviceKey, Health] = {}
+    uses = _uses_by_group(ledger)
+    is_awaited = signals.pod_resources and not ledger.is_told
+    # Then any node may be held under another name, or its number have been another function's.
+    is_unheard = signals.pod_resources and not ledger.is_heard
+    without_specs = signals.in_cdi is None  # then nothing but PodResources tells of former names
+    if not ledger.grants and not uses and not is_awaited:
+        return Verdicts(taken=taken, unknown=unknown)
+    former = _former_nodes(signals)
+    unplaced = ledger.unplaced if any(group.has_unbound for group in groups.values()) else []
+    for number, group in groups.items():
+        holders = ledger.touching(group.places)
+        if group.has_unbound:
+            keys = {grant.key for grant in holders}
+            holders += [grant for grant in unplaced if grant.key not in keys]
+        used = uses.get(number, ())
+        if not holders and not used and not is_awaited:
+            continue
+        for device in group.devices:
+            key = (device.resource, device.id)
+            own = _own(holders, device)
+            health = _taken_by(device, own, holders, ledger) or _in_use(device, group, own, holders, used, ledger)
+            if health is not None:
+                taken[key] = health
+            elif is_unheard or (is_awaited and (group.is_shared or without_specs or _is_former(device, former))):
+                unknown[key] = _awaited(device)
+            elif own is None and not was_healthy(key) and any(is_undecided(a, u, ledger) for a, u in used):
+                unknown[key] = _awaited(device)  # what was Healthy stays so: another look will tell in a moment
+    return Verdicts(taken=taken, unknown=unknown)
 
 
-def _is_used_without_a_pod(track: Track, holdings: Holdings | None) -> bool:
-    """Whether it was in use both before PodResources was asked and after, and no pod holds it.
+def _own(holders: Iterable[Grant], device: Device) -> Grant | None:
+    key = (device.resource, device.id)
+    return next((grant for grant in holders if grant.key == key), None)
 
-    Only so: a pod that has just ended is not named any more, and its VM is gone although that was not seen yet.
+
+def _taken_by(device: Device, own: Grant | None, holders: Iterable[Grant], ledger: Ledger) -> Health | None:
+    """Why another pod than its own has the device or its group."""
+    for grant in holders:
+        if own is not None and (grant is own or ledger.are_one_pods(own, grant) or is_heir(own, grant)):
+            continue
+        resource, number = grant.key
+        holder = ledger.holder_of(grant)
+        as_what = f"device {number}" if resource == device.resource else f"{resource}={number}"
+        at = f" ({min(grant.places.addresses)})" if grant.places.addresses else ""
+        if not grant.places.are_known:
+            detail = f"{holder} holds {as_what}, which may be of its IOMMU group {device.iommu_group}"
+            return Health(reason=Reason.GROUP_TAKEN, detail=detail)
+        if grant.places.node == device.node:
+            detail = f"{holder} holds {device.node} as {as_what}{at}"
+            return Health(reason=Reason.HELD_AS_ANOTHER, detail=detail)
+        if device.address in grant.places.addresses:
+            detail = f"{holder} holds {device.address} as {as_what}"
+            return Health(reason=Reason.HELD_AS_ANOTHER, detail=detail)
+        detail = f"IOMMU group {device.iommu_group} is held by {holder} through {as_what}{at}"
+        return Health(reason=Reason.GROUP_TAKEN, detail=detail)
+    return None
+
+
+_Used = tuple[str, Use]
+
+
+def _in_use(
+    device: Device, group: Group, own: Grant | None, holders: Sequence[Grant], used: Iterable[_Used], ledger: Ledger
+) -> Health | None:
+    """Why a use of its group speaks against the device."""
+    for address, use in used:
+        if use.elsewhere:
+            since = f" since before {ledger.holder_of(own)} got it" if own is not None else " although no pod holds it"
+            return Health(reason=Reason.IN_USE_ELSEWHERE, detail=f"{address} is in use (enable is 1){since}")
+    if holders:
+        return None
+    # While it is not known who uses a mate, a device that is in use itself may be so by the same pod. What rides along
+    # with the only device of a group is used with it.
+    addresses = {p.address for p in device.placements}
+    if any(address in addresses or not group.is_shared for address, _ in used):
+        return None
+    for address, _ in used:
+        detail = f"IOMMU group {device.iommu_group} is in use through {address}"
+        return Health(reason=Reason.GROUP_TAKEN, detail=detail)
+    return None
+
+
+def _awaited(device: Device) -> Health:
+    detail = f"PodResources has not told yet which pods hold {device.node}, or others of its IOMMU group"
+    return Health(reason=Reason.HOLDERS_UNKNOWN, detail=detail)
+
+
+def _former_nodes(signals: Signals) -> Mapping[str, frozenset[DeviceKey]]:
+    """Nodes that CDI specs of former names give, with those names."""
+    nodes: dict[str, frozenset[DeviceKey]] = {}
+    for key, node in signals.former.items():
+        nodes[node] = nodes.get(node, frozenset()) | {key}
+    return nodes
+
+
+def _is_former(device: Device, former: Mapping[str, frozenset[DeviceKey]]) -> bool:
+    """Whether a pod may hold its node under a name that is not served any more."""
+    return bool(former.get(device.node, frozenset()) - {(device.resource, device.id)})
+
+
+def _uses_by_group(ledger: Ledger) -> dict[int, list[_Used]]:
+    by_group: dict[int, list[_Used]] = {}
+    for address, use in sorted(ledger.uses.items()):
+        if use.group is not None:
+            by_group.setdefault(use.group, []).append((address, use))
+    return by_group
+
+
+# What an ID means
+
+
+def places_of_id(
+    key: DeviceKey,
+    known: Device | None,
+    found: Found,
+    facts: HostFacts,
+    signals: Signals,
+    settings: Settings,
+    names: ModelNames,
+) -> Places | None:
+    """What a pod has that holds this ID from an earlier run of this plugin; None: the ID is another plugin's.
+
+    `known` is the device that has, or had, the ID. Else a CDI spec tells the node, or the number itself does.
     """
-    if holdings is None or not math.isfinite(holdings.asked_at) or track.key in holdings.pods:
-        return False
-    if track.in_use_since is None or track.in_use_seen_at is None:
-        return False
-    return track.in_use_since <= holdings.asked_at <= track.in_use_seen_at
-
-
-def _holder(key: DeviceKey, promises: Mapping[DeviceKey, Promise], holdings: Holdings | None) -> str | None:
-    if holdings is not None and key in holdings.pods:
-        return f"pod {holdings.pods[key]}"
-    return "a pod that was just admitted" if key in promises else None
-
-
-def _names(holdings: Holdings | None, key: DeviceKey) -> bool:
-    return holdings is not None and key in holdings.pods
+    if known is not None and known.placements:
+        return places_of(known)
+    resource, device_id = key
+    node = signals.former.get(key)
+    if node is None:
+        if not (may_be_ours(resource, settings, names) or was_perhaps_ours(resource, settings)):
+            return None
+        if not device_id.isdecimal() or len(device_id) > 9:
+            return None
+        node = node_of_cdev(device_id) if found.cdevs else node_of_group(device_id)
+    device = next((d for d in found.devices if d.node == node), None)
+    if device is not None:
+        return places_of(device)
+    group = group_of_node(node)
+    if group is not None:
+        members = frozenset(facts.groups[group].members) if group in facts.groups else frozenset()
+        return Places(node=node, group=group, addresses=members)
+    address = facts.vfio_devs.get(node.rpartition("/")[2])
+    if address is None:
+        return Places(node=node)
+    function = facts.functions.get(address)
+    number = function.iommu_group if function is not None else None
+    return Places(node=node, group=number, addresses=frozenset({address}))

@@ -11,40 +11,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from sandbox_plugin.model import Device
+from sandbox_plugin.inventory.devices import Found
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger
+from sandbox_plugin.model import Device, HostFacts
 
-DeviceKey = tuple[str, str]
-"""Resource name and device ID: what the kubelet knows a device by."""
 Bound = tuple[str, int | None]
 """PCI address and `VfioDev.binding`: one function for as long as it stays bound. None before Linux 6.1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
-    """One answer of PodResources: which devices pods hold, by resource and ID, and who they are."""
-
-    asked_at: float
-    """Monotonic seconds before the question was sent: what happened later may be missing from the answer.
-
-    -inf: anything may be missing."""
-    pods: Mapping[DeviceKey, str] = field(default_factory=dict)
-    """Device -> `namespace/name` of the pod that holds it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What sysfs cannot say. `allocated` and `aer` are news since the last step; the others are standing facts."""
+    """What sysfs cannot say. `aer` and `busy` are news since the last step; the others are standing facts."""
 
-    allocated: tuple[DeviceKey, ...] = ()
-    """Devices that one Allocate has just been answered for."""
     aer: tuple[tuple[str, str], ...] = ()
     """(PCI address, ERROR_EVENT) of AER uevents, in order."""
+    busy: Mapping[DeviceKey, frozenset[str]] = field(default_factory=dict)
+    """Devices that an Allocate asked for -> functions of their groups that a look just then saw in use."""
     holdings: Holdings | None = None
     """The latest answer of PodResources, if it ever gave one."""
+    pod_resources: bool = False
+    """Whether there is a PodResources, so that its answer is worth waiting for."""
+    serving_since: float = -math.inf
+    """Since when this plugin serves, in monotonic seconds: what PodResources was asked before does not tell what
+    another plugin gave until then."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     """Resource -> IDs that are in a CDI spec on disk. None: this consumer needs no spec."""
     cdi_trouble: Mapping[str, str] = field(default_factory=dict)
     """Resource -> why its spec could not be written."""
+    former: Mapping[DeviceKey, str] = field(default_factory=dict)
+    """Device -> its node, by the specs that an earlier run left for resources which no device needs any more. Pods
+    may hold such devices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +67,8 @@ class Track:
     """Since when it has not been there; None: it is there."""
     free_since: float | None = None
     """While it is gone: since when PodResources has shown that no pod holds it."""
-    in_use_since: float | None = None
-    """Since when `enable` has been 1 on one of its functions; -inf: since before it was first seen."""
-    in_use_seen_at: float | None = None
-    """When the latest scan that saw it in use began."""
     unanswered: Mapping[Bound, float] = field(default_factory=dict)
-    """Functions that did not answer on the bus when they were last asked, and when the first such scan began."""
+    """Functions that did not answer on the bus, or may be dead in D3cold, and when the first such scan began."""
     silent: frozenset[Bound] = frozenset()
     """Those that have not answered for so long that they count as dead, also while they sleep and are not asked."""
     fatal_counts: Mapping[Bound, int] = field(default_factory=dict)
@@ -88,17 +80,11 @@ class Track:
     def key(self) -> DeviceKey:
         return (self.device.resource, self.device.id)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Promise:
-    """A device that an Allocate was answered for, until it is known to be free again."""
-
-    at: float
-    """When, in monotonic seconds."""
-    seen_held: bool = False
-    """PodResources has shown it held."""
-    seen_used: bool = False
-    """A use has begun since."""
+    @property
+    def is_steady(self) -> bool:
+        """Whether the next scan, if it shows the same device, leads to the same track."""
+        remembered = self.unanswered or self.silent or self.fatal_errors
+        return self.gone_since is None and not remembered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +92,13 @@ class Memory:
     """What the next step needs to know of this one."""
 
     tracks: Mapping[DeviceKey, Track] = field(default_factory=dict)
-    promises: Mapping[DeviceKey, Promise] = field(default_factory=dict)
-    cdevs: bool = False
-    """This kernel has shown cdevs."""
+    ledger: Ledger = field(default_factory=Ledger)
+    facts: HostFacts | None = None
+    """The latest scan."""
+    found: Found | None = None
+    """What was found in the latest scan."""
+    signals: Signals | None = None
+    """What was told last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,14 +109,24 @@ class Inventory:
     """Rises by one with every change; 0 is the empty inventory before the first scan."""
     resources: Mapping[str, tuple[Device, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """Resource name -> its devices, in order of their IDs, with those that left but may still be held."""
+    by_key: Mapping[DeviceKey, Device] = field(default_factory=lambda: MappingProxyType({}))
+    """The same devices."""
     unoffered: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """PCI address -> why a function that a rule wants is not a device, or could not be read."""
     without_spec: frozenset[str] = frozenset()
     """Resources whose devices should be in a CDI spec on disk, while none of them is."""
     waits_for_holdings: bool = False
     """Whether something here can only be settled by asking PodResources."""
+    nodes: frozenset[str] | None = None
+    """The VFIO nodes that exist, also those of no device here; None: not known. A change of them alone is no news: it
+    makes no new version."""
     memory: Memory = Memory()
 
     def device(self, resource: str, device_id: str) -> Device | None:
         """The device that the kubelet means by this ID, or None."""
-        return next((d for d in self.resources.get(resource, ()) if d.id == device_id), None)
+        return self.by_key.get((resource, device_id))
+
+    def is_healthy(self, key: DeviceKey) -> bool:
+        """Whether this device is listed as Healthy."""
+        device = self.by_key.get(key)
+        return device is not None and device.health.healthy

@@ -7,17 +7,14 @@ of its functions stays bound.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from sandbox_plugin.inventory.devices import Found, why_lost
-from sandbox_plugin.inventory.health import is_off_the_bus
-from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import may_be_ours
-from sandbox_plugin.inventory.state import Bound, DeviceKey, FatalError, Holdings, Signals, Track
-from sandbox_plugin.model import Device, Health, HostFacts, PciFunction, Reason, id_order, node_of_cdev, node_of_group
-from sandbox_plugin.settings import Settings
+from sandbox_plugin.inventory.health import may_be_dead
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger
+from sandbox_plugin.inventory.state import Bound, FatalError, Signals, Track
+from sandbox_plugin.model import Device, Health, HostFacts, Reason, group_of_node, id_order
 
 RETIRE = 60.0
 """Seconds for which PodResources must show a lost device free before it is dropped."""
@@ -33,41 +30,63 @@ def follow(
 ) -> dict[DeviceKey, Track]:
     """Every device that is there, or was and is not dropped yet, in order of resource and ID."""
     present = {(d.resource, d.id): d for d in found.devices}
+    keys: Iterable[DeviceKey] = tracks
+    if tracks.keys() != present.keys():
+        keys = sorted(tracks.keys() | present.keys(), key=lambda k: (k[0], id_order(k[1])))
+    nodes = {d.node for d in found.devices}
     followed = {}
-    for key in sorted(tracks.keys() | present.keys(), key=lambda k: (k[0], id_order(k[1]))):
-        track = _next(tracks.get(key), present.get(key), facts, signals, now)
+    for key in keys:
+        track, device = tracks.get(key), present.get(key)
+        if track is None or track.device is not device or not track.is_steady or signals.aer:
+            track = _next(track, device, facts, signals, now)
+            if track is not None and device is None and track.device.node in nodes:
+                # Its number was given to another function, whatever can be read of its own.
+                track = replace(track, device=replace(track.device, node_exists=False))
         if track is not None:
             followed[key] = track
     return followed
 
 
 def held_but_unknown(
+    ledger: Ledger,
+    is_ours: Callable[[str], bool],
     tracks: Mapping[DeviceKey, Track],
-    holdings: Holdings | None,
-    settings: Settings,
-    names: ModelNames,
+    found: Found,
+    facts: HostFacts,
     now: float,
-    *,
-    cdevs: bool,
 ) -> dict[DeviceKey, Track]:
-    """Devices that pods hold from an earlier life of the plugin, and that this node does not show any more."""
-    unknown = {}
-    for (resource, device_id), pod in holdings.pods.items() if holdings is not None else ():
-        if (resource, device_id) in tracks or not device_id.isdecimal() or not may_be_ours(resource, settings, names):
-            continue
-        detail = f"pod {pod} holds it, but this node shows no such device"
+    """Devices of ours that pods hold from an earlier run of the plugin, and that this node does not show."""
+    unknown: dict[DeviceKey, Track] = {}
+    grants = [g for key, g in ledger.grants.items() if key not in tracks and g.allocation == 0 and is_ours(key[0])]
+    if not grants:
+        return unknown
+    nodes = {d.node for d in found.devices}
+    for grant in grants:
+        resource, device_id = grant.key
+        detail = f"{ledger.holder_of(grant)} holds it, but this node shows no such device"
+        health = Health(reason=Reason.GONE, detail=detail)
+        for address in sorted(grant.places.addresses & facts.unreadable.keys()):
+            health = Health(reason=Reason.UNREADABLE, detail=f"{address}: {facts.unreadable[address]}")
         device = Device(
             id=device_id,
             resource=resource,
-            node=node_of_cdev(device_id) if cdevs else node_of_group(device_id),
+            node=grant.places.node,
             model="unknown",
             placements=(),
-            iommu_group=-1,
-            node_exists=False,
-            health=Health(reason=Reason.GONE, detail=detail),
+            iommu_group=-1 if grant.places.group is None else grant.places.group,
+            node_exists=grant.places.node not in nodes and _is_node_there(grant.places.node, facts),
+            health=health,
         )
-        unknown[resource, device_id] = Track(device=device, gone_since=now)
+        unknown[grant.key] = Track(device=device, gone_since=now)
     return unknown
+
+
+def _is_node_there(node: str, facts: HostFacts) -> bool:
+    """Whether the host shows a node, of whatever device."""
+    if facts.dev_nodes is not None and node not in facts.dev_nodes:
+        return False
+    group = group_of_node(node)
+    return node.rpartition("/")[2] in facts.vfio_devs if group is None else group in facts.group_nodes
 
 
 def _next(track: Track | None, device: Device | None, facts: HostFacts, signals: Signals, now: float) -> Track | None:
@@ -88,27 +107,20 @@ def _next(track: Track | None, device: Device | None, facts: HostFacts, signals:
 
 
 def _arrived(device: Device, facts: HostFacts, now: float) -> Track:
-    """New, or bound again: nothing of the past counts. What is in use already may have been so for any time."""
-    in_use = _is_in_use(device, facts)
+    """New, or bound again: nothing of the past counts."""
     return Track(
         device=device,
         arrived_at=now,
-        in_use_since=-math.inf if in_use else None,
-        in_use_seen_at=facts.began_at if in_use else None,
         unanswered=_unanswered({}, device, facts),
         fatal_counts=_fatal_counts(device, facts),
     )
 
 
 def _stayed(track: Track, device: Device, facts: HostFacts, signals: Signals, now: float) -> Track:
-    in_use = _is_in_use(device, facts)
-    since = facts.began_at if track.in_use_since is None else track.in_use_since
     unanswered = _unanswered(track.unanswered, device, facts)
     track = replace(
         track,
         device=device,
-        in_use_since=since if in_use else None,
-        in_use_seen_at=facts.began_at if in_use else None,
         unanswered=unanswered,
         silent=_silent(track.silent, unanswered, device, facts),
     )
@@ -117,7 +129,9 @@ def _stayed(track: Track, device: Device, facts: HostFacts, signals: Signals, no
 
 def _missing(track: Track, facts: HostFacts, signals: Signals, now: float) -> Track:
     if not track.device.placements:
-        return _gone(track, track.device.health, facts, signals, now)
+        there = _is_node_there(track.device.node, facts)
+        gone = _gone(track, track.device.health, facts, signals, now)
+        return replace(gone, device=replace(gone.device, node_exists=there))
     health = why_lost(track.device, facts)
     if health.reason is Reason.UNREADABLE and track.gone_since is None:
         # Silence does not prove that it left: it is still the same device when it answers again.
@@ -128,13 +142,10 @@ def _missing(track: Track, facts: HostFacts, signals: Signals, now: float) -> Tr
 
 def _gone(track: Track, health: Health, facts: HostFacts, signals: Signals, now: float) -> Track:
     gone_since = now if track.gone_since is None else track.gone_since
-    still_used = track.in_use_since is not None and _is_used_unbound(track.device, facts)
     return Track(
         device=replace(track.device, node_exists=False, mates=(), health=health),
         gone_since=gone_since,
         free_since=_free_since(track, gone_since, signals.holdings),
-        in_use_since=track.in_use_since if still_used else None,
-        in_use_seen_at=facts.began_at if still_used else None,
     )
 
 
@@ -143,6 +154,8 @@ def _free_since(track: Track, gone_since: float, holdings: Holdings | None) -> f
         return track.free_since
     if track.key in holdings.pods:
         return None
+    if not holdings.complete:
+        return track.free_since
     return holdings.asked_at if track.free_since is None else track.free_since
 
 
@@ -166,41 +179,7 @@ def _may_have_node(device: Device, facts: HostFacts) -> bool:
     return device.node_exists and (device.is_cdev or device.iommu_group in facts.group_nodes)
 
 
-# Who uses it
-
-
-def _is_in_use(device: Device, facts: HostFacts) -> bool:
-    """Whether someone has enabled a function of the device, or one that is bound to vfio and rides along in its group.
-
-    Where the group has several devices, a function that rides along may be in use through any of them.
-    """
-    addresses = _addresses(device)
-    if not device.mates:
-        addresses |= set(facts.groups[device.iommu_group].members)
-    return any(f.driver is not None and f.enable == 1 for f in _functions(addresses, facts))
-
-
-def _is_used_unbound(device: Device, facts: HostFacts) -> bool:
-    """Whether a VM may still have the device although it was unbound: the kernel waits until the VM lets go of it.
-
-    A function that another driver holds is that driver's. One that cannot be read says nothing new.
-    """
-    addresses = _addresses(device)
-    if facts.unreachable is not None or not addresses.isdisjoint(facts.unreadable):
-        return True
-    return any(f.driver is None and f.enable == 1 for f in _functions(addresses, facts))
-
-
 # What is remembered about single functions
-
-
-def _addresses(device: Device) -> set[str]:
-    return {p.address for p in device.placements}
-
-
-def _functions(addresses: Iterable[str], facts: HostFacts) -> list[PciFunction]:
-    """Those that this look has read."""
-    return [facts.functions[address] for address in addresses if address in facts.functions]
 
 
 def _bound(device: Device) -> frozenset[Bound]:
@@ -214,10 +193,10 @@ def _counts_on(marks: Iterable[Bound], device: Device, facts: HostFacts) -> set[
 
 
 def _unanswered(before: Mapping[Bound, float], device: Device, facts: HostFacts) -> dict[Bound, float]:
-    """Functions that do not answer, and since when."""
+    """Functions that do not answer or may be dead, and since when."""
     unanswered = {bound: before[bound] for bound in _counts_on(before, device, facts) if bound[0] in facts.unreadable}
     for bound in _bound(device):
-        if is_off_the_bus(facts.functions[bound[0]]):
+        if may_be_dead(facts.functions[bound[0]]):
             unanswered[bound] = before.get(bound, facts.began_at)
     return unanswered
 
@@ -232,6 +211,24 @@ def _silent(
         if bound not in unanswered and facts.functions[bound[0]].link_speed is not None:
             silent.discard(bound)
     return frozenset(silent)
+
+
+def why_silent(track: Track) -> Health | None:
+    """What is remembered of a device that has nothing against it now, but may be dead. None: nothing.
+
+    In D3cold it may be dead for `DEAD` seconds before it counts, unless it has not been well since it was seen to be
+    ill, or at all: the next VM must not get it in between.
+    """
+    waits = track.ill or not track.been_well
+    for address, binding in sorted(track.silent | (track.unanswered.keys() if waits else set())):
+        why = "did not answer on the PCI bus and has been asleep since"
+        if (address, binding) in track.unanswered:
+            why = (
+                "does not answer on the PCI bus: it is in D3cold although all bridges above it are awake and ACPI has "
+                "no power resource for it"
+            )
+        return Health(reason=Reason.OFF_THE_BUS, detail=f"{address} {why}")
+    return None
 
 
 def _fatal_counts(device: Device, facts: HostFacts) -> dict[Bound, int]:

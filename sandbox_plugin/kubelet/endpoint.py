@@ -23,7 +23,7 @@ import asyncio
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -38,8 +38,7 @@ from sandbox_plugin.inventory.naming import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.client import NoAnswerError, call
 from sandbox_plugin.kubelet.server import PluginServer
-from sandbox_plugin.kubelet.servicer import DevicePluginServicer
-from sandbox_plugin.model import Device
+from sandbox_plugin.kubelet.servicer import DevicePluginServicer, LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
 from sandbox_plugin.trouble import Trouble
@@ -115,7 +114,7 @@ class Endpoint:
     registry: Registry
     policy: Policy
     consumer: Consumer
-    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
+    why_not: LastLook
     """As in `DevicePluginServicer`."""
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
@@ -160,7 +159,7 @@ class Endpoint:
             try:
                 yield
             finally:
-                await server.end()
+                server.end()
         finally:
             listener.close()
             sockets.remove(self.path, own)
@@ -202,8 +201,10 @@ class Endpoint:
         finally:
             log.debug("stream ended", resource=self.resource, client=whose)
             current = self._registration
-            if registration is not None and current is not None and current.kubelet == registration.kubelet:
-                # Also when it is an older registration's: it is the current one that the same kubelet drops.
+            ours = None if registration is None else (registration.kubelet, registration.own)
+            if current is not None and (current.kubelet, current.own) == ours:
+                # Also when it is an older registration's: it is the current one that the same kubelet drops. Not when
+                # it went over an older socket of ours: we hung up there before we registered again.
                 current.ended = True
                 self._bell.set()
 
@@ -332,6 +333,6 @@ async def _outcome(kubelet: Path, request: v1beta1.RegisterRequest) -> str | Non
         await call(kubelet, lambda channel: v1beta1.RegistrationStub(channel).register(request))
     except GRPCError as error:
         return f"the kubelet answered {error.status.name}: {error.message}"
-    except (NoAnswerError, FileNotFoundError) as error:
+    except (NoAnswerError, FileNotFoundError, PermissionError) as error:
         return f"the kubelet does not answer: {error}"
     return None

@@ -14,18 +14,19 @@ import asyncio
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from grpclib import GRPCError
+from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1
-from sandbox_plugin.inventory.state import Holdings
+from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.kubelet import sockets
-from sandbox_plugin.kubelet.client import NoAnswerError, call
+from sandbox_plugin.kubelet.client import NoAnswerError, NonsenseError, call
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble
 
 INTERVAL = 5.0
@@ -34,6 +35,9 @@ YOUNG = 30.0
 """Seconds after its start in which a kubelet may not know all of its pods."""
 _TIMEOUT = 4.0
 """Seconds for one answer."""
+
+_NEVER = (Status.UNIMPLEMENTED, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED)
+"""Answers of who does not serve this API, or not to us: nothing is to be waited for."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -51,7 +55,21 @@ class HoldingsPoller:
     _kubelet: sockets.Identity | None = None
     _kubelet_since: float = 0.0
     """When the kubelet that made this socket began, by `clock`."""
-    _last: Holdings | None = None
+    _heard_at: float = -math.inf
+    """When PodResources answered last, by `clock`."""
+    _hurried: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def hurry(self) -> None:
+        """Much may have happened: what somebody waits for is asked for now."""
+        self._hurried.set()
+
+    def look(self) -> None:
+        """Something changed in the kubelet's folder: if there is another kubelet, it is asked now.
+
+        The kubelet writes there at each Allocate; that is no reason.
+        """
+        if sockets.identity(self.socket) != self._kubelet:
+            self.hurry()
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -60,36 +78,53 @@ class HoldingsPoller:
             if self._answered and not inventory.waits_for_holdings:
                 await self.registry.newer_than(inventory.version)
                 continue
+            self._hurried.clear()
             await self.ask()
-            await asyncio.sleep(INTERVAL)
+            await happens(self._hurried, within=INTERVAL)
 
     async def ask(self, patience: float = _TIMEOUT) -> None:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""
         asked_at = self.clock()
         is_young = self._is_young()
+        is_there = True
+        learnt = None
         log.debug("PodResources asked", path=str(self.socket))
         try:
             async with asyncio.timeout(patience):
-                learnt = holdings(await list_pods(self.socket), asked_at)
+                answer = await list_pods(self.socket)
+                # Another kubelet may have answered than the one whose age was looked at.
+                complete = not is_young and self._kubelet is not None and sockets.identity(self.socket) == self._kubelet
+                learnt = holdings(answer, asked_at, complete=complete)
         except FileNotFoundError:
+            is_there = self._is_only_away()
             self._complain("socket does not exist")
         except TimeoutError:
             self._complain(f"no answer in {patience:g} s")
+        except PermissionError as error:
+            is_there = False
+            self._complain(str(error.strerror))
         except NoAnswerError as error:
+            is_there = not isinstance(error, NonsenseError) or self._is_only_away()
             self._complain(str(error))
         except GRPCError as error:
+            is_there = error.status not in _NEVER
             self._complain(f"{error.status.name}: {error.message}")
         except MalformedMessage as error:
+            is_there = self._is_only_away()
             self._complain(f"the answer is malformed: {error}")
         else:
             self._trouble.update(None)
+            self._answered = self._answered or learnt.complete
+            self._heard_at = self.clock()
             ours = self.registry.current.resources
             holders = {f"{resource}={id}": pod for (resource, id), pod in learnt.pods.items() if resource in ours}
             ms = round((self.clock() - asked_at) * 1000, 1)
             log.debug("PodResources answered", pods=len(set(holders.values())), holders=holders, young=is_young, ms=ms)
-            self._answered = self._answered or not is_young
-            self._last = without_absences(learnt, self._last) if is_young else learnt
-            self.registry.learn(holdings=self._last)
+        self.registry.learn(holdings=learnt, pod_resources=is_there)
+
+    def _is_only_away(self) -> bool:
+        """Whether the socket was there until just now: a kubelet that restarts takes it away for a while."""
+        return self.clock() - self._heard_at < YOUNG
 
     def _is_young(self) -> bool:
         """Whether the kubelet has just started. A socket that we see for the first time tells its age by its mtime."""
@@ -109,11 +144,12 @@ async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
     return await call(socket, lambda channel: v1.PodResourcesListerStub(channel).list(v1.ListPodResourcesRequest()))
 
 
-def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:
+def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: bool) -> Holdings:
     """Which pod holds which device, out of an answer. Raises `MalformedMessage`."""
     check(answer)
     return Holdings(
         asked_at=asked_at,
+        complete=complete,
         pods={
             (devices.resource_name, device_id): f"{pod.namespace}/{pod.name}"
             for pod in answer.pod_resources
@@ -122,10 +158,3 @@ def holdings(answer: v1.ListPodResourcesResponse, asked_at: float) -> Holdings:
             for device_id in devices.device_ids
         },
     )
-
-
-def without_absences(answer: Holdings, before: Holdings | None) -> Holdings:
-    """What an answer tells that may lack some pods: who holds what, and of nobody that he does not any more."""
-    if before is None:
-        return replace(answer, asked_at=-math.inf)
-    return Holdings(asked_at=before.asked_at, pods={**before.pods, **answer.pods})

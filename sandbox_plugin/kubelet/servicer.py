@@ -23,7 +23,7 @@ from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.topology import Place, places_by_id
 from sandbox_plugin.kubelet.answers import answer
 from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
-from sandbox_plugin.model import Device
+from sandbox_plugin.model import Device, Objection
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Policy
 
@@ -31,6 +31,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 """The only words the kubelet knows (pkg/apis/deviceplugin/v1beta1/constants.go)."""
+
+
+LastLook = Callable[[Sequence[Device]], Awaitable[Mapping[str, Objection]]]
+"""Looks at devices once more: device ID -> what speaks against giving it away now. Answers soon."""
 
 
 @dataclass(kw_only=True)
@@ -42,8 +46,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     policy: Policy
     consumer: Consumer
     stream: Callable[[], AbstractContextManager[None]]
-    why_not: Callable[[Sequence[Device]], Awaitable[Mapping[str, str]]]
-    """Looks at these devices once more: device ID -> why it must not be given away now. Answers soon."""
+    why_not: LastLook
     _places: tuple[int, Mapping[str, Place]] | None = field(default=None, init=False)
     """The version of the inventory that was last asked about, and the places of its devices."""
 
@@ -105,13 +108,13 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         asked = [container.devices_ids for container in request.container_requests]
         log.debug("allocate asked", resource=self.resource, devices=asked)
         chosen = self._choose(self.registry.current, asked)
-        self._refuse(chosen, await self.why_not(chosen))
+        await self._look(chosen)
         chosen = self._choose(self.registry.current, asked)
         by_id = {d.id: d for d in chosen}
         response = v1beta1.AllocateResponse(
             container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
         )
-        self.registry.learn(allocated=[(d.resource, d.id) for d in chosen])
+        self.registry.allocate([(d.resource, d.id) for d in chosen])
         for device in chosen:
             log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
         log.debug("allocate answered", resource=self.resource, answer=response)
@@ -143,12 +146,22 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         counts = Counter(device_id for ids in asked for device_id in ids)
         if twice := [device_id for device_id, count in counts.items() if count > 1]:
             raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice[0][:80]!r} is requested twice")
-        devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
-        if unknown := [device_id for device_id in counts if device_id not in devices]:
-            raise GRPCError(Status.NOT_FOUND, f"{self.resource}: unknown device {unknown[0][:80]!r}")
-        chosen = [devices[device_id] for device_id in counts]
+        chosen = []
+        for device_id in counts:
+            device = inventory.device(self.resource, device_id)
+            if device is None:
+                raise GRPCError(Status.NOT_FOUND, f"{self.resource}: unknown device {device_id[:80]!r}")
+            chosen.append(device)
         self._refuse(chosen, {d.id: str(d.health) for d in chosen if not d.health.healthy})
         return chosen
+
+    async def _look(self, devices: Sequence[Device]) -> None:
+        """Looks at the devices once more. Raises GRPCError for one that a VM could not open now."""
+        against = await self.why_not(devices)
+        busy = {(self.resource, device_id): objection.in_use for device_id, objection in against.items()}
+        if any(busy.values()):
+            self.registry.learn(busy={key: addresses for key, addresses in busy.items() if addresses})
+        self._refuse(devices, {device_id: objection.why for device_id, objection in against.items()})
 
     def _refuse(self, devices: Sequence[Device], ill: Mapping[str, str]) -> None:
         """Raises GRPCError for the first of these devices of which `ill` says why it cannot be had."""

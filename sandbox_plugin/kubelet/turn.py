@@ -18,6 +18,9 @@ from pathlib import Path
 
 import structlog
 
+from sandbox_plugin.tasks import happens
+from sandbox_plugin.trouble import Trouble
+
 LOCK_NAME = ".sandbox-plugin.lock"
 _STANDING_BY = "standing by"
 _RETRY = 0.5
@@ -41,8 +44,8 @@ class Turn:
 
     folder: Path
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
-    _said: str | None = None
-    """The event that was logged last; None when there was nothing to wait for."""
+    _trouble: Trouble = field(default_factory=Trouble)
+    """The event that was logged last, while there is something to wait for."""
     _held: int | None = None
     """Descriptor of the locked file."""
 
@@ -54,10 +57,11 @@ class Turn:
     async def taken(self) -> AsyncIterator[None]:
         """Waits as long as it takes, then holds the lock for as long as the context."""
         while (descriptor := self._try()) is None:
-            await self._wait(_RETRY)
-        if self._said == _STANDING_BY:  # and not after a wait for the folder, which nobody had
+            self._bell.clear()
+            await happens(self._bell, within=_RETRY)
+        if self._trouble.now == _STANDING_BY:  # and not after a wait for the folder, which nobody had
             log.info("taking over", path=str(self.folder / LOCK_NAME))
-        self._said = None
+        self._trouble.update(None)
         self._held = descriptor
         try:
             yield
@@ -68,7 +72,8 @@ class Turn:
     async def lost(self) -> None:
         """Returns when the locked file is not the one in the folder any more, and the new one cannot be had."""
         while True:
-            await self._wait(_CHECK)
+            self._bell.clear()
+            await happens(self._bell, within=_CHECK)
             if self._held is not None and _is_at(self.folder / LOCK_NAME, self._held):
                 continue
             descriptor = self._try()
@@ -77,14 +82,6 @@ class Turn:
             if self._held is not None:
                 os.close(self._held)
             self._held = descriptor
-
-    async def _wait(self, seconds: float) -> None:
-        self._bell.clear()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._bell.wait()
-        except TimeoutError:
-            return
 
     def _try(self) -> int | None:
         """The locked file, or None: said once, why not."""
@@ -107,9 +104,8 @@ class Turn:
         return None
 
     def _say(self, event: str, path: Path, reason: str | None) -> None:
-        if self._said != event:
+        if self._trouble.update(event):
             log.warning(event, path=str(path), reason=reason)
-        self._said = event
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

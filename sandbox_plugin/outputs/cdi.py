@@ -2,7 +2,7 @@
 
 `render_specs` is pure. `CdiWriter` keeps the folder equal to what it renders: each file is replaced whole, a device is
 in the spec before it is listed as Healthy, and a node that is gone leaves the spec. Which files are ours to replace is
-in `cdi_owner`; nothing else is ever touched.
+in `cdi_owner`, and how long specs stay that no resource needs any more, in `stale`; nothing else is ever touched.
 
 Rules of the format: CDI specification 0.5.0. Kata reads versions 0.1.0 to 0.6.0 strictly, and one bad spec in the
 folder fails every pod, hence: no empty `devices`, only the device's own node, no field that is not needed.
@@ -13,8 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -22,13 +21,15 @@ from typing import TypeVar
 import structlog
 
 from sandbox_plugin.host.threads import on_thread
+from sandbox_plugin.inventory.ledger import DeviceKey
 from sandbox_plugin.inventory.naming import cdi_file_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device
-from sandbox_plugin.outputs import files
-from sandbox_plugin.outputs.cdi_owner import MARK, Ownership, is_marked, ownership, stated_kind
+from sandbox_plugin.outputs import files, stale
+from sandbox_plugin.outputs.cdi_owner import MARK, Ownership, is_marked, ownership
 from sandbox_plugin.outputs.spec_text import LARGEST
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Troubles
 
 _PAUSE = 0.25
@@ -108,12 +109,18 @@ class CdiWriter:
     _is_look_due: bool = False
     _on_disk: dict[str, _Spec] = field(default_factory=dict)
     """What was last seen in the file of a resource."""
-    _not_stale: dict[str, files.Stamp] = field(default_factory=dict)
-    """Names of other files of the folder that need no second look, as they were when they were read."""
+    _unwanted: dict[str, stale.Seen] = field(default_factory=dict)
+    """The other specs of the folder, by name, as they were when they were read."""
+    _free_since: dict[str, float] = field(default_factory=dict)
+    """As in `stale.free_since`."""
+    _former: dict[DeviceKey, str] | None = None
+    """What the registry was told."""
     _troubles: Troubles[str] = field(default_factory=Troubles)
     """By resource."""
     _stale_troubles: Troubles[Path] = field(default_factory=Troubles)
     """By stale spec, or for the folder as a whole."""
+    _kept: Troubles[Path] = field(default_factory=Troubles)
+    """Why stale specs are kept."""
     _replaced: dict[str, int] = field(default_factory=dict)
     """How often somebody else's spec was replaced: two writers are named once, not each time."""
 
@@ -141,9 +148,7 @@ class CdiWriter:
                 inventory = self.registry.current
                 if inventory.version:
                     await self._sync(inventory)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._patience()):
-                        await self._bell.wait()
+                await happens(self._bell, within=self._patience())
 
     def _patience(self) -> float:
         pause = self._not_before - asyncio.get_running_loop().time()
@@ -176,9 +181,9 @@ class CdiWriter:
         await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by that
         for resource in written:
             log.info("cdi spec written", resource=resource, path=str(self.folder / cdi_file_name(resource)))
-        stale = await self._remove_stale(wanted={cdi_file_name(resource) for resource in specs})
+        stale_trouble = await self._clear_stale(inventory, wanted={cdi_file_name(resource) for resource in specs})
         self._tell_of_trouble(trouble)
-        for path, why in self._stale_troubles.update(stale).items():
+        for path, why in self._stale_troubles.update(stale_trouble).items():
             log.error("cdi trouble", path=str(path), reason=why)
 
     def _tell_of_trouble(self, trouble: dict[str, str]) -> None:
@@ -224,17 +229,46 @@ class CdiWriter:
             )
         return times <= 2
 
-    async def _remove_stale(self, wanted: set[str]) -> dict[Path, str]:
-        """Removes the specs of ours that no resource wants. Returns what could not be removed, and why."""
-        look = _remove_stale(self.folder, wanted, self.is_ours, self._not_stale)
+    async def _clear_stale(self, inventory: Inventory, wanted: Set[str]) -> dict[Path, str]:
+        """Removes the stale specs that no pod can need, and tells the registry of the others.
+
+        Returns what could not be removed, and why.
+        """
+        look = stale.look_for_stale(self.folder, wanted, self.is_ours, self._unwanted)
         try:
-            outcome = await self._uninterrupted(look)
+            self._unwanted = await self._uninterrupted(look)
         except OSError as error:
             return {self.folder: f"stale CDI specs cannot be looked for: {error.strerror}"}
-        self._not_stale = outcome.not_stale
+        kept, going = self._sort_stale(inventory)
+        for path, why in self._kept.update(kept).items():
+            log.info("stale cdi spec kept", path=str(path), reason=why)
+        if not going:
+            return {}
+        try:
+            outcome = await self._uninterrupted(stale.remove(self.folder, going))
+        except OSError as error:
+            return {self.folder: f"stale CDI specs cannot be removed: {error.strerror}"}
         for file in outcome.removed:
             log.info("stale cdi spec removed", path=str(file))
         return {file: f"this stale CDI spec cannot be removed: {why}" for file, why in outcome.stuck.items()}
+
+    def _sort_stale(self, inventory: Inventory) -> tuple[dict[Path, str], dict[str, files.Stamp]]:
+        """Why some stale specs are kept, and which are to go. Tells the registry what those say that are kept."""
+        specs = {name: seen.spec for name, seen in self._unwanted.items() if seen.spec is not None}
+        kinds = {spec.kind for spec in specs.values() if spec.kind is not None}
+        holdings, has_pod_resources = self.registry.holdings, self.registry.has_pod_resources
+        self._free_since = stale.free_since(self._free_since, kinds, holdings)
+        whys = {
+            name: stale.why_kept(spec, inventory, holdings, self._free_since, has_pod_resources=has_pod_resources)
+            for name, spec in specs.items()
+        }
+        kept = {name: why for name, why in whys.items() if why is not None}
+        former = stale.former(specs[name] for name in kept)
+        if former != self._former:
+            self._former = former
+            self.registry.learn(former=former)
+        going = {name: self._unwanted[name].stamp for name in specs if name not in kept}
+        return {self.folder / name: why for name, why in kept.items()}, going
 
     async def _uninterrupted(self, work: Awaitable[_T]) -> _T:
         """Waits for file work to end, however long that takes, and tells when the folder does not answer.
@@ -310,55 +344,8 @@ def _write_if_different(file: Path, resource: str, wanted: bytes, before: _Spec 
         try:
             written = files.replace(file, wanted)
         except FileNotFoundError:
-            file.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(file.parent)
             written = files.replace(file, wanted)
     except OSError as error:
         return _Written(found=found, stamp=stamp, failure=error)
     return _Written(found=found, stamp=written, replaced=owner)
-
-
-@dataclass(kw_only=True)
-class _Stale:
-    """How it went to remove stale specs."""
-
-    removed: list[Path] = field(default_factory=list)
-    stuck: dict[Path, str | None] = field(default_factory=dict)
-    """Those that could not be removed, and why."""
-    not_stale: dict[str, files.Stamp] = field(default_factory=dict)
-
-
-@on_thread
-def _remove_stale(
-    folder: Path, wanted: Set[str], is_ours: Callable[[str], bool], not_stale: Mapping[str, files.Stamp]
-) -> _Stale:
-    """Removes the specs of ours that are not `wanted`."""
-    outcome = _Stale()
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return outcome
-    for name in sorted(set(names) - wanted):
-        if not name.endswith(".yaml"):
-            continue
-        file = folder / name
-        try:
-            stamp = files.stamp_of(os.stat(file))
-            if not_stale.get(name) == stamp or not _is_stale(name, files.read(file, LARGEST + 1), is_ours):
-                outcome.not_stale[name] = stamp
-                continue
-        except OSError:
-            continue  # a folder, say: what cannot be read is not known to be ours
-        try:
-            file.unlink()
-            outcome.removed.append(file)
-        except OSError as error:
-            outcome.stuck[file] = error.strerror
-    return outcome
-
-
-def _is_stale(name: str, content: bytes, is_ours: Callable[[str], bool]) -> bool:
-    """Whether this plugin wrote it, or it has the name and the kind of a resource that we may serve."""
-    if is_marked(content):
-        return True
-    kind = stated_kind(content)
-    return kind is not None and name == cdi_file_name(kind) and is_ours(kind)

@@ -1,13 +1,15 @@
 """Small files: told apart without being read, read without waiting, replaced whole.
 
-What CdiWriter and NeighbourWatch both need. Every call may hang on a dead mount: call these on a thread.
+What CdiWriter and ForeignSpecWatch both need. Every call may hang on a dead mount: call these on a thread.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
@@ -35,23 +37,69 @@ def read(file: Path, limit: int) -> bytes:
 
 def replace(file: Path, content: bytes) -> Stamp:
     """Replaces a file: a reader sees all of the old one or all of the new one. Leaves nothing behind when it fails."""
-    temporary = file.with_name(f".{file.name}{_TEMPORARY}")
+    temporary, descriptor = _new_beside(file)
     try:
-        with open(temporary, "wb", opener=_for_all_to_read) as opened:
+        with open(descriptor, "wb") as opened:
+            os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes run as other users
             opened.write(content)
             opened.flush()
             os.replace(temporary, file)
-            return stamp_of(os.fstat(opened.fileno()))
+            return stamp_of(os.fstat(descriptor))
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # why it failed is to be said, not what came of that
+            temporary.unlink()
         raise
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, all with mode 0755 whatever the umask.
+
+    One that is there already stays as it is. Raises OSError.
+    """
+    try:
+        try:
+            os.mkdir(folder, 0o755)
+        except FileNotFoundError:
+            make_folder(folder.parent)
+            os.mkdir(folder, 0o755)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    else:
+        os.chmod(folder, 0o755)
 
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that takes the file's place has no writer
 
 
-def _for_all_to_read(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes run as other users
-    return descriptor
+def _new_beside(file: Path) -> tuple[Path, int]:
+    """An empty file for what is to replace `file`, and its descriptor. Raises OSError.
+
+    Whatever has its name is in the way: a rest of a write that was cut off, or a pipe, which would hold up whoever
+    opens it. That goes; what cannot go, such as a folder with something in it, stays, and another name is taken.
+    """
+    temporary = file.with_name(f".{file.name}{_TEMPORARY}")
+    try:
+        return temporary, _create(temporary)
+    except FileExistsError:
+        with suppress(OSError):
+            _remove(temporary)
+            return temporary, _create(temporary)
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}{_TEMPORARY}")
+    try:
+        return temporary, _create(temporary)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from None  # another name each time would be news
+
+
+def _create(file: Path) -> int:
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+
+
+def _remove(path: Path) -> None:
+    """Raises OSError for a folder that is not empty."""
+    try:
+        path.unlink()
+    except IsADirectoryError:
+        path.rmdir()

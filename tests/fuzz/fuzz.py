@@ -36,8 +36,9 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.kubelet.podresources import holdings
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.kubelet.wellformed import MalformedMessage
-    from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, VfioDev
-    from sandbox_plugin.outputs.cdi_rules import read_spec
+    from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
+    from sandbox_plugin.outputs.cdi_lint import read_spec
+    from sandbox_plugin.outputs.stale import read_stale
     from sandbox_plugin.registry import Registry
     from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
 
@@ -55,6 +56,7 @@ ATTRIBUTES = (
     "enable",
     "power_state",
     "resource",
+    "reset_method",
     "sriov_numvfs",
     "aer_dev_fatal",
     "vfio-dev/vfio3/dev",
@@ -115,7 +117,7 @@ def messages(_: Path) -> Callable[[bytes], None]:
         elif kind < b"\xaa" and (request := _parsed(v1beta1.AllocateRequest(), body)):
             _try(lambda: asyncio.run(servicer.allocate(request)))
         elif answer := _parsed(v1.ListPodResourcesResponse(), body):
-            _try(lambda: holdings(answer, 0.0))
+            _try(lambda: holdings(answer, 0.0, complete=True))
 
     return one
 
@@ -142,8 +144,8 @@ def uevent(_: Path) -> Callable[[bytes], None]:
 
 
 def cdi(_: Path) -> Callable[[bytes], None]:
-    """Any file that others put into the CDI folder is a spec, or is said to be wrong."""
-    return lambda data: _ignore(read_spec(data))
+    """Any file that others put into the CDI folder is a spec, or is said to be wrong; and it is ours or not."""
+    return lambda data: _ignore((read_spec(data), read_stale("nvidia.com-pgpu.yaml", data, lambda _: True)))
 
 
 def _ignore(_: object) -> None:
@@ -168,7 +170,7 @@ async def _servicer() -> DevicePluginServicer:
     registry = Registry(Settings(), ModelNames(), requires_cdi=False)
     registry.observe(HostFacts(functions=gpus, groups=groups))
 
-    async def fine(devices: Sequence[Device]) -> Mapping[str, str]:
+    async def fine(devices: Sequence[Device]) -> Mapping[str, Objection]:
         return {}
 
     return DevicePluginServicer(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sandbox_plugin.model import Device, Health, Placement, Reason
+from sandbox_plugin.model import Device, Health, Objection, Placement, Reason
 
 DEAD = Health(reason=Reason.GONE, detail="taken out for a test")
 
 
-async def nothing_against(devices: Sequence[Device]) -> Mapping[str, str]:
+async def nothing_against(devices: Sequence[Device]) -> Mapping[str, Objection]:
     """The `why_not` of an endpoint whose devices are all well."""
     return {}
 

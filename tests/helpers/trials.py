@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
-from daemon import ROOT, Daemon, Places, clean_environment
+from daemon import ROOT, Places, clean_environment
 from kubelet import TIMEOUT, GrpcKubelet
 from names import PGPU
 from truth import HEALTHY, Truth, View
@@ -79,11 +78,6 @@ def figures(name: str, seconds: Sequence[float]) -> None:
     """Prints measured times, in milliseconds; `pytest -s` or `-rP` shows them. docs/reliability.md quotes them."""
     worst, median = max(seconds) * 1000, statistics.median(seconds) * 1000
     print(f"FIGURE {name}: median {median:.1f} ms, worst {worst:.1f} ms of {len(seconds)}")
-
-
-def memory(daemon: Daemon) -> int:
-    """Resident bytes."""
-    return int(psutil.Process(daemon.pid).memory_info().rss)
 
 
 def tampered(places: Places, code: str) -> str:

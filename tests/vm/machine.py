@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import IO
 
 _DEVICES = (
-    # Root ports: two for devices that are there from the start, one for hot-plug, one behind a second NUMA node.
+    # Root ports: for devices that are there from the start; rp3 for hot-plug; rp4 on the second NUMA node.
     "pcie-root-port,id=rp1,bus=pcie.0,chassis=1,slot=1,addr=04.0,multifunction=on",
     "pcie-root-port,id=rp2,bus=pcie.0,chassis=2,slot=2,addr=04.1",
     "pcie-root-port,id=rp3,bus=pcie.0,chassis=3,slot=3,addr=04.2",
+    "pcie-root-port,id=rp5,bus=pcie.0,chassis=5,slot=5,addr=04.3",
+    "pcie-root-port,id=rp6,bus=pcie.0,chassis=6,slot=6,addr=04.4",
+    "pcie-root-port,id=rp7,bus=pcie.0,chassis=7,slot=7,addr=04.5",
     "pxb-pcie,id=pxb1,bus=pcie.0,bus_nr=128,numa_node=1",
     "pcie-root-port,id=rp4,bus=pxb1,chassis=4,slot=4",
     # 01:00.0 a "GPU" alone; 02:00.0 one with another function in its group; 81:00.0 one on the other NUMA node.
@@ -32,10 +35,18 @@ _DEVICES = (
     "virtio-gpu-pci,id=gpu1,bus=rp2,addr=00.0,multifunction=on",
     "virtio-rng-pci,id=rng1,bus=rp2,addr=00.1",
     "virtio-gpu-pci,id=gpu2,bus=rp4",
+    # 04:00.0 and 04:00.1 two that are offered, in one group; neither of them can be reset. 05:00.0 and 06:00.0 alone.
+    "ati-vga,id=card0,bus=rp5,addr=00.0,multifunction=on,romfile=",
+    "intel-hda,id=sound0,bus=rp5,addr=00.1",
+    "e1000e,id=nic0,bus=rp6,romfile=",
+    "nvme,id=disk0,bus=rp7,serial=0",
 )
 _KERNEL_LINE = (
     "console=ttyS0 intel_iommu=on loglevel=4 panic=-1 pcie_ports=native rdinit=/guest/init"
     # Not clocksource=tsc: on a busy host the kernel measures the emulator's TSC wrong, ten times too fast or too slow.
+    # A timer that repeats: on a busy host the emulator now and then loses the interrupt of one that is set anew each
+    # time, and then nothing on that CPU wakes by time any more ("rcu_sched detected stalls").
+    " nohz=off highres=off"
     " mitigations=off"  # they protect nobody here, and cost most where every instruction is emulated
 )
 _BOOT_SECONDS, _BOOTS = 120.0, 3

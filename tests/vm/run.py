@@ -16,7 +16,7 @@ from pathlib import Path
 from machine import run_machine
 from prepare import ROOT, prepare
 
-_PATIENCE = 1200.0
+_PATIENCE = 1800.0
 """Seconds for everything in the guest."""
 _CDEV_WORK = ROOT / ".cache/vm-cdev"
 

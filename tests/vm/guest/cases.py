@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import stat
 import statistics
 import subprocess
 import sys
@@ -23,22 +24,26 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from judge import NO_ANSWER, DeviceKey, Judge, VfioUser, vm
 from kernel import (
     CDEVS,
     announce,
     bind,
     bind_by_new_id,
     bind_directly,
+    bound_functions,
     bound_id,
     cut_power,
     device_id,
     driver,
     events,
     expect,
+    group,
     hot_add,
     hot_remove,
     inject_aer,
     insert_modules,
+    members,
     new_id,
     node,
     remove_vfio,
@@ -49,18 +54,21 @@ from kubelet import GrpcKubelet
 from pods import PodResources
 
 GPU, TWIN, SIBLING, FAR, HOT = "0000:01:00.0", "0000:02:00.0", "0000:02:00.1", "0000:81:00.0", "0000:03:00.0"
+CARD, SOUND, NIC, DISK = "0000:04:00.0", "0000:04:00.1", "0000:05:00.0", "0000:06:00.0"
 GPU_PORT = "0000:00:04.0"
 EDU_ID = "1234 11e8"
 """QEMU's edu device, as new_id takes it."""
-GPUS, EDUS = "example.com/gpu", "example.com/edu"
-PATIENCE = 120.0
-"""Seconds; the machine is emulated, and where other work shares its cores a daemon takes over 30 s to start."""
+GPUS, EDUS, CARDS = "example.com/gpu", "example.com/edu", "example.com/card"
+OFFERED = {GPU: GPUS, TWIN: GPUS, FAR: GPUS, HOT: EDUS, CARD: CARDS, SOUND: CARDS, NIC: CARDS, DISK: CARDS}
+"""What rules.toml offers, and under which name. SIBLING rides along in TWIN's group."""
+PATIENCE = 240.0
+"""Seconds; the machine is emulated, and where other work shares its cores a daemon takes 30 to 130 s to start."""
 HEALTH_INTERVAL = 2.0
 """Seconds. With it the power cut, which no event tells of, is seen."""
 ROUNDS = 20
 PAUSE = 0.3
 """Seconds before each measured cause: what is measured is one event, and not the end of the one before it too."""
-STUCK = 400.0
+STUCK = 900.0
 """Seconds after which every thread's stack is printed: nothing here takes so long."""
 _UNCORRECTABLE_FATAL = 0x40000
 """Malformed TLP, in the Uncorrectable Error Status Register (PCIe 6.0, 7.8.4.2)."""
@@ -89,6 +97,10 @@ class Bench:
             self.daemon = subprocess.Popen(
                 [*command, *flags, "--health-interval", str(HEALTH_INTERVAL)], stderr=log, stdin=subprocess.DEVNULL
             )
+        self.judge = Judge(self.kubelet, self.log_path, OFFERED)
+
+    def wait_until_started(self) -> None:
+        """Raises AssertionError."""
         try:
             self.wait_for_log("device")
         except AssertionError:
@@ -96,6 +108,7 @@ class Bench:
             raise
 
     def close(self) -> None:
+        self.judge.close()
         self.daemon.terminate()
         status = self.daemon.wait(PATIENCE)
         self.kubelet.stop()
@@ -122,10 +135,24 @@ class Bench:
         self.kubelet.wait_for(seen, PATIENCE)
         return (self.kubelet.history(resource)[-1].at - began) * 1000
 
+    def expect_kernel_agrees(self, step: str, *in_use: DeviceKey) -> None:
+        """Every device is Healthy if and only if the kernel gives it to a VM. `in_use`: those that pods' VMs have."""
+        self.judge.expect_agreement(step, PATIENCE, in_use)
+
+    def disagreement(self, step: str, patience: float) -> str | None:
+        """What kernel and daemon still disagree about after `patience` seconds, for a fault that is known."""
+        try:
+            self.judge.expect_agreement(step, patience)
+        except AssertionError as error:
+            return str(error)
+        return None
+
     def case(self, name: str, work: Callable[[], float | None]) -> None:
-        """Runs one case; its failure is a result too."""
+        """Runs one case, and asks the kernel whether it agrees with the outcome. A failure is a result too."""
         try:
             milliseconds, outcome = work(), "ok"
+            if self.daemon.poll() is None:
+                self.expect_kernel_agrees(name)
         except Skip as why:
             milliseconds, outcome = None, f"skipped: {why}"
         except Exception as error:
@@ -145,6 +172,7 @@ def main() -> int:
     faulthandler.dump_traceback_later(STUCK, repeat=True)
     insert_modules()
     bench = Bench(name="root")
+    bench.wait_until_started()
     try:
         _bind_and_unbind(bench)
         if CDEVS:
@@ -155,17 +183,25 @@ def main() -> int:
         _in_use(bench)
         _aer(bench)
         _modules(bench)
+        _stand_ins(bench)
         _off_the_bus(bench)
         _pods(bench)
+        _mates(bench)
     finally:
         bench.pods.stop()
         bench.case("SIGTERM: a graceful end", lambda: bench.close())
+    # A daemon takes seconds to start, so the others do it at the same time; none of them is measured then.
     nobody = Bench(name="nobody", user=65534, prefix=_unprivileged())
+    others = [Bench(name="kubevirt", flags=("--consumer", "kubevirt"))]
+    _kubevirt_cases(others[0])
+    if CDEVS:
+        others.append(Bench(name="strict", flags=("--require-iommufd",)))
+        _strict_cases(others[1])
     try:
         _unprivileged_cases(nobody)
     finally:
         nobody.case("unprivileged: a graceful end", lambda: nobody.close())
-    return _summary(bench.results + nobody.results + (_strict() if CDEVS else []))
+    return _summary([result for each in (bench, *others, nobody) for result in each.results])
 
 
 def _bind_and_unbind(bench: Bench) -> None:
@@ -241,13 +277,19 @@ def _medians(bench: Bench) -> None:
             ):
                 whole = bench.latency(partial(cause, GPU), seen)
                 seen_at = bench.kubelet.history(GPUS)[-1].at
-                first = next(m for m in moments if m > seen_at - whole / 1000)
+                began = seen_at - whole / 1000
+                wait_until(partial(_has_later, moments, began), "the kernel's event")  # its listener may come late
+                first = next(m for m in moments if m > began)
                 times.append((whole, (seen_at - first) * 1000))
     for what, times in (("bind", binds), ("unbind", unbinds)):
         wholes, shares = zip(*times, strict=True)
         print(f"{what}: " + " ".join(f"{t:.0f}" for t in sorted(wholes)), flush=True)
         bench.case(f"{what}, median of {ROUNDS} (aim: 50 ms)", partial(statistics.median, wholes))
         bench.case("    of these from the kernel's first event on", partial(statistics.median, shares))
+
+
+def _has_later(moments: list[float], began: float) -> bool:
+    return any(moment > began for moment in moments)
 
 
 def _is_not_healthy(bench: Bench, number: str) -> bool:
@@ -305,6 +347,34 @@ def _off_the_bus(bench: Bench) -> None:
         lambda: bench.latency(lambda: give_back[0](), lambda: bench.is_healthy(GPUS, number)),
     )
 
+    bench.case("a VM opens a device without power: not let in, and it stays Unhealthy", lambda: _opened_dead(bench))
+
+
+def _opened_dead(bench: Bench) -> None:
+    """The kernel finds that nothing answers, and notes D3cold, as if the device were asleep."""
+    number = bound_id(GPU)
+    user = VfioUser()
+    give_back = cut_power(GPU_PORT)
+    try:
+        bench.kubelet.wait_for(lambda: not bench.is_healthy(GPUS, number), PATIENCE)
+        user.begin("try", node(number), GPU)
+        refused = user.answer(NO_ANSWER)
+        expect(refused is not None, "the kernel lets it in")
+        was_offered = _becomes_healthy(bench, GPUS, number, seconds=3 * HEALTH_INTERVAL)
+    finally:
+        give_back()
+        user.close()
+    _wait_offered(bench, GPU)
+    if was_offered:
+        raise Skip(f"known fault: a dead device in D3cold is offered, and the kernel: {refused}")
+
+
+def _becomes_healthy(bench: Bench, resource: str, number: str, seconds: float) -> bool:
+    try:
+        return bench.kubelet.wait_for(lambda: bench.is_healthy(resource, number), seconds)
+    except AssertionError:
+        return False
+
 
 def _shared_group(bench: Bench) -> None:
     unbind(SIBLING)
@@ -337,9 +407,12 @@ def _in_use(bench: Bench) -> None:
         disturber = threading.Thread(target=disturb)
         disturber.start()
         try:
-            for _ in range(20):
-                with _pretend_vm(GPU):
+            with vm(GPU) as user:
+                for _ in range(20):
                     expect(Path("/sys/bus/pci/devices", GPU, "enable").read_text().strip() == "1", "it is not enabled")
+                    user.let_go()
+                    refused = user.hold(node(bound_id(GPU)), [GPU])
+                    expect(refused is None, f"the kernel refuses {GPU}: {refused}")
         finally:
             stop.set()
             disturber.join()
@@ -349,8 +422,9 @@ def _in_use(bench: Bench) -> None:
 
 
 def _still_there(bench: Bench) -> None:
-    with _pretend_vm(GPU):
+    with vm(GPU):
         expect(bench.offers(GPUS, GPU), "without PodResources nobody can say that no pod holds it")
+        bench.expect_kernel_agrees("a VM opens the node", (GPUS, bound_id(GPU)))
 
 
 def _pods(bench: Bench) -> None:
@@ -359,42 +433,143 @@ def _pods(bench: Bench) -> None:
     number = bound_id(GPU)
 
     def taken() -> None:
-        with _pretend_vm(GPU):
-            bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
-            bench.wait_for_log("in-use-elsewhere")
+        with vm(GPU):
+            _wait_withheld(bench, GPUS, number, "in-use-elsewhere")
+            bench.expect_kernel_agrees("a VM outside any pod")
         _wait_offered(bench, GPU)
+
+    def killed() -> None:
+        with vm(GPU) as user:
+            _wait_withheld(bench, GPUS, number, "in-use-elsewhere")
+            user.kill()
+            _wait_offered(bench, GPU)
 
     def outlived() -> None:
         bench.pods.hold("vm", GPUS, number)
-        with _pretend_vm(GPU):
+        with vm(GPU):
             bench.pods.wait_until_asked(2, PATIENCE)
             expect(bench.offers(GPUS, GPU), "a pod holds it, so whoever uses it is that pod")
+            bench.expect_kernel_agrees("a pod's VM", (GPUS, number))
             bench.pods.release("vm")
-            bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
+            _wait_withheld(bench, GPUS, number, "in-use-elsewhere")
+            bench.expect_kernel_agrees("the pod is gone, its VM not")
         _wait_offered(bench, GPU)
 
     def kept() -> float:
         """The kernel takes the driver's link away, and waits for the VM with everything else; no event tells of it."""
-        with _pretend_vm(GPU):
+        with vm(GPU) as user:
             began = time.monotonic()
-            waiting = threading.Thread(target=unbind, args=(GPU,))
-            waiting.start()
-            bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
-            milliseconds = (bench.kubelet.history(GPUS)[-1].at - began) * 1000
-            still_waits = waiting.is_alive()
-            expect(bench.offers(GPUS, FAR), "another device is affected too")
-        waiting.join(PATIENCE)
-        expect(still_waits, "the unbind did not wait for the VM")
-        expect(not waiting.is_alive(), "the unbind goes on waiting")
+            with _waiting_unbind(GPU, user.let_go):
+                bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(GPUS), PATIENCE)
+                milliseconds = (bench.kubelet.history(GPUS)[-1].at - began) * 1000
+                expect(bench.offers(GPUS, FAR), "another device is affected too")
+                bench.expect_kernel_agrees("an unbind that waits for a VM")
         return milliseconds
 
     bench.case("a VM outside any pod: in use elsewhere, and Healthy again after it", taken)
+    bench.case("the same when it is killed", killed)
     bench.case("a pod's VM is not reported, until it outlives its pod", outlived)
     bench.case(f"an unbind that waits for a VM (no event on Linux 6.1; every {HEALTH_INTERVAL:g} s)", kept)
     bench.case(
         "the VM is gone, the device is bound again",
         lambda: bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU)),
     )
+
+
+def _wait_withheld(bench: Bench, resource: str, number: str, *reasons: str) -> None:
+    """Until the kubelet has it as Unhealthy, and the log says why, in one of these words."""
+    bench.kubelet.wait_for(lambda: number in bench.kubelet.unhealthy(resource), PATIENCE)
+    wait_until(
+        lambda: bench.judge.reasons().get((resource, number)) in reasons, f"{number}: one of {reasons}", PATIENCE
+    )
+
+
+@contextmanager
+def _waiting_unbind(address: str, let_go: Callable[[], None]) -> Iterator[None]:
+    """An unbind that must wait for the VM that has the function, until `let_go` at the end. Raises AssertionError."""
+    waiting = threading.Thread(target=unbind, args=(address,))
+    waiting.start()
+    try:
+        wait_until(lambda: driver(address) is None, f"the unbind of {address}", PATIENCE)
+        yield
+        expect(waiting.is_alive(), "the unbind did not wait for the VM")
+    finally:
+        let_go()
+        waiting.join(PATIENCE)
+    expect(not waiting.is_alive(), "the unbind goes on waiting")
+
+
+def _mates(bench: Bench) -> None:
+    """Two devices of one group, which the kernel gives to one VM. Without cdevs they are one device, with one ID."""
+    mate = bound_id(SOUND)
+
+    def in_one_vm() -> None:
+        with vm(CARD):
+            _expect_refused(SOUND)
+            _wait_withheld(bench, CARDS, mate, "group-taken", "in-use-elsewhere")
+            bench.expect_kernel_agrees("a VM has one of a group")
+        bench.kubelet.wait_for(lambda: bench.offers(CARDS, CARD) and bench.offers(CARDS, SOUND), PATIENCE)
+
+    def in_a_pods_vm() -> None:
+        number = bound_id(CARD)
+        bench.pods.hold("vm", CARDS, number)
+        with vm(CARD):
+            if CDEVS:
+                _wait_withheld(bench, CARDS, mate, "group-taken")
+            bench.pods.wait_until_asked(2, PATIENCE)
+            expect(bench.offers(CARDS, CARD), "a pod holds it, so whoever uses it is that pod")
+            bench.expect_kernel_agrees("a pod's VM has one of a group", (CARDS, number))
+        bench.pods.release("vm")
+        bench.kubelet.wait_for(lambda: bench.offers(CARDS, CARD) and bench.offers(CARDS, SOUND), PATIENCE)
+
+    def unbound(*, is_seen: bool) -> None:
+        """`is_seen`: the daemon has seen that it is in use. Else nothing made it look since the VM opened it."""
+        with vm(CARD) as user:
+            if is_seen:
+                _wait_withheld(bench, CARDS, mate, "group-taken", "in-use-elsewhere")
+            with _waiting_unbind(CARD, user.let_go):
+                wrong = bench.disagreement("an unbind that waits for a VM", patience=3 * HEALTH_INTERVAL)
+                if not wrong and _becomes_healthy(bench, CARDS, mate, seconds=3 * HEALTH_INTERVAL):
+                    wrong = bench.disagreement("an unbind that has waited for a VM for a while", patience=0)
+                _expect_refused(SOUND)
+        bench.kubelet.wait_for(lambda: bench.offers(CARDS, SOUND), PATIENCE)
+        if wrong:
+            expect(not (CDEVS and is_seen), wrong)
+            raise Skip(f"known fault: {wrong}")
+
+    def bound_again() -> None:
+        bind(CARD)
+        bench.kubelet.wait_for(lambda: bench.offers(CARDS, CARD), PATIENCE)
+
+    bench.case("a VM has one device of a group: the kernel refuses the other, and both are withheld", in_one_vm)
+    bench.case("the same, and a pod holds it: only the other is withheld", in_a_pods_vm)
+    bench.case("and it is unbound meanwhile: its mate is withheld until the VM lets go", partial(unbound, is_seen=True))
+    bench.case("and bound again", bound_again)
+    bench.case("unbound right after a VM opened it: the same", partial(unbound, is_seen=False))
+    bench.case("and bound again", bound_again)
+
+
+def _expect_refused(address: str) -> None:
+    user = VfioUser()
+    try:
+        expect(user.hold(node(bound_id(address)), [address]) is not None, f"the kernel gives {address} to a second VM")
+    finally:
+        user.close()
+
+
+def _stand_ins(bench: Bench) -> None:
+    """What else QEMU has, with and without a reset: the kernel gives all of it to VMs."""
+    for address, name in ((CARD, "ati-vga"), (SOUND, "intel-hda, in its group"), (NIC, "e1000e"), (DISK, "nvme")):
+        bench.case(f"another device: {name}", partial(_bind_and_wait, bench, address))
+
+
+def _bind_and_wait(bench: Bench, address: str) -> None:
+    bind(address)
+    bench.kubelet.wait_for(lambda: bench.offers(OFFERED[address], address), PATIENCE)
+    method = Path("/sys/bus/pci/devices", address, "reset_method")
+    print(f"{address} can be reset by: {method.read_text().strip() if method.exists() else 'nothing'}", flush=True)
+    with vm(address):
+        pass
 
 
 def _aer(bench: Bench) -> None:
@@ -448,39 +623,63 @@ def _unprivileged_cases(bench: Bench) -> None:
     bench.case("the same: bind", lambda: bench.latency(lambda: bind(GPU), lambda: bench.offers(GPUS, GPU)))
 
 
-def _strict() -> list[tuple[str, float | None, str]]:
+def _strict_cases(bench: Bench) -> None:
     """A daemon that takes nothing without a cdev, as confidential guests need it, offers what it finds here."""
-    bench = Bench(name="strict", flags=("--require-iommufd",))
     try:
         bench.case("--require-iommufd is satisfied", lambda: _wait_offered(bench, GPU))
     finally:
         bench.case("--require-iommufd: a graceful end", lambda: bench.close())
-    return bench.results
+
+
+def _kubevirt_cases(bench: Bench) -> None:
+    """What a container of KubeVirt can reach with the nodes that Allocate gave, and with no other."""
+    try:
+        bench.case(
+            "--consumer kubevirt: a container reaches what it was given, and nothing else", lambda: _reach(bench)
+        )
+    finally:
+        bench.case("--consumer kubevirt: a graceful end", lambda: bench.close())
+
+
+def _reach(bench: Bench) -> None:
+    given = (TWIN, FAR)
+    bench.kubelet.wait_for(lambda: all(bench.offers(GPUS, address) for address in (GPU, *given)), PATIENCE)
+    (answer,) = bench.kubelet.plugin(GPUS).allocate([bound_id(address) for address in given]).container_responses
+    addresses = answer.envs["PCI_RESOURCE_EXAMPLE_COM_GPU"].split(",")
+    expect(sorted(addresses) == sorted(given), f"the variable names {addresses}")
+    nodes = [device.host_path for device in answer.devices]
+    by_group = {(f"/dev/vfio/{group(a)}", function) for a in given for function in members(group(a))}
+    by_cdev = {(node(bound_id(address)), address) for address in given} if CDEVS else set()
+    groups = [path for path in nodes if path in {path for path, _ in by_group}]
+    everywhere = {(path, function) for function in bound_functions() for path in (*groups, *_nodes_of(function))}
+    container = VfioUser(_root_with(nodes))
+    try:
+        reached = {(path, function) for path, function in everywhere if container.attempt(path, [function]) is None}
+        expect(reached == by_group | by_cdev, f"with {nodes} it reaches {sorted(reached)}")
+        for path in sorted({path for path, _ in by_group}):
+            refused = container.hold(path, sorted(function for p, function in by_group if p == path))
+            expect(refused is None, f"all at once: {refused}")
+    finally:
+        container.close()
+
+
+def _nodes_of(address: str) -> list[str]:
+    """Every VFIO node that leads to a function."""
+    return list(dict.fromkeys((f"/dev/vfio/{group(address)}", node(bound_id(address)))))
+
+
+def _root_with(nodes: list[str]) -> Path:
+    """A file system with these device nodes and nothing else, as a runtime makes it for a container."""
+    root = Path("/tmp/container")
+    for path in nodes:
+        place = Path(f"{root}{path}")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.mknod(place, stat.S_IFCHR | 0o600, os.stat(path).st_rdev)
+    return root
 
 
 def _unprivileged() -> tuple[str, ...]:
     return (sys.executable, "/guest/unprivileged.py")
-
-
-@contextmanager
-def _pretend_vm(address: str) -> Iterator[None]:
-    process = subprocess.Popen(
-        [sys.executable, "/guest/guest_vm.py", node(bound_id(address)), address],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stderr is not None
-    if process.stdout.readline().strip() != "holds":
-        raise AssertionError(f"the VM cannot open {address}: {process.stderr.read().strip()}")
-    try:
-        yield
-    finally:
-        process.stdin.close()
-        process.wait(PATIENCE)
 
 
 def _expect_spec(bench: Bench, resource: str, number: str) -> None:

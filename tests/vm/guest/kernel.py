@@ -81,6 +81,24 @@ def node(number: str) -> str:
     return f"/dev/vfio/devices/vfio{number}" if CDEVS else f"/dev/vfio/{number}"
 
 
+def functions_of(number: str) -> list[str]:
+    """The functions that vfio-pci holds of the device with this ID: of a cdev one, of a group perhaps several."""
+    if CDEVS:
+        return [folder.parents[1].name for folder in (PCI / "devices").glob(f"*/vfio-dev/vfio{number}")]
+    return members(number)
+
+
+def members(group_number: str) -> list[str]:
+    """The functions of an IOMMU group that vfio-pci holds."""
+    found = Path("/sys/kernel/iommu_groups", group_number, "devices").glob("*")
+    return sorted(path.name for path in found if driver(path.name) == "vfio-pci")
+
+
+def bound_functions() -> list[str]:
+    """All functions that vfio-pci holds."""
+    return sorted(path.name for path in (PCI / "drivers/vfio-pci").glob("*:*"))
+
+
 def unbind(address: str) -> None:
     if name := driver(address):
         write(PCI / "drivers" / name / "unbind", address)

@@ -1,0 +1,401 @@
+"""Who holds what: everything that was given, told and seen, as one value.
+
+The kubelet keeps one *ID* from two pods. That one *node*, one *IOMMU group* and one *address* go to one pod is ours to
+keep: a number can go to another function, a resource can get another name, and the kernel gives the DMA of a group to
+one owner (iommu_device_claim_dma_owner in drivers/iommu/iommu.c). Three witnesses are heard:
+
+    Allocate        gives devices to one pod, without naming it: all devices of one Allocate are of one pod
+    PodResources    names the pods that hold IDs, as of the moment when it was asked
+    `enable`        says that a VM has a function, but not whose VM
+
+A `Grant` is one ID in the hands of one pod, with the places that go with it: it comes from an Allocate, or from an
+answer of PodResources about an Allocate of another run of this plugin. The kubelet gives an ID again only when its
+pod has ended, so a new grant of an ID ends the old one, and says nothing about the other devices of the old pod.
+
+What follows for the devices is in `sharing`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from sandbox_plugin.inventory.health import is_bridge, is_vfio_bound
+from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
+
+ADMISSION = 10.0
+"""Seconds that the kubelet may take to show an allocation in PodResources after Allocate was answered.
+
+It notes the answer within milliseconds; this is for a pod that is admitted and dropped. So a takeover, which comes
+later than that after the other plugin's last answer, need not wait for so long."""
+PROMISE_UNUSED = 600.0
+"""Seconds after which a grant that nobody uses ends where there is no PodResources to ask."""
+
+DeviceKey = tuple[str, str]
+"""Resource name and device ID: what the kubelet knows a device by."""
+Place = str | int
+"""What one pod has at most: the path of a VFIO node, the number of an IOMMU group, or the address of a function."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """One answer of PodResources: which devices pods hold, by resource and ID, and who they are."""
+
+    asked_at: float
+    """Monotonic seconds before the question was sent: what happened later may be missing from the answer."""
+    pods: Mapping[DeviceKey, str] = field(default_factory=dict)
+    """Device -> `namespace/name` of the pod that holds it."""
+    complete: bool = True
+    """False: pods may be missing, as from the answer of a kubelet that has just started. It frees nothing then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """What goes with an ID, as far as it is known."""
+
+    node: str
+    group: int | None = None
+    """None: not known, since the node is not there to tell."""
+    addresses: frozenset[str] = frozenset()
+    """Of the functions that make it a device."""
+
+    @property
+    def are_known(self) -> bool:
+        """Whether they tell which group it is, or was, in."""
+        return self.group is not None or bool(self.addresses)
+
+    @property
+    def all(self) -> list[Place]:
+        return [self.node, *self.addresses] + ([] if self.group is None else [self.group])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """One ID that a pod has."""
+
+    key: DeviceKey
+    places: Places
+    """As they were when it was given."""
+    at: float = -math.inf
+    """When its Allocate was answered, in monotonic seconds; -inf: not by this run of the plugin."""
+    allocation: int = 0
+    """Number of its Allocate; 0: not of this run."""
+    was_used: bool = False
+    """A use has begun since it was given."""
+    heir: int = 0
+    """Number of the later Allocate that was given a device which the pod of this grant had: that pod has ended, or the
+    Allocate is its own (an init container's device goes to a container)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Use:
+    """A function that is enabled and that no host driver has: a VM has it, also while it is being unbound."""
+
+    group: int | None
+    first_seen_at: float
+    """When the first scan began that saw it so, as did all since. The use may have begun until that scan ended."""
+    proven_at: float
+    """When that scan had ended: it has been in use for at least that long."""
+    since: float
+    """As `first_seen_at`; -inf where no earlier scan showed the function: it may have been in use for any time."""
+    seen_at: float
+    """When the latest scan that saw it so began."""
+    elsewhere: bool = False
+    """It is proven that none of the pods that are known to hold its group uses it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """All that is known about who holds what."""
+
+    grants: Mapping[DeviceKey, Grant] = field(default_factory=dict)
+    by_place: Mapping[Place, tuple[DeviceKey, ...]] = field(default_factory=dict)
+    """The grants that have a place."""
+    named_by: Mapping[DeviceKey, Holdings] = field(default_factory=dict)
+    """The latest answer that named each ID."""
+    uses: Mapping[str, Use] = field(default_factory=dict)
+    """By address."""
+    allocations: int = 0
+    """How many Allocates there were."""
+    told_at: float = -math.inf
+    """`asked_at` of the latest complete answer; -inf: there was none since this plugin's turn began."""
+    heard: Holdings | None = None
+    """The latest answer that was taken in."""
+    serving_since: float = -math.inf
+    """As `Signals.serving_since`."""
+
+    def touching(self, places: Iterable[Place]) -> list[Grant]:
+        """The grants that have one of these places, each once."""
+        by_place = self.by_place
+        keys = dict.fromkeys(key for place in places for key in by_place.get(place, ()))
+        return [self.grants[key] for key in keys]
+
+    def pod_of(self, grant: Grant) -> str | None:
+        """`namespace/name` of the pod that has it; None: PodResources has not named it yet."""
+        answer = self.named_by.get(grant.key)
+        return None if answer is None or answer.asked_at < grant.at else answer.pods[grant.key]
+
+    def holder_of(self, grant: Grant) -> str:
+        """For people."""
+        pod = self.pod_of(grant)
+        return "a pod that was just admitted" if pod is None else f"pod {pod}"
+
+    def are_one_pods(self, one: Grant, other: Grant) -> bool:
+        """Whether both are known to be of one pod: by their Allocate, or by one answer of PodResources.
+
+        By one answer: a pod that was deleted and made again has the name of the old one.
+        """
+        if one.allocation and one.allocation == other.allocation:
+            return True
+        pod = self.pod_of(one)
+        return pod is not None and pod == self.pod_of(other) and self.named_by[one.key] is self.named_by[other.key]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether PodResources has given a complete answer since this plugin serves."""
+        return math.isfinite(self.told_at)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether PodResources has answered since this plugin serves, be it incompletely."""
+        return self.heard is not None and self.heard.asked_at >= self.serving_since
+
+    def ends_at(self, grant: Grant) -> float:
+        """When the grant ends, where there is no PodResources and nobody uses it."""
+        named_by = self.named_by.get(grant.key)
+        return PROMISE_UNUSED + max(grant.at, named_by.asked_at if named_by is not None else -math.inf)
+
+    @property
+    def unplaced(self) -> list[Grant]:
+        """Grants of which it is not known what group they are in; all of them are of other runs."""
+        return [grant for grant in self.grants.values() if not grant.places.are_known]
+
+
+def _with_grants(ledger: Ledger, grants: Mapping[DeviceKey, Grant]) -> Ledger:
+    by_place: dict[Place, tuple[DeviceKey, ...]] = {}
+    for key, grant in grants.items():
+        for place in grant.places.all:
+            by_place[place] = (*by_place.get(place, ()), key)
+    return replace(ledger, grants=grants, by_place=by_place)
+
+
+def give(ledger: Ledger, devices: Iterable[Device], now: float) -> Ledger:
+    """One Allocate was answered with these devices. Costs what they cost, and not what the node has."""
+    number = ledger.allocations + 1
+    grants, by_place = dict(ledger.grants), dict(ledger.by_place)
+    for device in devices:
+        key = (device.resource, device.id)
+        if (old := grants.pop(key, None)) is not None:
+            for place in old.places.all:
+                if rest := tuple(k for k in by_place[place] if k != key):
+                    by_place[place] = rest
+                else:
+                    del by_place[place]
+            for other in ledger.touching(old.places.all):
+                is_old_pods = ledger.are_one_pods(other, old) or is_heir(old, other)
+                if is_old_pods and grants.get(other.key) is other:
+                    grants[other.key] = replace(other, heir=number)
+        grants[key] = Grant(key=key, places=places_of(device), at=now, allocation=number)
+        for place in grants[key].places.all:
+            by_place[place] = (*by_place.get(place, ()), key)
+    return replace(ledger, grants=grants, by_place=by_place, allocations=number)
+
+
+def is_heir(grant: Grant, other: Grant) -> bool:
+    """Whether the pod of `grant` got a device that the pod of `other` had."""
+    return 0 != grant.allocation == other.heir
+
+
+def places_of(device: Device) -> Places:
+    """What goes with a device that is there."""
+    addresses = frozenset(p.address for p in device.placements)
+    return Places(node=device.node, group=device.iommu_group, addresses=addresses)
+
+
+def serve_since(ledger: Ledger, since: float) -> Ledger:
+    """This plugin serves since then. Another one may have served until then.
+
+    So an answer that was asked for earlier is not complete, and the Allocates of an earlier turn are like those of
+    another run: what was given together then may be in several hands by now.
+    """
+    if since == ledger.serving_since:
+        return ledger
+    told_at = ledger.told_at if ledger.told_at >= since else -math.inf
+    grants = {key: replace(grant, allocation=0, heir=0) for key, grant in ledger.grants.items()}
+    return replace(ledger, grants=grants, told_at=told_at, serving_since=since)
+
+
+def found_busy(
+    ledger: Ledger, busy: Mapping[DeviceKey, frozenset[str]], group_of: Callable[[DeviceKey], int], now: float
+) -> Ledger:
+    """The kubelet asked for these devices, so no pod has them any more; but a look just now saw functions in use.
+
+    A VM of the pod that asks cannot be it: its sandbox is made after all its Allocates.
+    """
+    grants, uses = {key: grant for key, grant in ledger.grants.items() if key not in busy}, dict(ledger.uses)
+    for key, addresses in busy.items():
+        for address in addresses:
+            seen = uses.get(address)
+            uses[address] = Use(
+                group=group_of(key),
+                first_seen_at=now if seen is None else seen.first_seen_at,
+                proven_at=now if seen is None else seen.proven_at,
+                since=now if seen is None else seen.since,
+                seen_at=now,
+                elsewhere=True,
+            )
+    return replace(_with_grants(ledger, grants), uses=uses)
+
+
+def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
+    """An answer of PodResources, once. `places_by_id` tells what an ID means of which no grant is known; None: not
+    ours.
+
+    An answer that was asked for before an Allocate says nothing about it.
+    """
+    if answer is None or answer is ledger.heard:
+        return ledger
+    if ledger.heard is not None and answer.asked_at < ledger.heard.asked_at:
+        return ledger  # it comes late, after a newer one
+    found: dict[DeviceKey, Grant] = {}
+    for key, pod in answer.pods.items():
+        grant = ledger.grants.get(key)
+        if grant is None or (grant.at <= answer.asked_at and ledger.pod_of(grant) not in (None, pod)):
+            places = places_by_id(key)
+            if places is not None:
+                found[key] = Grant(key=key, places=places)
+    over: set[DeviceKey] = set()
+    told_at = ledger.told_at
+    if answer.complete and answer.asked_at >= ledger.serving_since:
+        told_at = max(told_at, answer.asked_at)
+        over = {k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)}
+    if found or over:
+        ledger = _with_grants(ledger, {k: g for k, g in {**ledger.grants, **found}.items() if k not in over})
+    named_by = {
+        k: a for k, a in {**ledger.named_by, **dict.fromkeys(answer.pods, answer)}.items() if k in ledger.grants
+    }
+    return replace(ledger, told_at=told_at, heard=answer, named_by=named_by)
+
+
+def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
+    """The grants of other runs, now that it is known what kind of nodes this kernel has."""
+    grants = {
+        key: grant if grant.allocation else replace(grant, places=places_by_id(key) or grant.places)
+        for key, grant in ledger.grants.items()
+    }
+    return _with_grants(ledger, grants)
+
+
+def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
+    """Whether a complete answer that does not name it ends it: the kubelet may show a new pod late."""
+    if asked_at < grant.at:
+        return False
+    return ledger.pod_of(grant) is not None or asked_at - grant.at >= ADMISSION
+
+
+def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
+    """Ends grants of which PodResources tells nothing, where nobody uses them: when they were used since they were
+    given, or after `PROMISE_UNUSED`. One that it has named ends so only where it is not there any more."""
+    over = {
+        key
+        for key, grant in ledger.grants.items()
+        if (not has_pod_resources or ledger.pod_of(grant) is None) and _is_expired(grant, ledger, now)
+    }
+    return _with_grants(ledger, {k: g for k, g in ledger.grants.items() if k not in over}) if over else ledger
+
+
+def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:
+    is_late = now >= ledger.ends_at(grant)
+    if ledger.heard is not None and not is_late:
+        return False  # the answer will come
+    return (grant.was_used or is_late) and not any(a in ledger.uses for a in grant.places.addresses)
+
+
+def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: float) -> Ledger:
+    """Takes in what a scan saw in use that has ended by now; `before` is what the scan before that saw."""
+    seen_before = before.functions if before is not None else {}
+    uses: dict[str, Use] = {}
+    for address, function in facts.functions.items():
+        if function.enable == 1:
+            earlier, use = seen_before.get(address), ledger.uses.get(address)
+            if is_vfio_bound(function, facts) or _is_unbound_under_a_vm(function, earlier, use):
+                uses[address] = _used(function, earlier, use, facts, now)
+    for address, use in ledger.uses.items():
+        is_old_news = use.seen_at > facts.began_at  # a look before Allocate saw it after the scan began
+        if facts.unreachable is not None or address in facts.unreadable or is_old_news:
+            uses.setdefault(address, use)
+    if not uses and not ledger.uses:
+        return ledger
+    if uses != ledger.uses:
+        ledger = replace(ledger, uses=uses)
+    used = {key: grant for key, grant in ledger.grants.items() if not grant.was_used and _has_begun(grant, uses)}
+    if used:
+        grants = {key: replace(g, was_used=True) if key in used else g for key, g in ledger.grants.items()}
+        ledger = replace(ledger, grants=grants)  # with the same places
+    return ledger
+
+
+def _is_unbound_under_a_vm(function: PciFunction, before: PciFunction | None, use: Use | None) -> bool:
+    """Whether a VM may still have it: the kernel waits until the VM lets go. What a host driver left is no VM's."""
+    if function.driver is not None or is_bridge(function):
+        return False
+    return before is None or use is not None or before.vfio is not None or is_vfio_driver(before.driver)
+
+
+def _used(function: PciFunction, before: PciFunction | None, use: Use | None, facts: HostFacts, now: float) -> Use:
+    if use is not None and (before is None or _is_bound_again(before, function)):
+        use = None
+    return Use(
+        group=function.iommu_group,
+        first_seen_at=facts.began_at if use is None else use.first_seen_at,
+        proven_at=now if use is None else use.proven_at,
+        since=use.since if use is not None else (-math.inf if before is None else facts.began_at),
+        seen_at=facts.began_at,
+        elsewhere=use is not None and use.elsewhere,
+    )
+
+
+def _is_bound_again(before: PciFunction, function: PciFunction) -> bool:
+    if before.vfio is None or function.vfio is None:
+        return False
+    return before.vfio.binding != function.vfio.binding
+
+
+def _has_begun(grant: Grant, uses: Mapping[str, Use]) -> bool:
+    return any(address in uses and uses[address].first_seen_at >= grant.at for address in grant.places.addresses)
+
+
+def attribute_uses(ledger: Ledger) -> Ledger:
+    """Finds out which uses are none of the pods' that are known to hold the group.
+
+    One that began before all of them were given; or one that no pod holds, and that was so both before PodResources was
+    asked and after. Only so: a pod that has just ended is not named any more, and its VM is gone although that was not
+    seen yet.
+    """
+    uses = {address: replace(u, elsewhere=_is_elsewhere(address, u, ledger)) for address, u in ledger.uses.items()}
+    return ledger if uses == ledger.uses else replace(ledger, uses=uses)
+
+
+def _is_elsewhere(address: str, use: Use, ledger: Ledger) -> bool:
+    holders = ledger.touching(_places_of_use(address, use))
+    if holders:
+        return all(use.proven_at < grant.at for grant in holders)  # -inf: PodResources names it, so it is a pod's
+    return use.elsewhere or (ledger.is_told and use.since <= ledger.told_at <= use.seen_at)
+
+
+def has_undecided(ledger: Ledger, facts: HostFacts) -> bool:
+    """Whether any use `is_undecided` that another look at the host would show: of a function that answers."""
+    return any(a in facts.functions and is_undecided(a, use, ledger) for a, use in ledger.uses.items())
+
+
+def is_undecided(address: str, use: Use, ledger: Ledger) -> bool:
+    """Whether nobody is known to hold what is in use, and another look at the host would tell: it was in use when it
+    was last looked at, and PodResources was asked after that."""
+    if use.elsewhere or ledger.touching(_places_of_use(address, use)):
+        return False
+    return ledger.is_told and use.seen_at < ledger.told_at
+
+
+def _places_of_use(address: str, use: Use) -> list[Place]:
+    return [address] if use.group is None else [address, use.group]

@@ -1,0 +1,888 @@
+"""A world for the pure middle: hardware, VMs, a kubelet, plugins that come and go, and a clock that is not real.
+
+What is true is kept as plain objects, and judged without any idea of the daemon's: after each Allocate that was
+granted, nothing that the pod got may be in other hands (`Hands`). The plugins in it are real registries, driven
+directly; they see what a plugin sees, as late as a plugin sees it.
+
+Usage:
+
+    world = World(layout="mates")
+    world.start_plugin(Settings())
+    world.admit([(PGPU, 1)])              # raises `TwoHolders`
+    world.settle()                        # everybody leaves; raises `NotOffered`
+
+`search` does random things to it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hardware import Function, Kernel, Vm
+
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.state import Inventory
+from sandbox_plugin.kubelet.podresources import YOUNG
+from sandbox_plugin.model import Device, HostFacts, node_of_cdev, node_of_group
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.settings import Consumer, Policy, ResourceRule, Settings
+
+NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3): "GH100 [H100 NVSwitch]"})
+NEEDLESS = "VMs refused although nothing had changed since the last scan"
+UNUSED = 600.0
+"""Seconds after which, without PodResources, a pod that uses nothing counts as gone: that is what is promised."""
+BEGINNING = 1000.0
+_MOMENT = 0.0001
+_INTERVAL = 5.0
+_PATIENCE, _FIRST_PATIENCE = 4.0, 1.0
+"""Seconds that PodResources gets for an answer; at the start of a plugin less, since nothing else is done before."""
+
+
+class TwoHolders(AssertionError):
+    """Something was given to a pod while it was in other hands."""
+
+
+class OfferedAgain(AssertionError):
+    """A device was Healthy although the plugin has seen that a VM has it, before Allocate and in a scan since."""
+
+
+class NotOffered(AssertionError):
+    """A device that nobody has is not offered."""
+
+
+# Pods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grant:
+    """One device in an answer of Allocate, for as long as the kubelet keeps the answer."""
+
+    key: DeviceKey
+    node: str
+    group_node: str | None
+    """As well given, to KubeVirt."""
+    functions: tuple[str, ...]
+    """Addresses of what it was then,"""
+    bindings: tuple[int, ...]
+    """and how often they had been bound."""
+    addresses: tuple[str, ...]
+    """Those that are named in the environment, for KubeVirt."""
+    consumer: Consumer
+    plugin: Plugin
+    at: float
+    scan_began: float
+    """Of the latest scan that the plugin knew then."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Pod:
+    name: str
+    shows_at: float
+    """When PodResources begins to name it."""
+    grants: list[Grant] = field(default_factory=list)
+    is_live: bool = True
+    """The kubelet keeps its IDs from other pods."""
+    vm: Vm | None = None
+    vm_ended_at: float = -math.inf
+    is_excused: bool = False
+    """It was given something that is in other hands, as nobody could know."""
+
+
+@dataclass(frozen=True)
+class Hands:
+    """What somebody has, or will have as soon as the VM starts."""
+
+    nodes: frozenset[str] = frozenset()
+    groups: frozenset[int] = frozenset()
+    addresses: frozenset[str] = frozenset()
+
+    def __and__(self, other: Hands) -> Hands:
+        return Hands(self.nodes & other.nodes, self.groups & other.groups, self.addresses & other.addresses)
+
+    def __or__(self, other: Hands) -> Hands:
+        return Hands(self.nodes | other.nodes, self.groups | other.groups, self.addresses | other.addresses)
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes or self.groups or self.addresses)
+
+    def __str__(self) -> str:
+        groups = [f"group {n}" for n in sorted(self.groups)]
+        return ", ".join([*sorted(self.nodes), *groups, *sorted(self.addresses)])
+
+
+# Plugins
+
+
+@dataclass(eq=False, kw_only=True)
+class Question:
+    """One to PodResources that is not answered yet."""
+
+    asked_at: float
+    ends_at: float
+    is_answered: bool = True
+    """Else nobody waits any longer then."""
+    of_turn: bool = False
+    """It is asked once before the plugin serves."""
+    answer: Mapping[DeviceKey, str] | None = None
+    """Device -> pod, as it was when the kubelet got the question; None: it is to be made when the answer goes out."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Plugin:
+    """One run of the plugin: a registry, and what the daemon does around it."""
+
+    name: str
+    settings: Settings
+    registry: Registry
+    has_started: bool = False
+    """It has asked PodResources once, and goes on with all the rest."""
+    turn_since: float = math.inf
+    """Since when it has the lock; inf: it has not."""
+    serves: bool = False
+    next_scan: float = 0.0
+    scan: tuple[float, HostFacts] | None = None
+    """One that is under way: when its facts come, and what they are."""
+    scan_began: float = -math.inf
+    """When the latest scan began that has been taken in."""
+    next_question: float = 0.0
+    questions: list[Question] = field(default_factory=list)
+    has_answer: bool = False
+    """PodResources has answered once, by a kubelet that knew its pods."""
+    is_told: bool = False
+    """It has done so since it is this plugin's turn."""
+    is_heard: bool = False
+    """It has answered since then."""
+    is_there: bool | None = None
+    """Whether PodResources' socket was there when it was last asked."""
+    named: dict[tuple[DeviceKey, str], float] = field(default_factory=dict)
+    """Device and pod -> when the latest answer was asked for that says that the pod holds it."""
+    bindings: set[int] = field(default_factory=set)
+    """All that its scans have seen."""
+    found_busy: dict[tuple[DeviceKey, str, Vm | None], float] = field(default_factory=dict)
+    """A device, and what a VM had in its group -> when that was first a reason to refuse it."""
+    in_cdi: Mapping[str, frozenset[str]] | None = None
+    former: Mapping[DeviceKey, str] = field(default_factory=dict)
+
+
+GRACE_RULE = ResourceRule(label="resources[0]", name="example.com/grace", drivers=frozenset({"nvgrace_gpu_vfio_pci"}))
+
+
+def hardware(kind: str) -> list[Function]:
+    """The functions of a machine, none bound yet. Group numbers are small, so that they meet those of vfioN."""
+
+    def group(number: int, *kinds: str) -> list[Function]:
+        addresses = tuple(f"0000:{number:02x}:00.{n}" for n in range(len(kinds)))
+        return [
+            Function(address=a, kind=k, group=number, mates=tuple(m for m in addresses if m != a))
+            for a, k in zip(addresses, kinds, strict=True)
+        ]
+
+    layouts: dict[str, list[tuple[str, ...]]] = {
+        "singles": [("gpu",), ("gpu",), ("gpu",), ("switch",)],
+        "mates": [("gpu", "gpu"), ("gpu",), ("switch", "switch")],
+        "switches": [("gpu",), ("gpu",), ("switch", "switch", "switch", "switch")],
+        "riders": [("gpu", "audio"), ("gpu", "gpu", "audio"), ("switch",)],
+        "mixed": [("gpu", "switch"), ("gpu", "audio"), ("gpu",)],
+        "virtual": [("gpu",), ("gpu",), ("switch",)],
+    }
+    functions = [f for n, kinds in enumerate(layouts[kind], 1) for f in group(n, *kinds)]
+    if kind == "virtual":
+        for n in range(2):
+            virtual = Function(address=f"0000:02:01.{n}", kind="vf", group=20 + n, carrier="0000:02:00.0")
+            mediated = Function(address=f"00000000-0000-0000-0000-{n:012x}", kind="mdev", group=30 + n)
+            virtual.is_present = mediated.is_present = False
+            functions += [virtual, mediated]
+    return functions
+
+
+LAYOUTS = ("singles", "mates", "mates", "switches", "riders", "mixed", "virtual")
+
+
+class World:
+    """Everything, from one seed."""
+
+    def __init__(
+        self,
+        *,
+        cdevs: bool = True,
+        layout: str = "mates",
+        pod_resources: str = "there",
+        settings: Settings | None = None,
+        kubelet_age: float = 1000.0,
+    ) -> None:
+        self.now = BEGINNING
+        self.kernel = Kernel(hardware(layout), cdevs=cdevs)
+        for function in self.kernel.present:
+            self.kernel.bind(function, "vfio-pci", self.now)
+        self.pods: list[Pod] = []
+        """Live ones, and those whose VM has outlived them."""
+        self.allocated: dict[DeviceKey, Pod] = {}
+        """The kubelet's own book."""
+        self.pod_resources = pod_resources
+        """`there`, `slow`, `silent` or `absent`."""
+        self.kubelet_began = self.now - kubelet_age
+        self.cdi: dict[str, dict[str, str]] = {}
+        """Resource -> device name -> node: the specs that lie in the folder."""
+        self.plugin: Plugin | None = None
+        """The one that serves."""
+        self.standby: Plugin | None = None
+        self.disturbed_at = self.now
+        """When something happened to the hardware, or somebody took it, that no Allocate told of."""
+        self.settings = settings or Settings()
+        self.counts: Counter[str] = Counter()
+        self.history: list[str] | None = None
+        self.dice = random.Random(0)
+        self._names = 0
+
+    def note(self, *words: object) -> None:
+        """Something has happened. No two things happen at one time."""
+        self.now += _MOMENT
+        if self.history is not None:
+            self.history.append(f"{self.now - BEGINNING:10.4f}  {' '.join(map(str, words))}")
+
+    def _name(self, kind: str) -> str:
+        self._names += 1
+        return f"{kind}{self._names}"
+
+    # Time
+
+    def wait(self, seconds: float) -> None:
+        """Time goes on, and the plugins do what they do in it."""
+        end = self.now + seconds
+        piece = max(2.5, seconds / 6)
+        while self.now < end:
+            self.now = min(end, self.now + piece)
+            for plugin in self.plugins:
+                self._follow(plugin)
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        return [p for p in (self.plugin, self.standby) if p is not None]
+
+    @property
+    def current(self) -> Inventory:
+        """What the plugin that serves offers."""
+        assert self.plugin is not None
+        return self.plugin.registry.current
+
+    def _follow(self, plugin: Plugin) -> None:
+        if plugin.scan is not None and self.now >= plugin.scan[0]:
+            self._take_scan(plugin)
+        for question in [q for q in plugin.questions if self.now >= q.ends_at]:
+            self._end_question(plugin, question)
+        if not plugin.has_started:
+            return
+        wake_at = plugin.registry._wake_at
+        if plugin.scan is None and (self.now >= plugin.next_scan or (wake_at is not None and self.now >= wake_at)):
+            self.begin_scan(plugin)
+        waits = plugin.registry.current.waits_for_holdings or not plugin.has_answer
+        if waits and self.now >= plugin.next_question and all(q.of_turn for q in plugin.questions):
+            self.ask(plugin)
+
+    # What a plugin sees
+
+    def look(self) -> None:
+        """Every plugin scans the host."""
+        for plugin in self.plugins:
+            if plugin.has_started and plugin.scan is None:
+                self.begin_scan(plugin)
+
+    def tell(self) -> None:
+        """Every plugin asks PodResources, and is answered at once."""
+        for plugin in self.plugins:
+            self.ask(plugin, at_once=True)
+
+    def begin_scan(self, plugin: Plugin, takes: float = 0.0) -> None:
+        self.now += _MOMENT
+        plugin.next_scan = self.now + _INTERVAL
+        plugin.scan = (self.now + takes, self.kernel.facts(self.now))
+        if not takes:
+            self._take_scan(plugin)
+
+    def _take_scan(self, plugin: Plugin) -> None:
+        assert plugin.scan is not None
+        facts = plugin.scan[1]
+        plugin.scan = None
+        self.note(plugin.name, "takes in a scan of", f"{facts.began_at - BEGINNING:.4f}")
+        plugin.registry.observe(facts)
+        plugin.scan_began = facts.began_at
+        plugin.bindings.update(f.vfio.binding or 0 for f in facts.functions.values() if f.vfio is not None)
+        self._write_specs(plugin)
+
+    def ask(self, plugin: Plugin, *, at_once: bool = False, of_turn: bool = False) -> None:
+        """A question to PodResources."""
+        self.now += _MOMENT
+        if not of_turn:
+            plugin.next_question = self.now + _INTERVAL
+        if self.pod_resources == "absent":
+            self.note(plugin.name, "finds no PodResources")
+            self._learn_whether_there(plugin, is_there=False)
+            self._go_on(plugin, of_turn=of_turn)
+            return
+        takes = 0.0
+        if self.pod_resources == "silent":
+            takes = math.inf
+        elif self.pod_resources == "slow" and not at_once:
+            takes = self.dice.choice((0.5, 2.0, 3.9, math.inf))
+        patience = _FIRST_PATIENCE if of_turn or not plugin.has_started else _PATIENCE
+        question = Question(
+            asked_at=self.now,
+            ends_at=self.now + min(takes, patience),
+            is_answered=takes <= patience,
+            of_turn=of_turn,
+            answer=self._pods_by_device() if self.dice.random() < 0.5 else None,
+        )
+        plugin.questions.append(question)
+        if not takes:
+            self._end_question(plugin, question)
+
+    def _pods_by_device(self) -> dict[DeviceKey, str]:
+        """What the kubelet answers now."""
+        named = [p for p in self.pods if p.is_live and p.shows_at <= self.now]
+        if self.now - self.kubelet_began < YOUNG:
+            named = [p for p in named if self.dice.random() < 0.5]
+        return {g.key: p.name for p in named for g in p.grants}
+
+    def _end_question(self, plugin: Plugin, question: Question) -> None:
+        plugin.questions.remove(question)
+        if question.is_answered:
+            is_young = question.asked_at - self.kubelet_began < YOUNG
+            pods = question.answer if question.answer is not None else self._pods_by_device()
+            words = "young" if is_young else "complete"
+            self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
+            plugin.has_answer |= not is_young
+            plugin.is_heard |= question.asked_at >= plugin.turn_since
+            plugin.is_told |= question.asked_at >= plugin.turn_since and not is_young
+            plugin.is_there = True
+            plugin.named |= dict.fromkeys(pods.items(), question.asked_at)
+            holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
+            plugin.registry.learn(holdings=holdings, pod_resources=True)
+            self._write_specs(plugin)
+        else:
+            self.note(plugin.name, "gets no answer from PodResources")
+            self._learn_whether_there(plugin, is_there=True)
+        self._go_on(plugin, of_turn=question.of_turn)
+
+    def _learn_whether_there(self, plugin: Plugin, *, is_there: bool) -> None:
+        plugin.is_there = is_there
+        plugin.registry.learn(pod_resources=is_there)
+        self._write_specs(plugin)
+
+    def _go_on(self, plugin: Plugin, *, of_turn: bool) -> None:
+        """What waits for a question to end, however it ends."""
+        if of_turn and plugin is self.plugin and not plugin.serves:
+            self._serve(plugin)
+        if not plugin.has_started:
+            plugin.has_started = True
+            self.begin_scan(plugin)
+
+    def _write_specs(self, plugin: Plugin) -> None:
+        """What the CDI writer does, where this plugin has one and it is its turn.
+
+        The spec of a kind that no device needs any more stays as it is while a pod may need it.
+        """
+        if plugin.settings.consumer is not Consumer.KATA or not plugin.serves:
+            return
+        resources = plugin.registry.current.resources
+        specs = {r: {d.id: d.node for d in listed if d.node_exists} for r, listed in resources.items()}
+        specs = {resource: named for resource, named in specs.items() if named}
+        held = {g.key[0] for p in self.pods if p.is_live for g in p.grants}
+        self.cdi = {
+            resource: named for resource, named in (self.cdi | specs).items() if resource in specs.keys() | held
+        }
+        in_cdi = {resource: frozenset(named) for resource, named in specs.items()}
+        if in_cdi != plugin.in_cdi:
+            plugin.in_cdi = in_cdi
+            plugin.registry.learn(in_cdi=in_cdi)
+        if self.dice.random() < 0.7:  # else later: the folder is read by itself
+            self._learn_former(plugin, self.cdi.keys() - specs.keys())
+
+    def _learn_former(self, plugin: Plugin, kinds: Iterable[str]) -> None:
+        former = {(kind, name): node for kind in kinds for name, node in self.cdi[kind].items()}
+        if former != plugin.former:
+            plugin.former = former
+            plugin.registry.learn(former=former)
+
+    # Plugins come and go
+
+    def start_plugin(self, settings: Settings, *, serves: bool = True) -> Plugin:
+        """A new run: nothing is remembered."""
+        needs_cdi = settings.consumer is Consumer.KATA
+        registry = Registry(settings, NAMES, requires_cdi=needs_cdi, clock=lambda: self.now)
+        plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry)
+        self.note(plugin.name, "starts" if serves else "stands by", _words(settings))
+        if serves:
+            self.plugin = plugin
+            self._begin_turn(plugin)
+        else:
+            self.standby = plugin
+        if needs_cdi:
+            self._learn_former(plugin, self.cdi)
+        self.ask(plugin)
+        return plugin
+
+    def _show_all_pods(self) -> None:
+        """That another plugin comes to serve takes longer than the kubelet takes to note an answer of the one before:
+        whatever that gave is named by then, and nobody could know of it otherwise."""
+        for pod in self.pods:
+            pod.shows_at = min(pod.shows_at, self.now)
+
+    def end_plugin(self) -> None:
+        if self.plugin is not None:
+            self.note(self.plugin.name, "ends")
+        self.plugin = None
+
+    def take_over(self) -> None:
+        """The one that stands by gets the turn."""
+        self.plugin, self.standby = self.standby, None
+        assert self.plugin is not None
+        self.note(self.plugin.name, "takes over")
+        self._begin_turn(self.plugin)
+
+    def swap_turns(self) -> None:
+        """The lock goes to the other one, and both live on."""
+        before = self.plugin
+        assert before is not None
+        before.serves, before.turn_since = False, math.inf
+        self.take_over()
+        self.standby = before
+
+    def _begin_turn(self, plugin: Plugin) -> None:
+        """It has the lock. Before it serves it asks PodResources, if it has not just started."""
+        self._show_all_pods()
+        plugin.turn_since, plugin.is_told, plugin.is_heard = self.now, False, False
+        if plugin.registry.current.version:
+            self.ask(plugin, of_turn=True)
+        else:
+            self._serve(plugin)
+
+    def _serve(self, plugin: Plugin) -> None:
+        plugin.serves = True
+        plugin.next_question = self.now
+        plugin.registry.serve(plugin.turn_since)
+        self._write_specs(plugin)
+
+    # The kubelet
+
+    def restart_kubelet(self) -> None:
+        self.note("the kubelet restarts")
+        self.kubelet_began = self.now
+        for plugin in self.plugins:
+            for question in plugin.questions:
+                question.is_answered, question.ends_at = False, self.now
+            plugin.next_question = self.now
+
+    def healthy(self, resource: str) -> list[str]:
+        """What the kubelet may give of a resource."""
+        plugin = self.plugin
+        if plugin is None or not plugin.serves:
+            return []
+        listed = plugin.registry.current.resources.get(resource, ())
+        return [d.id for d in listed if d.health.healthy and (resource, d.id) not in self.allocated]
+
+    def admit(
+        self, wanted: Iterable[tuple[str, int | Sequence[str]]], *, shows_after: float = 0.0, again: float = 0.0
+    ) -> Pod | None:
+        """A pod with one container for each (resource, devices): so many, or these; None: it was refused.
+
+        `again`: how likely a container takes over what an init container had before it, by another Allocate.
+        """
+        pod = Pod(name=self._name("pod"), shows_at=self.now + shows_after)
+        self.pods.append(pod)
+        for resource, asked in wanted:
+            ids = self._choose(resource, asked) if isinstance(asked, int) else list(asked)
+            if ids is None or not self.allocate(pod, resource, ids):
+                self.end_pod(pod)
+                return None
+            if self.dice.random() < again and not self.allocate(pod, resource, ids):
+                self.counts["refused to the same pod again"] += 1
+        return pod
+
+    def give(self, resource: str, *ids: str) -> Pod | None:
+        """A pod with these devices; None: it was refused."""
+        return self.admit([(resource, ids)])
+
+    def _choose(self, resource: str, count: int) -> list[str] | None:
+        available = self.healthy(resource)
+        if len(available) < count or self.plugin is None:
+            return None
+        if self.dice.random() < 0.1:
+            devices = {d.id: d for d in self.plugin.registry.current.resources[resource]}
+            return list(prefer(devices, available=available, must_include=(), size=count, policy=Policy.PACKED))
+        return self.dice.sample(available, count)
+
+    def allocate(self, pod: Pod, resource: str, ids: list[str]) -> bool:
+        """The call, as the plugin answers it: from one snapshot, after one more look."""
+        assert all(self.allocated.get((resource, i), pod) is pod for i in ids), "the kubelet keeps an ID from two pods"
+        plugin = self.plugin
+        if plugin is None or not plugin.serves or (devices := _all_healthy(plugin, resource, ids)) is None:
+            return False
+        against = {d.id: why for d in devices if (why := self._look(d)) is not None}
+        if against:
+            self.counts["refused at the look"] += 1
+            self.note(plugin.name, "refuses", pod.name, resource, against)
+            if busy := {(resource, i): used for i, (_, used) in against.items() if used}:
+                self._must_be_news(plugin, busy)
+                plugin.registry.learn(busy=busy)
+                self._write_specs(plugin)
+            plugin.next_scan = self.now
+            return False
+        if plugin.scan is not None and self.dice.random() < 0.3:
+            self._take_scan(plugin)
+        if (devices := _all_healthy(plugin, resource, ids)) is None:
+            return False
+        self.note(plugin.name, "gives", pod.name, resource, [(d.id, d.address) for d in devices])
+        plugin.registry.allocate([(resource, i) for i in ids])
+        self._write_specs(plugin)
+        before = self.hands(pod)
+        given = [self._grant(device, plugin) for device in devices]
+        self.allocated |= dict.fromkeys((grant.key for grant in given), pod)
+        pod.grants += given
+        self.counts["grants"] += 1
+        self._judge(pod, given, before)
+        return True
+
+    def _must_be_news(self, plugin: Plugin, busy: Mapping[DeviceKey, frozenset[str]]) -> None:
+        for key, addresses in busy.items():
+            for function in map(self.kernel.functions.__getitem__, addresses):
+                seen = (key, function.address, function.user)
+                is_known = function.binding in plugin.bindings  # else it may be another VM's use, for all that is seen
+                if is_known and plugin.found_busy.setdefault(seen, self.now) < plugin.scan_began:
+                    why = f"{function.address} is still in use as it was when it was refused"
+                    raise OfferedAgain(f"{key} is Healthy, and {why}")
+
+    def _grant(self, device: Device, plugin: Plugin) -> Grant:
+        functions = [self.kernel.functions[p.address] for p in device.placements]
+        consumer = plugin.settings.consumer
+        return Grant(
+            key=(device.resource, device.id),
+            node=device.node,
+            group_node=device.group_node if consumer is Consumer.KUBEVIRT else None,
+            functions=tuple(f.address for f in functions),
+            bindings=tuple(f.binding for f in functions),
+            addresses=(device.address,) if consumer is Consumer.KUBEVIRT else (),
+            consumer=consumer,
+            plugin=plugin,
+            at=self.now,
+            scan_began=plugin.scan_began,
+        )
+
+    def _look(self, device: Device) -> tuple[str, frozenset[str]] | None:
+        """The plugin's own, before it gives a device away: what speaks against it, and what a VM has in its group."""
+        for placement in device.placements:
+            function = self.kernel.functions[placement.address]
+            if not function.is_present or self.kernel.node_of(function) != device.node:
+                return "gone", frozenset()
+            if function.is_off:
+                return "off the bus", frozenset()
+        members = [self.kernel.functions[address] for address in device.group_functions]
+        if any(f.is_present and f.hangs for f in members):
+            return "silent", frozenset()
+        used = frozenset(f.address for f in members if f.is_present and f.is_enabled)
+        return ("busy", used) if used else None
+
+    def end_pod(self, pod: Pod) -> None:
+        """The kubelet frees its IDs at once, and tells nobody. Its VM may go on."""
+        if pod.is_live:
+            self.note(pod.name, "ends", "" if pod.vm is None else "and its VM goes on")
+        pod.is_live = False
+        self.allocated = {key: holder for key, holder in self.allocated.items() if holder is not pod}
+        if pod.vm is None:
+            self.pods.remove(pod)
+
+    # VMs
+
+    def start_vm(self, pod: Pod) -> bool:
+        """Opens what the pod was given."""
+        if pod.vm is not None or not pod.is_live or not pod.grants:
+            return False
+        functions: set[Function] = set()
+        for grant in pod.grants:
+            opened = self._functions_of(grant)
+            if opened is None:
+                self.counts["VMs that found a node gone"] += 1
+                return False
+            functions |= opened
+        vm = Vm(f"the VM of {pod.name}", self.now)
+        if not self.kernel.open(vm, functions):
+            is_expected = pod.is_excused or any(g.scan_began <= self.disturbed_at for g in pod.grants)
+            self.counts["VMs refused by the kernel" if is_expected else NEEDLESS] += 1
+            self.note(pod.name, "cannot start its VM")
+            return False
+        self.note(pod.name, "starts its VM with", sorted(f.address for f in functions))
+        self.counts["VMs"] += 1
+        pod.vm = vm
+        return True
+
+    def _functions_of(self, grant: Grant) -> set[Function] | None:
+        """What a VM opens by this grant now; None: it is not there."""
+        if grant.consumer is Consumer.KUBEVIRT:
+            named = {self.kernel.functions[a] for a in grant.addresses}
+            fits = all(f.is_bound and grant.group_node in (None, node_of_group(f.group)) for f in named)
+            return named if fits else None
+        if grant.node.startswith("/dev/vfio/devices/"):
+            function = self.kernel.at_node(grant.node)
+            return None if function is None else {function}
+        return {f for f in self.kernel.members(_group_of(grant.node)) if f.is_bound} or None
+
+    def start_strangers_vm(self, function: Function) -> bool:
+        """Somebody's QEMU, of which no kubelet knows."""
+        vm = Vm(f"a stranger's VM with {function.address}", self.now)
+        if not self.kernel.open(vm, {function}):
+            return False
+        self.note(vm.name, "starts")
+        self.disturbed_at = self.now
+        return True
+
+    def stop_vm(self, vm: Vm) -> None:
+        self.note(vm.name, "ends")
+        self.kernel.close(vm)
+        for pod in self.pods:
+            if pod.vm is vm:
+                pod.vm, pod.vm_ended_at = None, self.now
+        self.pods = [p for p in self.pods if p.is_live or p.vm is not None]
+
+    # Who has what
+
+    def hands(self, pod: Pod) -> Hands:
+        """What a pod has by its grants while it lives, and what its VM has."""
+        hands = self.hands_of_vm(pod.vm) if pod.vm is not None else Hands()
+        for grant in pod.grants if pod.is_live else ():
+            hands |= self.hands_of_grant(grant)
+        return hands
+
+    def hands_of_vm(self, vm: Vm) -> Hands:
+        nodes = {node for f in vm.functions if (node := self.kernel.node_of(f)) is not None}
+        return Hands(frozenset(nodes), frozenset(vm.groups), frozenset(f.address for f in vm.functions))
+
+    def hands_of_grant(self, grant: Grant) -> Hands:
+        """A pod's VM opens nodes by their paths, whatever is behind them by then.
+
+        A cdev that is gone comes back with whatever is bound next: with the function that was given, most likely, where
+        that is not bound.
+        """
+        nodes, groups = {grant.node}, set()
+        functions = {self.kernel.functions[a] for a in grant.addresses}
+        if grant.node.startswith("/dev/vfio/devices/"):
+            behind, _ = self.kernel.last_at_node[grant.node]
+            is_there = behind.number is not None and node_of_cdev(behind.number) == grant.node
+            if is_there or (behind.number is None and behind.address in grant.functions):
+                functions.add(behind)
+        else:
+            groups.add(_group_of(grant.node))
+        if grant.group_node is not None:
+            nodes.add(grant.group_node)
+            groups.add(_group_of(grant.group_node))
+        for group in groups:
+            functions.update(self.kernel.members(group))
+        there = [f for f in functions if f.is_present]
+        groups.update(f.group for f in there)
+        addresses = {f.address for f in there}
+        addresses |= {f.address for f in self.kernel.present if f.carrier in addresses}
+        return Hands(frozenset(nodes), frozenset(groups), frozenset(addresses))
+
+    def _judge(self, pod: Pod, given: Sequence[Grant], before: Hands) -> None:
+        """Whether what the pod has just got is in other hands."""
+        mine = self.hands(pod)
+        got = Hands(mine.nodes - before.nodes, mine.groups - before.groups, mine.addresses - before.addresses)
+        addresses = frozenset(address for grant in given for address in grant.functions)
+        for other in self.pods:
+            if other is not pod and (common := got & self.hands(other)):
+                self._accuse(pod, Clash(self, given[0].plugin, addresses, other, other.vm, common))
+        owned = {p.vm for p in self.pods}
+        for vm in self.kernel.vms:
+            if vm not in owned and (common := got & self.hands_of_vm(vm)):
+                self._accuse(pod, Clash(self, given[0].plugin, addresses, None, vm, common))
+
+    def _accuse(self, pod: Pod, clash: Clash) -> None:
+        for excuse in EXCUSES:
+            if excuse(clash):
+                name = excuse.__name__.strip("_").replace("_", " ")
+                self.counts[f"excused: {name}"] += 1
+                self.note("excused:", name)
+                pod.is_excused = True
+                return
+        who = clash.vm.name if clash.vm is not None else "nobody"
+        if clash.other is not None:
+            who = clash.other.name if clash.other.is_live else f"{who}, which has outlived it,"
+        raise TwoHolders(f"{pod.name} was given what {who} has: {clash.common}")
+
+    # Everybody leaves
+
+    def settle(self) -> None:
+        """All pods and VMs end, time passes, and everything must be on offer again."""
+        for pod in list(self.pods):
+            self.end_pod(pod)
+        for vm in list(self.kernel.vms):
+            self.stop_vm(vm)
+        if self.pod_resources != "absent":
+            self.pod_resources = "there"
+        if self.plugin is None:
+            self.start_plugin(self.settings)
+        for _ in range(4):
+            self.wait(180.0)
+        self.must_offer_everything()
+
+    def must_offer_everything(self) -> None:
+        """Every device that is bound, viable and answers is Healthy, whatever it is called."""
+        assert self.plugin is not None
+        listed = [d for devices in self.plugin.registry.current.resources.values() for d in devices]
+        offered = {d.node for d in listed if d.health.healthy}
+        if missing := self.offerable() - offered:
+            why = {d.node: f"{d.resource}={d.id} {d.health}" for d in listed if d.node in missing}
+            raise NotOffered("; ".join(why.get(node, f"{node} is not listed") for node in sorted(missing)))
+
+    def offerable(self) -> set[str]:
+        """Nodes of what could be given to a VM, by an independent reading."""
+        nodes = set()
+        for function in self.kernel.present:
+            if not function.is_bound or function.kind == "audio" or function.carries:
+                continue
+            members = self.kernel.members(function.group)
+            if not self.kernel.is_viable(function.group) or any(f.is_off or f.hangs for f in members):
+                continue
+            if not self.kernel.cdevs and any(f.carries for f in members):
+                continue
+            node = self.kernel.node_of(function)
+            assert node is not None
+            nodes.add(node)
+        return nodes
+
+
+def _all_healthy(plugin: Plugin, resource: str, ids: list[str]) -> list[Device] | None:
+    devices = [plugin.registry.current.device(resource, i) for i in ids]
+    healthy = [d for d in devices if d is not None and d.health.healthy]
+    return healthy if len(healthy) == len(ids) else None
+
+
+def _group_of(node: str) -> int:
+    return int(node.rpartition("/")[2])
+
+
+def _words(settings: Settings) -> str:
+    rules = ", ".join(str(rule.name) for rule in settings.resources)
+    return f"for {settings.consumer} as {settings.gpu_alias!r} {rules}"
+
+
+# What nobody could know
+#
+# A clash that one of these explains is counted and not held against the daemon. Each says why.
+
+
+@dataclass(frozen=True)
+class Clash:
+    """A pod was given what is in other hands."""
+
+    world: World
+    plugin: Plugin
+    given: frozenset[str]
+    """Addresses of the devices that were given."""
+    other: Pod | None
+    """Whose hands; None: those of a VM of nobody's."""
+    vm: Vm | None
+    """That pod's, or nobody's."""
+    common: Hands
+
+    @property
+    def grants(self) -> list[Grant]:
+        """Of the other pod: those by which it has what was given; none where only its VM has that."""
+        if self.other is None or not self.other.is_live:
+            return []
+        return [grant for grant in self.other.grants if self.common & self.world.hands_of_grant(grant)]
+
+    @property
+    def shows_in_use(self) -> bool:
+        """Whether a scan would see that the VM has the group."""
+        return self.vm is not None and any(f.is_enabled and f.group in self.common.groups for f in self.vm.functions)
+
+    @property
+    def are_others(self) -> bool:
+        """Whether all of the other pod's grants are of other runs of the plugin."""
+        return all(grant.plugin is not self.plugin for grant in self.grants)
+
+
+def _no_witness(clash: Clash) -> bool:
+    """Without PodResources a pod shows by nothing but its VM. A pod without one was given its devices by another run of
+    the plugin, or its VM has ended, or it has used nothing for ten minutes: that is as if it had ended."""
+    if not clash.grants or clash.other is None or clash.plugin.is_there is not False or clash.shows_in_use:
+        return False
+    for grant in clash.grants:
+        known_at = clash.plugin.named.get((grant.key, clash.other.name), -math.inf)
+        if grant.plugin is clash.plugin:
+            known_at = max(known_at, grant.at)
+        if clash.world.now - known_at < UNUSED and clash.other.vm_ended_at < known_at:
+            return False
+    return True
+
+
+def _mediated_device(clash: Clash) -> bool:
+    """A mediated device has no `enable`: a VM that has one and outlives its pod does not show at all."""
+    kinds = {clash.world.kernel.functions[address].kind for address in clash.common.addresses}
+    return clash.vm is not None and not clash.grants and kinds == {"mdev"}
+
+
+def _unseen_use(clash: Clash) -> bool:
+    """A VM of a pod that nothing tells of, begun after the last scan, on other functions of the group than those that
+    are given: the look before Allocate sees those, and what the last scan saw bound."""
+    if clash.vm is None or clash.vm.began_at < clash.plugin.scan_began:
+        return False
+    is_unknown = clash.other is None or (clash.plugin.is_there is False and clash.are_others)
+    return is_unknown and clash.given.isdisjoint(f.address for f in clash.vm.functions)
+
+
+def _unseen_bind(clash: Clash) -> bool:
+    """A node that a pod has from before came to mean a function of the group, since the last scan: the look before
+    Allocate sees the node of the device that is given, and no others."""
+    began = [clash.world.kernel.last_at_node.get(grant.node, (None, -math.inf))[1] for grant in clash.grants]
+    return bool(began) and min(began) >= clash.plugin.scan_began and not clash.common.nodes
+
+
+def _bound_again_unwatched(clash: Clash) -> bool:
+    """KubeVirt knows a GPU by its address, and the kubelet by the number that it had: a GPU that was bound again under
+    another number, and that no scan of this run of the plugin saw under the first, cannot be told from any other."""
+    if not clash.grants or not clash.are_others or clash.shows_in_use:
+        return False
+    bindings = {binding for grant in clash.grants for binding in grant.bindings}
+    return bindings.isdisjoint(clash.plugin.bindings) and all(g.consumer is Consumer.KUBEVIRT for g in clash.grants)
+
+
+def _name_of_another_domain(clash: Clash) -> bool:
+    """It was given under a name in a domain that no rule has any more, and no CDI spec tells of it (KubeVirt has none):
+    it might as well be a device of another plugin."""
+    names = [rule.name or "" for rule in clash.plugin.settings.resources]
+    domains = {"nvidia.com", *(name.partition("/")[0] for name in names)}
+    keys = [grant.key for grant in clash.grants]
+    is_foreign = all(key not in clash.plugin.former and key[0].partition("/")[0] not in domains for key in keys)
+    return bool(keys) and is_foreign and not clash.shows_in_use
+
+
+def _young_kubelet(clash: Clash) -> bool:
+    """A kubelet that has just started does not name all of its pods for half a minute. To withhold everything for that
+    long would fail the pods that it admits again after the node was booted, so what it says then counts, for devices
+    that are alone in their group, where CDI specs tell what names there were. (A run for KubeVirt left none.)"""
+    plugin, kernel = clash.plugin, clash.world.kernel
+    if plugin.is_told or not plugin.is_heard or plugin.settings.consumer is not Consumer.KATA or clash.shows_in_use:
+        return False
+    if clash.other is None or any(
+        g.key in plugin.former or (g.key, clash.other.name) in plugin.named for g in clash.grants
+    ):
+        return False
+    is_shared = any(sum(f.kind != "audio" for f in kernel.members(n)) > 1 for n in clash.common.groups)
+    return bool(clash.grants) and not (is_shared and kernel.cdevs)
+
+
+EXCUSES: tuple[Callable[[Clash], bool], ...] = (
+    _no_witness,
+    _mediated_device,
+    _unseen_use,
+    _unseen_bind,
+    _bound_again_unwatched,
+    _name_of_another_domain,
+    _young_kubelet,
+)

@@ -1,0 +1,369 @@
+"""Other people's specs that fail every Kata pod, and other people who write our spec: what is said of them, and when.
+
+Which files a look finds is asked of real folders; the rest is told by the real process. Verdicts on single specs are
+in test_cdi_lint.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cdi_reader import read_folder
+from conftest import MakeNode, StartDaemon
+from daemon import Daemon, Places
+from kubelet import TIMEOUT, GrpcKubelet
+from names import PGPU
+from specs import as_text, device, document
+from trials import QUICK, wait_until
+
+from sandbox_plugin.daemon import cdi_folders
+from sandbox_plugin.outputs import files
+from sandbox_plugin.outputs.cdi_lint import lint
+from sandbox_plugin.outputs.foreign_specs import look_at_specs
+from sandbox_plugin.settings import Settings
+
+OURS = "nvidia.com-pgpu.yaml"
+GOOD, NO_DEVICES = as_text(document()), as_text(document(devices=[]))
+
+
+# Which files are looked at
+
+
+TREES: dict[str, tuple[dict[str, str], str | None]] = {
+    "one device in the folder and in a sub-folder": ({"sub/b.yaml": "a"}, "sub/b.yaml"),
+    "another device in a sub-folder": ({"sub/b.yaml": "b"}, None),
+    "a bad spec in a sub-folder": ({"sub/b.yaml": ""}, "sub/b.yaml"),
+    "an ending of another case": ({"x.YAML": "a"}, "x.YAML"),
+    "another ending": ({"x.yml": "a"}, None),
+    "a folder that is named like a spec": ({"dir.yaml/b.yaml": "b"}, None),
+    "one device behind a link to a folder": ({"../far/b.yaml": "a", "dir": "-> ../far"}, "dir/b.yaml"),
+    "links that lead back": ({"sub/back": "-> ..", "sub/again": "-> .."}, None),
+    "a link to a spec of the folder": ({"b.yaml": "-> a.yaml"}, "b.yaml"),
+    "a dangling link": ({"b.json": "-> nowhere"}, "b.json"),
+    "a link to itself": ({"b.json": "-> b.json"}, "b.json"),
+}
+"""What is put beside `a.yaml`, which has the device `a`, and which file is bad then.
+
+Path -> the name of the one device of a good spec, `-> TARGET` for a link, or nothing for a bad spec.
+"""
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_folder_is_bad_when_either_library_refuses_it_whatever_its_sub_folders_links_and_endings(
+    tmp_path: Path, name: str
+) -> None:
+    entries, bad = TREES[name]
+    folder = tmp_path / "cdi"
+    for file, what in {"a.yaml": "a", **entries}.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if what.startswith("-> "):
+            path.symlink_to(what.removeprefix("-> "))
+        else:
+            path.write_bytes(as_text(document(devices=[device(what)])) if what else b"{")
+    specs = look_at_specs(folder, {})
+    assert look_at_specs(folder, specs) == specs
+    assert lint({file: seen.reading for file, seen in specs.items()}).keys() == ({folder / bad} if bad else set())
+
+
+def test_a_spec_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_bytes(as_text(document(devices=[device(name[0])])))
+    before = look_at_specs(tmp_path, {})
+    read: list[Path] = []
+
+    def note(file: Path, limit: int) -> bytes:
+        read.append(file)
+        return b""
+
+    monkeypatch.setattr(files, "read", note)
+    (tmp_path / "b.yaml").write_bytes(b"something else")
+    now = look_at_specs(tmp_path, before)
+    assert read == [tmp_path / "b.yaml"]
+    assert now[tmp_path / "a.yaml"] == before[tmp_path / "a.yaml"]
+
+
+@pytest.mark.parametrize("name", ["scandir", "stat"])
+def test_for_want_of_descriptors_or_memory_nothing_is_said_of_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a.yaml").write_bytes(as_text(document()))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, refuse)
+        with pytest.raises(OSError, match="Too many open files"):
+            look_at_specs(tmp_path, {})
+
+
+def test_the_folders_are_those_that_kata_reads_and_ours_each_once(tmp_path: Path) -> None:
+    etc, var = Path("/etc/cdi"), Path("/var/run/cdi")
+    assert folders_of(Settings()) == {etc, var}
+    assert folders_of(Settings(cdi_dir=etc)) == {etc, var}
+    assert folders_of(Settings(cdi_dir=tmp_path)) == {tmp_path, etc, var}
+    (tmp_path / "var").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "var/run").symlink_to("../run")
+    on_fake = Settings(cdi_dir=tmp_path / "run/cdi").on_fake_host(tmp_path)
+    assert folders_of(on_fake) == {tmp_path / "run/cdi", tmp_path / "etc/cdi"}
+
+
+def folders_of(settings: Settings) -> set[Path]:
+    return set(asyncio.run(cdi_folders(settings)))
+
+
+def test_a_folder_that_leads_to_itself_or_does_not_answer_goes_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/cdi").symlink_to("cdi")
+    settings = Settings(cdi_dir=tmp_path / "ours").on_fake_host(tmp_path)
+    wanted = {tmp_path / "ours", tmp_path / "var/run/cdi", tmp_path / "etc/cdi"}
+    assert folders_of(settings) == wanted
+    released = threading.Event()
+    real = os.path.realpath
+
+    def hang(path: Path) -> str:
+        return real(path) if path != tmp_path / "etc/cdi" or released.wait(TIMEOUT) else "-"
+
+    monkeypatch.setattr(os.path, "realpath", hang)
+    try:
+        assert folders_of(settings) == wanted
+        assert not released.is_set()
+    finally:
+        released.set()
+
+
+def test_a_link_to_half_the_host_is_followed_so_far_and_no_further(tmp_path: Path) -> None:
+    host, folder = tmp_path / "host", tmp_path / "cdi"
+    for name in ("a", "b"):
+        (host / name).mkdir(parents=True)
+        for number in range(6_000):
+            (host / name / str(number)).touch()
+    folder.mkdir()
+    (folder / "all").symlink_to(host)
+    (folder / "bad.yaml").write_text("cdiVersion: 9.9.9\n")
+    found = look_at_specs(folder, {})
+    assert found.keys() == {folder, folder / "bad.yaml"}
+    assert found[folder].reading.unread == (
+        "there is more in it and its sub-folders than the 10000 entries that are looked at"
+    )
+    assert found[folder / "bad.yaml"].reading.wrong
+    assert look_at_specs(folder, found) == found
+
+
+# The real process
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple[object, ...]]:
+    """What a touch would change: names, bytes, inodes and times."""
+    found: dict[Path, tuple[object, ...]] = {}
+    for folder in folders:
+        for path in folder.rglob("*"):
+            status = path.lstat()
+            content = path.read_bytes() if path.is_file() else None
+            found[path] = (content, status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_mode)
+    return found
+
+
+@contextmanager
+def untouched(*folders: Path) -> Iterator[None]:
+    """Whatever happens meanwhile, nobody touches what lies in these folders now."""
+    before = snapshot(*folders)
+    yield
+    now = snapshot(*folders)
+    assert {path: now.get(path) for path in before} == before
+
+
+def wait_for_word(plugin: Daemon, file: Path, **about: Any) -> None:
+    said = plugin.wait_for("bad cdi spec", path=str(file), **about)
+    assert said["level"] == "error"
+    assert "Kata fails every pod of this node until this spec is repaired, or moved out" in said["action"]
+
+
+def test_bad_specs_in_either_folder_are_named_once_at_start_and_never_touched(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    etc = node.root / "etc/cdi"
+    etc.mkdir(parents=True)
+    places.cdi.mkdir()
+    bad = {
+        places.cdi / "management.nvidia.com-gpu.yaml": (as_text(document(cdiVersion="1.0.0")), "cdiVersion is '1.0.0'"),
+        places.cdi / "broken.json": (b"kind: [unclosed\n", "not valid YAML or JSON"),
+        places.cdi / "a-rival.json": (
+            as_text(document(kind=PGPU, devices=[device("11")])),
+            f"device {PGPU}=11 is in {OURS} too",
+        ),
+        etc / "vendor.yaml": (as_text(document(devices=[device(additionalGids=[1])])), "'additionalGids'"),
+        etc / "deeper/empty.yaml": (b"", "it is empty"),
+    }
+    good = {places.cdi / "nvidia.yaml": GOOD, etc / "nvidia.yaml": GOOD}
+    (etc / "deeper").mkdir()
+    for file, content in {**good, **{file: content for file, (content, _) in bad.items()}}.items():
+        file.write_bytes(content)
+    (places.cdi / "link.yaml").symlink_to("nowhere")
+    with untouched(places.cdi, etc):
+        plugin = daemon(node, QUICK)
+        kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+        for file, (_, words) in bad.items():
+            wait_for_word(plugin, file, reason=words)
+        wait_for_word(plugin, places.cdi / "link.yaml", reason="a dangling symlink")
+        since = plugin.mark()
+        (etc / "new.yaml").write_bytes(NO_DEVICES)  # seen by its event or by the next look, after the others
+        plugin.wait_for("bad cdi spec", since=since, path=str(etc / "new.yaml"), reason="it has no devices")
+        twice = plugin.wait_for("cdi device in two folders", path=str(etc / "nvidia.yaml"))
+        assert f"device vendor.com/class=0 is in {places.cdi / 'nvidia.yaml'} too" in twice["reason"]
+    assert len(plugin.events("cdi device in two folders")) == 1
+    names = [event["path"] for event in plugin.events("bad cdi spec")]
+    assert sorted(names) == sorted(map(str, [*bad, places.cdi / "link.yaml", etc / "new.yaml"]))
+
+
+def test_a_spec_that_turns_bad_is_named_when_it_does_and_one_that_is_healed_is_told(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    node = fake_node("workstation")
+    plugin = daemon(node)  # at its own pace: events tell
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    etc = node.root / "etc/cdi"
+    file = etc / "vendor.yaml"
+    etc.mkdir(parents=True)
+    file.write_bytes(GOOD)
+    file.write_bytes(as_text(document(cdiVersion="0.7.0")))
+    wait_for_word(plugin, file, reason="'0.7.0'")
+    file.write_bytes(NO_DEVICES)
+    wait_for_word(plugin, file, reason="no devices")
+    assert not plugin.events("bad cdi spec is gone")
+    file.write_bytes(GOOD)
+    plugin.wait_for("bad cdi spec is gone", path=str(file))
+    assert len(plugin.events("bad cdi spec")) == 2
+
+
+def test_what_cannot_be_read_or_judged_is_told_and_holds_nobody_up(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    node = fake_node("workstation")
+    places.cdi.mkdir()
+    (places.cdi / "huge.yaml").write_bytes(b"#" * (1 << 19))
+    os.mkfifo(places.cdi / "pipe.json")
+    (places.cdi / "loop.yaml").symlink_to("loop.yaml")
+    with untouched(places.cdi):
+        plugin = daemon(node, QUICK)
+        kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+        for name, words in {
+            "huge.yaml": "more than 262144 bytes",
+            "pipe.json": "Not a regular file",
+        }.items():
+            told = plugin.wait_for("cdi spec not judged", path=str(places.cdi / name), reason=words)
+            assert "if Kata's pods fail" in told["action"]
+        wait_for_word(plugin, places.cdi / "loop.yaml", reason="a dangling symlink")
+    assert len(plugin.events("cdi spec not judged")) == 2
+
+
+def reference_spec(**nodes: str) -> bytes:
+    """Our spec as another program would write it."""
+    devices = [device(name, deviceNodes=[{"path": path}]) for name, path in nodes.items()]
+    return as_text(document(cdiVersion="0.5.0", kind=PGPU, devices=devices))
+
+
+def test_against_another_writer_of_our_spec_ours_wins_and_the_fight_is_named_once_and_no_loop(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("workstation"), QUICK)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    ours, theirs = places.cdi / OURS, reference_spec(**{"0": "/dev/vfio/11"})
+    wanted = ours.read_bytes()
+    stop = threading.Event()
+    rounds = 0
+
+    def fight() -> None:
+        """As kata-manager would: whenever its own text does not stand there, it puts it there."""
+        nonlocal rounds
+        while not stop.is_set():
+            if ours.read_bytes() != theirs:
+                (places.cdi / "x").write_bytes(theirs)
+                (places.cdi / "x").replace(ours)
+                rounds += 1
+            stop.wait(0.001)
+
+    other = threading.Thread(target=fight, daemon=True)
+    since, started = plugin.mark(), time.monotonic()
+    other.start()
+    try:
+        first = plugin.wait_for("cdi spec of another writer replaced", resource=PGPU, path=str(ours))
+        named = plugin.wait_for("another writer keeps writing our cdi spec", resource=PGPU, path=str(ours))
+        wait_until(lambda: rounds >= 8, "it should go on to win")
+    finally:
+        stop.set()
+        other.join(TIMEOUT)
+    seconds = time.monotonic() - started
+    assert (first["level"], named["level"]) == ("warning", "error")
+    assert "kata-manager" in named["action"]
+    assert rounds <= seconds / 0.2 + 2, "a loop of writing"
+    wait_until(lambda: ours.read_bytes() == wanted, "the last word is ours")
+    assert len(plugin.events("cdi spec of another writer replaced", since=since)) == 1
+    assert len(plugin.events("another writer keeps writing our cdi spec", since=since)) == 1
+    assert len(plugin.events("cdi spec written", since=since)) == 2, "nothing is news any more"
+    assert len(read_folder(places.cdi)) == 2
+    assert kubelet.unhealthy(PGPU) == set()
+    assert [len(received.unhealthy) for received in kubelet.history(PGPU)] == [0] * len(kubelet.history(PGPU))
+
+
+@pytest.mark.slow
+def test_against_a_rival_that_writes_every_second_our_spec_is_there_most_of_the_time_whatever_the_interval(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("workstation"), "--health-interval=3600")
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    ours, theirs = places.cdi / OURS, reference_spec(**{"11": "/dev/vfio/13"})
+    wanted = ours.read_bytes()
+    stop = threading.Event()
+
+    def rival() -> None:
+        while not stop.wait(1):
+            (places.cdi / "x").write_bytes(theirs)
+            (places.cdi / "x").replace(ours)
+
+    samples = []
+    other = threading.Thread(target=rival, daemon=True)
+    other.start()
+    try:
+        end = time.monotonic() + 6.5
+        while time.monotonic() < end:
+            samples.append(ours.read_bytes() == wanted)
+            time.sleep(0.01)
+    finally:
+        stop.set()
+        other.join(TIMEOUT)
+    share = sum(samples) / len(samples)
+    print(f"FIGURE our spec against a rival that writes every second: there in {share:.0%} of {len(samples)} looks")
+    assert 0.7 < share < 1
+    wait_until(lambda: ours.read_bytes() == wanted, "the last word is ours")
+    assert len(plugin.events("cdi spec of another writer replaced")) == 1
+    assert len(plugin.events("another writer keeps writing our cdi spec")) == 1
+    assert len(plugin.events("cdi spec written")) == 3, "the first, and two that were news"
+
+
+def test_a_writer_that_is_caught_half_way_costs_no_device_its_health(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    plugin = daemon(fake_node("workstation"), QUICK)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    ours = places.cdi / OURS
+    wanted = ours.read_bytes()
+    for torn in (b"", b"---\ncdiVersion: 0.5.0\ndevices:\n- containerEd"):
+        ours.write_bytes(torn)
+        wait_until(lambda: ours.read_bytes() == wanted, "ours comes back")
+    assert not plugin.events("cdi trouble")
+    assert all(not received.unhealthy for received in kubelet.history(PGPU))
