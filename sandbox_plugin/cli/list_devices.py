@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             parts += ["", *matrix_lines(_devices(inventory)), "", *legend_lines()]
         if args.all:
             parts += ["", _table_of_all(_all_functions(inventory, facts, settings, names))]
-        print_unfolded(*parts)
+        if parts:
+            print_unfolded(*parts)
     if facts.unreachable:
         print(f"sandbox-plugin: the PCI bus cannot be read: {visible(facts.unreachable)}", file=sys.stderr)
     return 1 if facts.unreachable else 0
@@ -205,14 +206,14 @@ def _table_of_all(functions: list[dict[str, Any]]) -> Table:
 def _tables(inventory: Inventory, facts: HostFacts, names: ModelNames) -> list[RenderableType]:
     """What is offered, or why there is nothing, and what is not offered."""
     parts: list[RenderableType] = []
-    if not inventory.resources and not facts.unreachable:
-        parts.append(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
-    else:
+    if inventory.resources:
         offered = table("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH")
         for resource, devices in inventory.resources.items():
             for device in devices:
                 add_row(offered, resource, *_row(device))
         parts.append(offered)
+    elif not facts.unreachable:
+        parts.append(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
     if inventory.unoffered:
         not_offered = table("NOT OFFERED", "MODEL", "REASON")
         for address, why in sorted(inventory.unoffered.items()):
