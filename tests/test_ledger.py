@@ -371,3 +371,13 @@ def test_a_gpu_whose_number_was_given_again_is_free_at_once_under_its_new_one() 
     assert plugin.reason("5") is Reason.HELD_AS_ANOTHER
     plugin.gives("0")
     assert plugin.is_free("5")
+
+
+def test_an_answer_from_before_a_device_was_found_in_use_does_not_bring_its_old_holder_back() -> None:
+    used = gpu(A, vfio=0, enable=1)
+    plugin = Plugin().sees(gpu(A, vfio=0)).gives("0").sees(used)
+    asked_before = plugin.now
+    plugin.now += 1
+    plugin.registry.learn(busy={(PGPU, "0"): frozenset({A})})
+    plugin.registry.learn(holdings=Holdings(asked_at=asked_before, pods=held(P="0")))
+    assert plugin.sees(used).reason("0") is Reason.IN_USE_ELSEWHERE

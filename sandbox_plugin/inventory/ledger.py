@@ -114,6 +114,8 @@ class Ledger:
     """The grants that have a place."""
     named_by: Mapping[DeviceKey, Holdings] = field(default_factory=dict)
     """The latest answer that named each ID."""
+    refused: Mapping[DeviceKey, float] = field(default_factory=dict)
+    """When the kubelet asked for a device that was in use: whoever an earlier answer names for it has ended by then."""
     uses: Mapping[str, Use] = field(default_factory=dict)
     """By address."""
     allocations: int = 0
@@ -245,7 +247,8 @@ def found_busy(
                 seen_at=now,
                 elsewhere=True,
             )
-    return replace(_with_grants(ledger, grants), uses=uses)
+    refused = {**ledger.refused, **dict.fromkeys(busy, now)}
+    return replace(_with_grants(ledger, grants), uses=uses, refused=refused)
 
 
 def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
@@ -258,8 +261,10 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
         return ledger
     if ledger.heard is not None and answer.asked_at < ledger.heard.asked_at:
         return ledger  # it comes late, after a newer one
+    refused = {key: at for key, at in ledger.refused.items() if answer.asked_at < at}
+    pods = {key: pod for key, pod in answer.pods.items() if key not in refused} if refused else answer.pods
     found: dict[DeviceKey, Grant] = {}
-    for key, pod in answer.pods.items():
+    for key, pod in pods.items():
         grant = ledger.grants.get(key)
         if grant is None or (grant.at <= answer.asked_at and ledger.pod_of(grant) not in (None, pod)):
             places = places_by_id(key)
@@ -272,10 +277,8 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
         over = {k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)}
     if found or over:
         ledger = _with_grants(ledger, {k: g for k, g in {**ledger.grants, **found}.items() if k not in over})
-    named_by = {
-        k: a for k, a in {**ledger.named_by, **dict.fromkeys(answer.pods, answer)}.items() if k in ledger.grants
-    }
-    return replace(ledger, told_at=told_at, heard=answer, named_by=named_by)
+    named_by = {k: a for k, a in {**ledger.named_by, **dict.fromkeys(pods, answer)}.items() if k in ledger.grants}
+    return replace(ledger, told_at=told_at, heard=answer, named_by=named_by, refused=refused)
 
 
 def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
