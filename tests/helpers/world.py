@@ -877,6 +877,12 @@ def _young_kubelet(clash: Clash) -> bool:
     return bool(clash.grants) and not (is_shared and kernel.cdevs)
 
 
+def _not_told_from_another(clash: Clash) -> bool:
+    """It was given what another pod had, and nobody could know: what the VM of that one does looks like its own, also
+    that it ends."""
+    return clash.other is not None and clash.other.is_excused and clash.other.vm is None
+
+
 EXCUSES: tuple[Callable[[Clash], bool], ...] = (
     _no_witness,
     _mediated_device,
@@ -885,4 +891,5 @@ EXCUSES: tuple[Callable[[Clash], bool], ...] = (
     _bound_again_unwatched,
     _name_of_another_domain,
     _young_kubelet,
+    _not_told_from_another,
 )
