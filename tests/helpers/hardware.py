@@ -10,6 +10,7 @@ It knows nothing of the daemon but the form of its facts. Rules of the kernel th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field
 
@@ -63,6 +64,8 @@ class Function:
     carries: int = 0
     """Virtual functions that are switched on."""
     user: Vm | None = None
+    let_go_at: float = -math.inf
+    """When the last VM let go of it."""
     _shown: tuple[tuple[object, ...], PciFunction] | None = None
 
     @property
@@ -193,12 +196,12 @@ class Kernel:
             function.user = vm
         return True
 
-    def close(self, vm: Vm) -> None:
+    def close(self, vm: Vm, now: float) -> None:
         """The VM ends, and lets go of everything."""
         if vm in self.vms:
             self.vms.remove(vm)
         for function in vm.functions:
-            function.user = None
+            function.user, function.let_go_at = None, now
             if function.driver is None:
                 self._release(function)
         vm.functions.clear()

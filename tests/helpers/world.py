@@ -89,7 +89,6 @@ class Pod:
     is_live: bool = True
     """The kubelet keeps its IDs from other pods."""
     vm: Vm | None = None
-    vm_ended_at: float = -math.inf
     is_excused: bool = False
     """It was given something that is in other hands, as nobody could know."""
 
@@ -154,10 +153,10 @@ class Plugin:
     questions: list[Question] = field(default_factory=list)
     has_answer: bool = False
     """PodResources has answered once, by a kubelet that knew its pods."""
-    is_told: bool = False
-    """It has done so since it is this plugin's turn."""
+    told_at: float = -math.inf
+    """When it was asked what it has answered so."""
     is_heard: bool = False
-    """It has answered since then."""
+    """It has answered since it is this plugin's turn."""
     is_there: bool | None = None
     """Whether PodResources' socket was there when it was last asked."""
     named: dict[tuple[DeviceKey, str], float] = field(default_factory=dict)
@@ -168,6 +167,11 @@ class Plugin:
     """A device, and what a VM had in its group -> when that was first a reason to refuse it."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether PodResources has given a complete answer since it is this plugin's turn."""
+        return self.told_at >= self.turn_since
 
 
 GRACE_RULE = ResourceRule(label="resources[0]", name="example.com/grace", drivers=frozenset({"nvgrace_gpu_vfio_pci"}))
@@ -358,7 +362,8 @@ class World:
             self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
             plugin.has_answer |= not is_young
             plugin.is_heard |= question.asked_at >= plugin.turn_since
-            plugin.is_told |= question.asked_at >= plugin.turn_since and not is_young
+            if not is_young:
+                plugin.told_at = max(plugin.told_at, question.asked_at)
             plugin.is_there = True
             plugin.named |= dict.fromkeys(pods.items(), question.asked_at)
             holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
@@ -456,7 +461,7 @@ class World:
     def _begin_turn(self, plugin: Plugin) -> None:
         """It has the lock. Before it serves it asks PodResources, if it has not just started."""
         self._show_all_pods()
-        plugin.turn_since, plugin.is_told, plugin.is_heard = self.now, False, False
+        plugin.turn_since, plugin.is_heard = self.now, False
         if plugin.registry.current.version:
             self.ask(plugin, of_turn=True)
         else:
@@ -642,10 +647,10 @@ class World:
 
     def stop_vm(self, vm: Vm) -> None:
         self.note(vm.name, "ends")
-        self.kernel.close(vm)
+        self.kernel.close(vm, self.now)
         for pod in self.pods:
             if pod.vm is vm:
-                pod.vm, pod.vm_ended_at = None, self.now
+                pod.vm = None
         self.pods = [p for p in self.pods if p.is_live or p.vm is not None]
 
     # Who has what
@@ -808,15 +813,19 @@ class Clash:
 
 
 def _no_witness(clash: Clash) -> bool:
-    """Without PodResources a pod shows by nothing but its VM. A pod without one was given its devices by another run of
-    the plugin, or its VM has ended, or it has used nothing for ten minutes: that is as if it had ended."""
-    if not clash.grants or clash.other is None or clash.plugin.is_there is not False or clash.shows_in_use:
+    """Without PodResources a pod shows by nothing but the use of its devices. It was given them by another run of the
+    plugin, or a VM has used them and has ended, or nobody has for ten minutes: that is as if the pod had ended. A
+    PodResources that says nothing for ten minutes is none."""
+    if not clash.grants or clash.other is None or clash.shows_in_use:
         return False
+    plugin, functions = clash.plugin, clash.world.kernel.functions
     for grant in clash.grants:
-        known_at = clash.plugin.named.get((grant.key, clash.other.name), -math.inf)
-        if grant.plugin is clash.plugin:
+        known_at = plugin.named.get((grant.key, clash.other.name), -math.inf)
+        if grant.plugin is plugin:
             known_at = max(known_at, grant.at)
-        if clash.world.now - known_at < UNUSED and clash.other.vm_ended_at < known_at:
+        is_old = clash.world.now - known_at >= UNUSED
+        was_used = max(functions[address].let_go_at for address in grant.functions) >= known_at
+        if not (is_old or was_used) if plugin.is_there is False else not (is_old and plugin.told_at < known_at):
             return False
     return True
 
