@@ -18,7 +18,7 @@ What follows for the devices is in `sharing`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sandbox_plugin.inventory.health import is_bridge, is_vfio_bound
@@ -182,9 +182,14 @@ def _with_grants(ledger: Ledger, grants: Mapping[DeviceKey, Grant]) -> Ledger:
     return replace(ledger, grants=grants, by_place=by_place)
 
 
-def give(ledger: Ledger, devices: Iterable[Device], now: float) -> Ledger:
-    """One Allocate was answered with these devices. Costs what they cost, and not what the node has."""
+def give(ledger: Ledger, devices: Sequence[Device], now: float) -> Ledger:
+    """One Allocate was answered with these devices. Costs what they cost, and not what the node has.
+
+    A look just before saw that no VM has a function of their groups: what scans saw in use there has ended.
+    """
     number = ledger.allocations + 1
+    looked_at = {address for device in devices for address in device.group_functions}
+    uses = {address: use for address, use in ledger.uses.items() if address not in looked_at} if ledger.uses else {}
     grants, by_place = dict(ledger.grants), dict(ledger.by_place)
     for device in devices:
         key = (device.resource, device.id)
@@ -201,7 +206,7 @@ def give(ledger: Ledger, devices: Iterable[Device], now: float) -> Ledger:
         grants[key] = Grant(key=key, places=places_of(device), at=now, allocation=number)
         for place in grants[key].places.all:
             by_place[place] = (*by_place.get(place, ()), key)
-    return replace(ledger, grants=grants, by_place=by_place, allocations=number)
+    return replace(ledger, grants=grants, by_place=by_place, uses=uses, allocations=number)
 
 
 def is_heir(grant: Grant, other: Grant) -> bool:
