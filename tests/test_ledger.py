@@ -261,7 +261,7 @@ def test_a_use_that_the_look_before_allocate_saw_ended_is_not_held_against_the_n
 
 
 def test_a_use_that_a_look_saw_goes_on_whatever_pod_holds_the_device_later() -> None:
-    used = gpu(A, vfio=0, enable=1)
+    used = replace(MATES[0], enable=1)
     plugin = Plugin().sees(*MATES).gives("0").hears(held(P="0"))
     plugin.registry.learn(busy={(PGPU, "0"): frozenset({A})})
     plugin.sees(used, MATES[1]).hears(held(Q="0"))
