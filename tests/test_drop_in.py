@@ -247,6 +247,10 @@ class Unprivileged(Slot):
         exec setpriv --bounding-set=-all --inh-caps=-all --no-new-privs "$@"
     """
 
+    def _environment(self, node: FakeNode | str) -> dict[str, str]:
+        # Its coverage could not be written down: with this empty it is not measured.
+        return {**super()._environment(node), "COVERAGE_PROCESS_CONFIG": ""}
+
 
 def can_mount() -> bool:
     asked = subprocess.run(
