@@ -19,6 +19,7 @@ from search import search
 from world import GRACE_RULE, World
 
 from sandbox_plugin.inventory import ledger, sharing
+from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.settings import Consumer, Settings
 
@@ -232,6 +233,18 @@ def test_a_gpu_that_was_bound_again_under_another_number_is_still_its_launchers(
     assert world.give(PGPU, "3") is None
 
 
+def test_a_gpu_that_another_plugin_gave_under_another_alias_is_still_its_launchers_when_it_is_bound_again() -> None:
+    world = serving("singles", KUBEVIRT)
+    world.start_plugin(Settings(consumer=Consumer.KUBEVIRT, gpu_alias="other"), serves=False)
+    world.look()
+    assert world.give(PGPU, "0")
+    bind_again(world, SWITCH, FIRST)
+    world.end_plugin()
+    world.take_over()
+    world.wait(60)
+    assert world.give(OTHER, "3") is None
+
+
 @pytest.mark.parametrize("pod_resources", ["silent", "of a young kubelet"])
 def test_at_start_no_mate_is_given_before_it_is_known_who_holds_what(pod_resources: str) -> None:
     for seed in range(10):  # a young kubelet names some of its pods
@@ -290,6 +303,23 @@ def test_short_pods_do_not_get_a_gpu_whose_vm_does_not_end(pod_resources: str) -
         assert world.give(PGPU, "2") is None
         assert "2" not in world.healthy(PGPU)
         world.wait(20)
+
+
+def test_an_answer_from_before_a_look_found_a_gpu_in_use_does_not_bring_its_pod_back() -> None:
+    world = serving("mates")
+    pod = world.give(PGPU, "2")
+    assert pod is not None
+    world.start_vm(pod)
+    world.tell()
+    asked_at = world.now
+    world.wait(1)
+    world.end_pod(pod)
+    assert world.give(PGPU, "2") is None
+    assert world.plugin is not None
+    world.pod_resources = "silent"
+    world.plugin.registry.learn(holdings=Holdings(asked_at=asked_at, pods={(PGPU, "2"): pod.name}))
+    world.wait(10)
+    assert "2" not in world.healthy(PGPU)
 
 
 def test_a_use_that_a_look_found_is_remembered_although_another_pod_had_its_mate() -> None:

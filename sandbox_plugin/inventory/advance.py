@@ -144,8 +144,7 @@ def _learn(
     """What is known of who holds what after this step."""
 
     def places(key: DeviceKey) -> Places | None:
-        known = tracks[key].device if key in tracks else None
-        return places_of_id(key, known, found, facts, signals, settings, names)
+        return places_of_id(key, tracks, found, facts, signals, settings, names)
 
     ledger = ledgers.serve_since(memory.ledger, signals.serving_since)
     if facts is not memory.facts:

@@ -8,13 +8,13 @@ is not given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sandbox_plugin.inventory.devices import Found, Group
 from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger, Places, Use, is_heir, is_undecided, places_of
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours, was_perhaps_ours
-from sandbox_plugin.inventory.state import Signals
+from sandbox_plugin.inventory.state import Signals, Track
 from sandbox_plugin.model import Device, Health, HostFacts, Reason, group_of_node, node_of_cdev, node_of_group
 from sandbox_plugin.settings import Settings
 
@@ -149,7 +149,7 @@ def _uses_by_group(ledger: Ledger) -> dict[int, list[_Used]]:
 
 def places_of_id(
     key: DeviceKey,
-    known: Device | None,
+    tracks: Mapping[DeviceKey, Track],
     found: Found,
     facts: HostFacts,
     signals: Signals,
@@ -158,10 +158,12 @@ def places_of_id(
 ) -> Places | None:
     """What a pod has that holds this ID from an earlier run of this plugin; None: the ID is another plugin's.
 
-    `known` is the device that has, or had, the ID. Else a CDI spec tells the node, or the number itself does.
+    That is the device that has, or had, the ID. Else a CDI spec tells the node, or the number itself does; where a
+    device with this node is gone that had another name, it may have been that one.
     """
-    if known is not None and known.placements:
-        return places_of(known)
+    known = tracks.get(key)
+    if known is not None and known.device.placements:
+        return places_of(known.device)
     resource, device_id = key
     node = signals.former.get(key)
     if node is None:
@@ -170,6 +172,16 @@ def places_of_id(
         if not device_id.isdecimal() or len(device_id) > 9:
             return None
         node = node_of_cdev(device_id) if found.cdevs else node_of_group(device_id)
+    places = _places_of_node(node, found, facts)
+    gone = (t.device for t in tracks.values() if t.gone_since is not None and t.device.node == node)
+    if (was := next((device for device in gone if device.placements), None)) is not None:
+        group = was.iommu_group if places.group is None else places.group
+        return replace(places, group=group, addresses=places.addresses | places_of(was).addresses)
+    return places
+
+
+def _places_of_node(node: str, found: Found, facts: HostFacts) -> Places:
+    """What goes with a node now."""
     device = next((d for d in found.devices if d.node == node), None)
     if device is not None:
         return places_of(device)
