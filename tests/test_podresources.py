@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -22,14 +24,22 @@ LEAST = 5.0
 A, B = "0000:01:00.0", "0000:02:00.0"
 
 
+def old_socket(path: Path) -> Path:
+    """A socket that a kubelet made long ago."""
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+    os.utime(path, (0, 0))
+    return path
+
+
 def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_for_the_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions: list[Path] = []
 
     async def body() -> None:
-        async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
-            questions.append(socket)
+        async def list_pods(path: Path) -> v1.ListPodResourcesResponse:
+            questions.append(path)
             return v1.ListPodResourcesResponse()
 
         async def everybody_had_a_turn() -> None:
@@ -39,7 +49,9 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
         monkeypatch.setattr(podresources, "list_pods", list_pods)
         registry = Registry(Settings(), ModelNames(), requires_cdi=False)
         registry.observe(host(gpu(A)))
-        poller = HoldingsPoller(socket=tmp_path / "kubelet.sock", registry=registry, clock=lambda: 10 * YOUNG)
+        poller = HoldingsPoller(
+            socket=old_socket(tmp_path / "kubelet.sock"), registry=registry, clock=lambda: 10 * YOUNG
+        )
         async with asyncio.TaskGroup() as group:
             task = group.create_task(poller.run())
             await everybody_had_a_turn()
@@ -69,8 +81,8 @@ def test_what_is_waited_for_is_asked_again_after_a_pause(tmp_path: Path, monkeyp
     async def body() -> None:
         asked_three_times = asyncio.Event()
 
-        async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
-            questions.append(socket)
+        async def list_pods(path: Path) -> v1.ListPodResourcesResponse:
+            questions.append(path)
             if len(questions) == 3:
                 asked_three_times.set()
             return v1.ListPodResourcesResponse()
@@ -80,7 +92,9 @@ def test_what_is_waited_for_is_asked_again_after_a_pause(tmp_path: Path, monkeyp
         registry = Registry(Settings(), ModelNames(), requires_cdi=False)
         registry.observe(host(gpu(A)))
         registry.observe(HostFacts())
-        poller = HoldingsPoller(socket=tmp_path / "kubelet.sock", registry=registry, clock=lambda: 10 * YOUNG)
+        poller = HoldingsPoller(
+            socket=old_socket(tmp_path / "kubelet.sock"), registry=registry, clock=lambda: 10 * YOUNG
+        )
         async with asyncio.TaskGroup() as group:
             task = group.create_task(poller.run())
             await asked_three_times.wait()
