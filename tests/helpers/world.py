@@ -670,7 +670,7 @@ class World:
         """A pod's VM opens nodes by their paths, whatever is behind them by then.
 
         A cdev that is gone comes back with whatever is bound next: with the function that was given, most likely, where
-        that is not bound.
+        that is not bound. Who was given a physical function has the virtual ones that it carries.
         """
         nodes, groups = {grant.node}, set()
         functions = {self.kernel.functions[a] for a in grant.addresses}
@@ -689,7 +689,8 @@ class World:
         there = [f for f in functions if f.is_present]
         groups.update(f.group for f in there)
         addresses = {f.address for f in there}
-        addresses |= {f.address for f in self.kernel.present if f.carrier in addresses}
+        given = addresses.intersection(grant.functions)
+        addresses |= {f.address for f in self.kernel.present if f.carrier in given}
         return Hands(frozenset(nodes), frozenset(groups), frozenset(addresses))
 
     def _judge(self, pod: Pod, given: Sequence[Grant], before: Hands) -> None:
@@ -886,12 +887,6 @@ def _young_kubelet(clash: Clash) -> bool:
     return bool(clash.grants) and not (is_shared and kernel.cdevs)
 
 
-def _not_told_from_another(clash: Clash) -> bool:
-    """It was given what another pod had, and nobody could know: what the VM of that one does looks like its own, also
-    that it ends."""
-    return clash.other is not None and clash.other.is_excused and clash.other.vm is None
-
-
 EXCUSES: tuple[Callable[[Clash], bool], ...] = (
     _no_witness,
     _mediated_device,
@@ -900,5 +895,4 @@ EXCUSES: tuple[Callable[[Clash], bool], ...] = (
     _bound_again_unwatched,
     _name_of_another_domain,
     _young_kubelet,
-    _not_told_from_another,
 )
