@@ -98,14 +98,17 @@ class Soak:
 
     def flap(self) -> None:
         change = self.chance.choice([self.node.bind, self.node.unbind, self.node.sicken, self.node.heal])
+        # What a pod has stays bound: a GPU that comes back under another number is the pod's, until that ends.
+        gpus = GPUS if change in (self.node.sicken, self.node.heal) else GPUS[len(GPUS) // 2 :]
         try:
-            change(self.chance.choice(GPUS))
+            change(self.chance.choice(gpus))
         except FakeNodeError:
             return
         self.done["device changes"] += 1
 
     def allocate(self) -> None:
-        ids = sorted(self.kubelet.healthy(PGPU))
+        bound = [self.node.function(gpu).vfio for gpu in GPUS[: len(GPUS) // 2]]
+        ids = sorted(self.kubelet.healthy(PGPU) & {str(vfio.number) for vfio in bound if vfio is not None})
         registration = self.kubelet.registration(PGPU)
         if not ids or registration is None:
             return
