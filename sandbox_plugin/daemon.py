@@ -98,7 +98,6 @@ async def run(settings: Settings, ending: Ending) -> None:
         if registry.current.version:  # else it is asked before anything is offered
             await poller.ask(patience=_FIRST_ANSWER)
         registry.serve(since)
-        poller.hurry()
 
     async with Parts(ending) as group:
         # First: only what PodResources is asked after this plugin began to serve tells who holds what.

@@ -117,6 +117,11 @@ class PciFunction:
         return (self.vendor, self.device)
 
     @property
+    def binding(self) -> int | None:
+        """`VfioDev.binding`; None where there is none."""
+        return None if self.vfio is None else self.vfio.binding
+
+    @property
     def silence(self) -> str | None:
         """What proves that it does not answer on the bus, in words; None: nothing does."""
         return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)

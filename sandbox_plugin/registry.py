@@ -2,7 +2,7 @@
 
 Everything that may change the inventory goes through `Registry.observe` (a scan's facts) or `Registry.learn` (what
 readers found out). Both take one step with the pure `inventory.advance`, on the loop's thread and without awaiting,
-so that an Allocate which notes its promise can be sure that the next Allocate sees it.
+so that an Allocate which notes its grants can be sure that the next Allocate sees them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from sandbox_plugin.inventory.advance import advance, allocate
-from sandbox_plugin.inventory.ledger import PROMISE_UNUSED, DeviceKey, Holdings
+from sandbox_plugin.inventory.ledger import GRANT_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts
@@ -89,13 +89,21 @@ class Registry:
         """Whether there is a PodResources, as far as is known."""
         return self._signals.pod_resources
 
-    def allocate(self, keys: Iterable[DeviceKey]) -> Inventory:
-        """Takes in that one Allocate is being answered with these devices of the current inventory."""
+    def now(self) -> float:
+        """Monotonic seconds, as everything here counts them."""
+        return self._clock()
+
+    def allocate(self, keys: Iterable[DeviceKey], *, looked_at: float | None = None) -> Inventory:
+        """Takes in that one Allocate is being answered with these devices of the current inventory.
+
+        `looked_at`: when the look at them began that found nothing against them; None: just now.
+        """
         devices = [self._inventory.by_key[key] for key in keys]
         now = self._clock()
-        late = now + PROMISE_UNUSED
+        late = now + GRANT_UNUSED
         self._wake_at = late if self._wake_at is None else min(self._wake_at, late)
-        return self._replace(allocate(self._inventory, devices, self._signals, now))
+        looked_at = now if looked_at is None else looked_at
+        return self._replace(allocate(self._inventory, devices, self._signals, looked_at, now))
 
     def serve(self, since: float | None = None) -> Inventory:
         """Takes in that this plugin serves since then, or now, and that another one may have done so until then."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from names import PGPU
 
 from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance, allocate
-from sandbox_plugin.inventory.ledger import ADMISSION, PROMISE_UNUSED, DeviceKey, Holdings
+from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
@@ -52,7 +52,7 @@ class Node:
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, self.settings, names)
         if allocated:
             devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
-            self.inventory = allocate(self.inventory, devices, self.signals, self.now)
+            self.inventory = allocate(self.inventory, devices, self.signals, self.now, self.now)
             return self.look()
         return self
 
@@ -140,7 +140,7 @@ def test_a_pod_that_the_newest_answer_names_keeps_it_however_old_the_one_before_
 
 
 def test_the_times_are_those_that_were_promised() -> None:
-    assert (SETTLE, RETIRE, PROMISE_UNUSED) == (2.0, 60.0, 600.0)
+    assert (SETTLE, RETIRE, GRANT_UNUSED) == (2.0, 60.0, 600.0)
 
 
 def test_an_answer_that_was_asked_for_before_the_loss_says_nothing() -> None:
@@ -232,8 +232,8 @@ def test_without_pod_resources_the_group_is_free_after_it_was_used() -> None:
 
 def test_without_pod_resources_an_unused_promise_ends() -> None:
     node = Node().look(mates()).look(allocated=((PGPU, "1"),))
-    assert node.wake_at == node.now + PROMISE_UNUSED
-    assert node.look(after=PROMISE_UNUSED).reason("2") is Reason.SETTLING
+    assert node.wake_at == node.now + GRANT_UNUSED
+    assert node.look(after=GRANT_UNUSED).reason("2") is Reason.SETTLING
 
 
 def test_a_group_mate_that_somebody_uses_is_enough() -> None:
@@ -551,7 +551,7 @@ def test_a_node_that_was_only_guessed_promises_nothing() -> None:
 def test_a_promise_ends_although_pod_resources_has_fallen_silent() -> None:
     node = Node().look(mates()).pods(after=1).look(allocated=((PGPU, "1"),), after=1)
     assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.look(after=PROMISE_UNUSED + 1).reason("2") is Reason.SETTLING
+    assert node.look(after=GRANT_UNUSED + 1).reason("2") is Reason.SETTLING
 
 
 def test_a_mate_is_taken_while_the_holder_is_unbound_under_its_vm() -> None:
@@ -575,7 +575,7 @@ def test_a_group_stays_a_vms_although_its_device_was_unbound_and_its_pod_is_gone
 def test_without_pod_resources_a_group_is_a_vms_while_its_device_is_unbound_under_it() -> None:
     node = Node().look(mates()).look(allocated=((PGPU, "1"),), after=1).look(mates(enable=1), after=1)
     assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.GROUP_TAKEN
-    assert node.look_again(after=10 * PROMISE_UNUSED).reason("2") is Reason.GROUP_TAKEN
+    assert node.look_again(after=10 * GRANT_UNUSED).reason("2") is Reason.GROUP_TAKEN
     assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
 
 
@@ -588,7 +588,7 @@ def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
 
 def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
     node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
-    assert node.look_again(after=PROMISE_UNUSED + 1).wake_at is None
+    assert node.look_again(after=GRANT_UNUSED + 1).wake_at is None
 
 
 # What a step costs, in calls of functions: that does not depend on the machine
@@ -619,7 +619,7 @@ def test_an_allocate_costs_the_same_on_a_node_with_8_devices_and_with_1024() -> 
     for count in (8, 1024):
         node = Node().look(many(count)).pods(*map(str, range(count // 2)))
         devices = [node.device("3")]
-        costs.append(calls_of(lambda n=node, d=devices: allocate(n.inventory, d, n.signals, n.now)))  # type: ignore[misc]
+        costs.append(calls_of(lambda n=node, d=devices: allocate(n.inventory, d, n.signals, n.now, n.now)))  # type: ignore[misc]
     assert costs[0] == costs[1]
 
 

@@ -13,7 +13,7 @@ import pytest
 from facts import gpu, host
 from names import NVSWITCH, PGPU
 
-from sandbox_plugin.inventory.ledger import ADMISSION, PROMISE_UNUSED, DeviceKey, Holdings
+from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import Health, HostFacts, Reason
 from sandbox_plugin.registry import Registry
@@ -246,7 +246,7 @@ def test_without_cdi_specs_every_device_waits_for_an_answer_that_names_all_pods(
 
 
 def test_an_answer_that_may_lack_pods_ends_no_grant() -> None:
-    plugin = Plugin().sees(*MATES).gives("0").hears(held(P="0")).hears(complete=False, after=10 * PROMISE_UNUSED)
+    plugin = Plugin().sees(*MATES).gives("0").hears(held(P="0")).hears(complete=False, after=10 * GRANT_UNUSED)
     assert plugin.reason("1") is Reason.GROUP_TAKEN
 
 

@@ -435,7 +435,7 @@ FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     ),
     "that an Allocate is younger than the answer": _replacing(ledger, "_is_over", _returning(True)),
     "that the kubelet shows a new pod late": _replacing(ledger, "ADMISSION", 0.0),
-    "that a pod may use nothing for a while": _replacing(ledger, "PROMISE_UNUSED", 5.0),
+    "that a pod may use nothing for a while": _replacing(ledger, "GRANT_UNUSED", 5.0),
     "that another plugin may have served until now": _replacing(ledger, "serve_since", _unchanged),
     "that a young kubelet does not name all pods": _every_answer_is_complete,
     "that PodResources is there and will answer": _without_news("pod_resources"),

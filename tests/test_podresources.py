@@ -92,9 +92,7 @@ def test_what_is_waited_for_is_asked_again_after_a_pause(tmp_path: Path, monkeyp
         registry = Registry(Settings(), ModelNames(), requires_cdi=False)
         registry.observe(host(gpu(A)))
         registry.observe(HostFacts())
-        poller = HoldingsPoller(
-            socket=old_socket(tmp_path / "kubelet.sock"), registry=registry, clock=lambda: 10 * YOUNG
-        )
+        poller = HoldingsPoller(socket=old_socket(tmp_path / "kubelet.sock"), registry=registry)
         async with asyncio.TaskGroup() as group:
             task = group.create_task(poller.run())
             await asked_three_times.wait()

@@ -9,7 +9,7 @@ from loop import run
 from names import PGPU
 
 from sandbox_plugin.inventory.advance import SETTLE
-from sandbox_plugin.inventory.ledger import PROMISE_UNUSED, Holdings
+from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import HostFacts, Reason
@@ -163,9 +163,9 @@ def test_an_allocation_is_news_once() -> None:
     seen = registry(clock=clock)
     seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
     seen.allocate([(PGPU, "1")])
-    clock.now += PROMISE_UNUSED / 2
+    clock.now += GRANT_UNUSED / 2
     seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
-    clock.now += PROMISE_UNUSED / 2
+    clock.now += GRANT_UNUSED / 2
     after = seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
     assert reason(after, "2") is Reason.SETTLING
 

@@ -103,7 +103,7 @@ def read_function(
     if is_for_vms:
         details = _read_details(paths, folder, function, vfio)
         now = PciFunction(**(_kept(function) | details), driver=driver, iommu_group=group, vfio=vfio)
-        return function if now == function and _binding(now) == _binding(function) else now
+        return function if now == function and now.binding == function.binding else now
     # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that is
     # seen for the first time may have been.
     may_be_a_vms = before is None or before.enable == 1 or before.vfio is not None or is_vfio_driver(before.driver)
@@ -132,10 +132,6 @@ def _identify(folder: str, address: str) -> PciFunction:
         physical_function=optional.link_name("physfn"),
         bridges=_bridges(folder, address),
     )
-
-
-def _binding(function: PciFunction) -> int | None:
-    return function.vfio.binding if function.vfio is not None else None
 
 
 def _kept(function: PciFunction) -> dict[str, Any]:

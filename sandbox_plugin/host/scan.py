@@ -212,6 +212,7 @@ class _Sweep:
     known_mappings: Mapping[int, _KnownMappings] = field(default_factory=dict)
     learnt_mappings: dict[int, _KnownMappings] = field(default_factory=dict)
     """The same of IOMMU groups, by their numbers."""
+    vfio_devs: Mapping[str, str] | None = None
     vfio_devices: frozenset[str] | None = None
     unreachable: str | None = None
     reading: tuple[str, float] = (_BUS, 0.0)
@@ -269,8 +270,8 @@ class _Sweep:
 
     def run(self) -> None:
         try:
-            vfio_devs = bus.list_vfio_devs(self.paths)
-            self.vfio_devices = None if vfio_devs is None else frozenset(vfio_devs.values())
+            self.vfio_devs = bus.list_vfio_devs(self.paths)
+            self.vfio_devices = None if self.vfio_devs is None else frozenset(self.vfio_devs.values())
             addresses = bus.list_addresses(self.paths)
         except OSError as error:
             self.unreachable = f"{error.filename}: {error.strerror}"
@@ -312,7 +313,7 @@ class _Sweep:
             group_nodes=group_nodes,
             kernel_has_cdevs=has_cdevs or bus.read_kernel_has_cdevs(self.paths),
             dev_nodes=bus.read_dev_nodes(self.paths),
-            vfio_devs=MappingProxyType(bus.list_vfio_devs(self.paths) or {}),
+            vfio_devs=MappingProxyType(self.vfio_devs or {}),
         )
 
     def _with_mappings(self, group: IommuGroup) -> IommuGroup:

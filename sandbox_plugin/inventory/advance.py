@@ -15,7 +15,7 @@ The rules it keeps:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -93,14 +93,16 @@ def _is_changing(track: Track) -> bool:
     return track.well_since is not None if track.ill else not track.been_well
 
 
-def allocate(previous: Inventory, devices: Iterable[Device], signals: Signals, now: float) -> Inventory:
+def allocate(
+    previous: Inventory, devices: Sequence[Device], signals: Signals, looked_at: float, now: float
+) -> Inventory:
     """The step after one Allocate was answered with these devices: they are a pod's, and their mates are withheld.
 
+    `looked_at`: when the look at them began that found nothing against them, in monotonic seconds.
     Costs what these devices cost, and not what the node has: all pod admission of the node waits for it.
     """
     memory = previous.memory
-    devices = list(devices)
-    ledger = ledgers.give(memory.ledger, devices, now)
+    ledger = ledgers.give(memory.ledger, devices, looked_at, now)
     assert memory.found is not None
     numbers = {device.iommu_group for device in devices} | _groups_of_old(memory, devices)
     groups = {number: memory.found.groups[number] for number in numbers if number in memory.found.groups}

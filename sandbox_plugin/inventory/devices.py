@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from sandbox_plugin.inventory.carriers import what_they_carry
-from sandbox_plugin.inventory.health import assess, is_bridge, is_vfio_bound
+from sandbox_plugin.inventory.health import assess, is_bridge, is_left_enabled, is_vfio_bound
 from sandbox_plugin.inventory.ledger import Place
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Claim, claim
@@ -90,8 +90,7 @@ class _Seen:
     def is_same_as(self, other: _Seen) -> bool:
         """Whether the same follows from both. `VfioDev.binding` does not count in comparisons elsewhere."""
         return self == other and all(
-            f is g or (f.vfio is None or g.vfio is None or f.vfio.binding == g.vfio.binding)
-            for f, g in zip(self.functions, other.functions, strict=True)
+            f is g or f.binding == g.binding for f, g in zip(self.functions, other.functions, strict=True)
         )
 
 
@@ -197,13 +196,9 @@ def _judge(seen: _Seen, facts: HostFacts, settings: Settings, names: ModelNames)
         unoffered |= left_out
     build = _by_cdev if cdevs else _of_group
     judge = partial(assess, facts=facts, require_iommufd=settings.require_iommufd)
-    vms = tuple(f.address for f in seen.functions if is_vfio_bound(f, facts) or _may_be_unbound_under_a_vm(f))
+    vms = tuple(f.address for f in seen.functions if is_vfio_bound(f, facts) or is_left_enabled(f))
     devices = _with_mates([replace(d, health=judge(d), group_functions=vms) for d in build(wanted, facts, names)])
     return _Part(seen=seen, devices=devices, unoffered=unoffered, group=_group(seen, devices, has_unbound))
-
-
-def _may_be_unbound_under_a_vm(function: PciFunction) -> bool:
-    return function.driver is None and function.enable == 1 and not is_bridge(function)
 
 
 def _group(seen: _Seen, devices: Sequence[Device], has_unbound: bool) -> Group | None:
@@ -340,8 +335,9 @@ def _group_node(group: int, facts: HostFacts) -> str | None:
 
 
 def _placement(function: PciFunction) -> Placement:
-    binding = function.vfio.binding if function.vfio is not None else None
-    return Placement(address=function.address, numa_node=function.numa_node, bridges=function.bridges, binding=binding)
+    return Placement(
+        address=function.address, numa_node=function.numa_node, bridges=function.bridges, binding=function.binding
+    )
 
 
 def why_lost(device: Device, facts: HostFacts) -> Health:

@@ -1,7 +1,7 @@
 """Whether a device could be given to a VM now, judged from one set of host facts, with the reason in words.
 
 Each check is a pure function of the facts; `assess` asks them in the order in which an administrator wants to know.
-What needs memory (damping, promises to pods, AER recoveries) is in `tracking` and `advance`.
+What needs memory (damping, who holds what, AER recoveries) is in `tracking` and `advance`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ def is_vfio_bound(function: PciFunction, facts: HostFacts) -> bool:
     if function.driver is None:
         return False
     return function.vfio is not None or (is_vfio_driver(function.driver) and function.iommu_group in facts.group_nodes)
+
+
+def is_left_enabled(function: PciFunction) -> bool:
+    """Whether it is enabled without a driver: by a VM that had it when it was unbound, or by a careless host driver.
+
+    Bridges are enabled for what is below them.
+    """
+    return function.driver is None and function.enable == 1 and not is_bridge(function)
 
 
 def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -> Health:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from sandbox_plugin.inventory.health import is_bridge, is_vfio_bound
+from sandbox_plugin.inventory.health import is_left_enabled, is_vfio_bound
 from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
 
 ADMISSION = 10.0
@@ -29,7 +29,7 @@ ADMISSION = 10.0
 
 It notes the answer within milliseconds; this is for a pod that is admitted and dropped. So a takeover, which comes
 later than that after the other plugin's last answer, need not wait for so long."""
-PROMISE_UNUSED = 600.0
+GRANT_UNUSED = 600.0
 """Seconds after which a grant that nobody uses ends where there is no PodResources to ask."""
 
 DeviceKey = tuple[str, str]
@@ -166,7 +166,7 @@ class Ledger:
     def ends_at(self, grant: Grant) -> float:
         """When the grant ends, where there is no PodResources and nobody uses it."""
         named_by = self.named_by.get(grant.key)
-        return PROMISE_UNUSED + max(grant.at, named_by.asked_at if named_by is not None else -math.inf)
+        return GRANT_UNUSED + max(grant.at, named_by.asked_at if named_by is not None else -math.inf)
 
     @property
     def unplaced(self) -> list[Grant]:
@@ -182,14 +182,15 @@ def _with_grants(ledger: Ledger, grants: Mapping[DeviceKey, Grant]) -> Ledger:
     return replace(ledger, grants=grants, by_place=by_place)
 
 
-def give(ledger: Ledger, devices: Sequence[Device], now: float) -> Ledger:
+def give(ledger: Ledger, devices: Sequence[Device], looked_at: float, now: float) -> Ledger:
     """One Allocate was answered with these devices. Costs what they cost, and not what the node has.
 
-    A look just before saw that no VM has a function of their groups: what scans saw in use there has ended.
+    A look that began at `looked_at` saw that no VM has a function of their groups: what earlier scans saw in use there
+    has ended.
     """
     number = ledger.allocations + 1
-    looked_at = {address for device in devices for address in device.group_functions}
-    uses = {address: use for address, use in ledger.uses.items() if address not in looked_at} if ledger.uses else {}
+    idle = {address for device in devices for address in device.group_functions}
+    uses = {a: use for a, use in ledger.uses.items() if a not in idle or use.seen_at > looked_at}
     grants, by_place = dict(ledger.grants), dict(ledger.by_place)
     for device in devices:
         key = (device.resource, device.id)
@@ -304,7 +305,7 @@ def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
 
 def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
     """Ends grants of which PodResources tells nothing, where nobody uses them: when they were used since they were
-    given, or after `PROMISE_UNUSED`. One that it has named ends so only where it is not there any more."""
+    given, or after `GRANT_UNUSED`. One that it has named ends so only where it is not there any more."""
     over = {
         key
         for key, grant in ledger.grants.items()
@@ -330,8 +331,8 @@ def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: flo
             if is_vfio_bound(function, facts) or _is_unbound_under_a_vm(function, earlier, use):
                 uses[address] = _used(function, earlier, use, facts, now)
     for address, use in ledger.uses.items():
-        is_old_news = use.seen_at > facts.began_at  # a look before Allocate saw it after the scan began
-        if facts.unreachable is not None or address in facts.unreadable or is_old_news:
+        is_newer = use.seen_at > facts.began_at  # a look before Allocate saw it after this scan began
+        if facts.unreachable is not None or address in facts.unreadable or is_newer:
             uses.setdefault(address, use)
     if not uses and not ledger.uses:
         return ledger
@@ -346,7 +347,7 @@ def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: flo
 
 def _is_unbound_under_a_vm(function: PciFunction, before: PciFunction | None, use: Use | None) -> bool:
     """Whether a VM may still have it: the kernel waits until the VM lets go. What a host driver left is no VM's."""
-    if function.driver is not None or is_bridge(function):
+    if not is_left_enabled(function):
         return False
     return before is None or use is not None or before.vfio is not None or is_vfio_driver(before.driver)
 
@@ -365,9 +366,7 @@ def _used(function: PciFunction, before: PciFunction | None, use: Use | None, fa
 
 
 def _is_bound_again(before: PciFunction, function: PciFunction) -> bool:
-    if before.vfio is None or function.vfio is None:
-        return False
-    return before.vfio.binding != function.vfio.binding
+    return None not in (before.vfio, function.vfio) and before.binding != function.binding
 
 
 def _has_begun(grant: Grant, uses: Mapping[str, Use]) -> bool:

@@ -99,22 +99,23 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         return v1beta1.PreferredAllocationResponse(container_responses=answers)
 
     async def allocate(self, request: v1beta1.AllocateRequest) -> v1beta1.AllocateResponse:
-        """One answer for each container, or an error and nothing promised.
+        """One answer for each container, or an error and nothing given.
 
         The devices are looked at once more, shortly, since all pod admission of the node waits. After that nothing is
-        awaited between the last check and the promise: of two Allocates for one group the second sees the first.
+        awaited between the last check and the grant: of two Allocates for one group the second sees the first.
         """
         self._check(request)
         asked = [container.devices_ids for container in request.container_requests]
         log.debug("allocate asked", resource=self.resource, devices=asked)
         chosen = self._choose(self.registry.current, asked)
+        looked_at = self.registry.now()
         await self._look(chosen)
         chosen = self._choose(self.registry.current, asked)
         by_id = {d.id: d for d in chosen}
         response = v1beta1.AllocateResponse(
             container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
         )
-        self.registry.allocate([(d.resource, d.id) for d in chosen])
+        self.registry.allocate([(d.resource, d.id) for d in chosen], looked_at=looked_at)
         for device in chosen:
             log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
         log.debug("allocate answered", resource=self.resource, answer=response)
