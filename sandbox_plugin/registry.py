@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import advance, allocate
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts
-from sandbox_plugin.settings import Settings
 from sandbox_plugin.tasks import happens
 
 

@@ -25,14 +25,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from sandbox_plugin.api import v1beta1
+from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.topology import places_by_id
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
-from sandbox_plugin.kubelet.wellformed import MessageCodec
 from sandbox_plugin.model import Device, Objection, Placement
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Policy
+from sandbox_plugin.rpc.codec import MessageCodec
 
 RESOURCE = "nvidia.com/pgpu"
 

@@ -30,6 +30,7 @@ from random import Random
 from statistics import fmean
 from xml.sax.saxutils import escape
 
+from sandbox_plugin.config.settings import Policy, Settings
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
@@ -39,7 +40,6 @@ from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import matrix
 from sandbox_plugin.model import Device
-from sandbox_plugin.settings import Policy, Settings
 
 NODES = ("hgx-h100", "rtx-pro-6000", "uneven")
 LOADS = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)

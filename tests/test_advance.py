@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from names import PGPU
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance, allocate
 from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
-from sandbox_plugin.settings import Settings
 
 A, B = "0000:01:00.0", "0000:02:00.0"
 OFF: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}

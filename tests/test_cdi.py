@@ -36,19 +36,20 @@ from pods import PodResources
 from specs import as_text, device, document, reference
 from trials import QUICK, tampered, wait_until
 
+from sandbox_plugin.cdi import files, stale
+from sandbox_plugin.cdi.owner import MARK, is_marked, ownership
+from sandbox_plugin.cdi.writer import CdiWriter, render_spec, render_specs
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.daemon import learn_former
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
-from sandbox_plugin.inventory.naming import ModelNames, cdi_file_name, check_resource_name
+from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.nodes import vfio_nodes
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.model import Device, HostFacts, Placement, Reason
-from sandbox_plugin.outputs import files, stale
-from sandbox_plugin.outputs.cdi import CdiWriter, render_spec, render_specs
-from sandbox_plugin.outputs.cdi_owner import MARK, is_marked, ownership
+from sandbox_plugin.names import cdi_file_name, check_resource_name
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Settings
 
 A, B, C = (f"0000:0{bus}:00.0" for bus in (1, 2, 3))
 OURS = "nvidia.com-pgpu.yaml"

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from names import PGPU
 from specs import as_text, device, document, reference
 
-from sandbox_plugin.outputs import spec_text
-from sandbox_plugin.outputs.cdi_lint import Reading, lint, read_spec
-from sandbox_plugin.outputs.cdi_owner import MARK, ownership, stated_kind
+from sandbox_plugin.cdi import text as spec_text
+from sandbox_plugin.cdi.lint import Reading, lint, read_spec
+from sandbox_plugin.cdi.owner import MARK, ownership, stated_kind
 
 # One spec
 

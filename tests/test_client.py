@@ -14,7 +14,7 @@ from loop import run
 from odd import ANSWERS, OddServer
 
 from sandbox_plugin.api import v1, v1beta1
-from sandbox_plugin.kubelet.client import NoAnswerError, call
+from sandbox_plugin.rpc.client import NoAnswerError, call
 
 
 async def list_pods(socket: Path) -> object:

@@ -15,9 +15,9 @@ from daemon import run_command
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sandbox_plugin.config_file import parse_config
-from sandbox_plugin.configuration import OPTIONS, load_settings
-from sandbox_plugin.settings import Consumer, Policy, ResourceRule, Settings, UsageError
+from sandbox_plugin.config.file import parse_config
+from sandbox_plugin.config.options import OPTIONS, load_settings
+from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Settings, UsageError
 
 KEYS = frozenset(option.flag.removeprefix("--") for option in OPTIONS)
 SWITCHES = frozenset(option.flag.removeprefix("--") for option in OPTIONS if option.switch)

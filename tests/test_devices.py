@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from names import NVSWITCH, PGPU
 
+from sandbox_plugin.config.settings import Consumer, ResourceRule, Settings
 from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours
 from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Placement, Reason, id_order
-from sandbox_plugin.settings import Consumer, ResourceRule, Settings
 
 A, B, C = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
 AUDIO, USB, USB_C = "0000:01:00.1", "0000:01:00.2", "0000:01:00.3"

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.configuration import OPTIONS, Option, load_settings
+from sandbox_plugin.config.options import OPTIONS, Option, load_settings
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.model import Reason
-from sandbox_plugin.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -23,13 +23,13 @@ from outputs import allocate_answer, read_cdi
 from pods import PodResources
 from trials import QUICK, wait_until
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.settings import Settings
 
 Devices = dict[str, dict[str, str]]
 """Resource name -> device ID -> its node."""

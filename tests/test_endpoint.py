@@ -12,11 +12,11 @@ from daemon import Places
 from devices import nothing_against
 from loop import run
 
+from sandbox_plugin.config.settings import Consumer, Policy, Settings
 from sandbox_plugin.fake.kubelet import FakeKubelet
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint, State
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Policy, Settings
 
 FOR_EVER = 3600.0
 

@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from names import T4
 
 from sandbox_plugin.cli import fake_node as command
+from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.attributes import cpu_mask
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Link, Model, NumaNode, Preset, RootBus, Sriov
 from sandbox_plugin.fake.models import GTX_1660_SUPER, H100_SXM5
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 from sandbox_plugin.fake.presets import PRESETS, WITH_CDEVS
 from sandbox_plugin.model import Bar
-from sandbox_plugin.settings import UsageError
 
 NVIDIA = 0x10DE
 GPU = "0000:01:00.0"

@@ -45,7 +45,7 @@ from trials import (
 )
 from truth import Truth
 
-from sandbox_plugin.outputs.cdi_owner import MARK
+from sandbox_plugin.cdi.owner import MARK
 
 RESTARTS = int(os.environ.get("KUBELET_RESTARTS", "10"))
 
@@ -832,7 +832,7 @@ def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_
 
 HANGING_FOLDER = """
 import os
-from sandbox_plugin.outputs import foreign_specs
+from sandbox_plugin.cdi import foreign_specs
 def hanging(function):
     def hang(path):
         if "etc/cdi" in str(path) and os.path.exists(os.environ["HANGS"]):
@@ -873,7 +873,7 @@ def test_while_the_other_cdi_folder_hangs_ours_is_looked_after_and_sigterm_ends_
 BREAKS = {
     "a scan": "from sandbox_plugin.host import bus\n{boom}\nbus.read_groups = boom",
     "a step of the registry": "from sandbox_plugin import registry\n{boom}\nregistry.advance = boom",
-    "the CDI writer": "from sandbox_plugin.outputs import cdi\n{boom}\ncdi.render_specs = boom",
+    "the CDI writer": "from sandbox_plugin.cdi import cdi\n{boom}\ncdi.render_specs = boom",
     "an endpoint": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint.PluginServer = boom",
     "a Register call": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint._outcome = boom",
     "the question to PodResources": "from sandbox_plugin.kubelet import podresources\n{boom}\n"
@@ -1003,7 +1003,7 @@ def test_nor_the_end_that_a_failing_part_begins(fake_node: MakeNode, kubelet: Gr
 
 DOES_NOT_END = """
 import asyncio, time
-from sandbox_plugin.kubelet.turn import Turn
+from sandbox_plugin.kubelet.lock import Turn
 async def never(self):
     while True:
         try:
@@ -1056,7 +1056,7 @@ def test_an_end_that_does_not_come_is_brought_about_by_force_and_the_log_says_wh
 
 HANGS_ALREADY = """
 import asyncio, os, time, structlog
-from sandbox_plugin.kubelet.turn import Turn
+from sandbox_plugin.kubelet.lock import Turn
 async def hang(self):
     while not os.path.exists(os.environ["HANG"]):
         await asyncio.sleep(0.01)

@@ -25,11 +25,11 @@ from names import PGPU
 from specs import as_text, device, document
 from trials import QUICK, wait_until
 
+from sandbox_plugin.cdi import files
+from sandbox_plugin.cdi.foreign import look_at_specs
+from sandbox_plugin.cdi.lint import lint
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.daemon import cdi_folders
-from sandbox_plugin.outputs import files
-from sandbox_plugin.outputs.cdi_lint import lint
-from sandbox_plugin.outputs.foreign_specs import look_at_specs
-from sandbox_plugin.settings import Settings
 
 OURS = "nvidia.com-pgpu.yaml"
 GOOD, NO_DEVICES = as_text(document()), as_text(document(devices=[]))

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from facts import gpu, host
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.health import assess, is_vfio_bound, remarks
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import HEALTHY, Bar, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
-from sandbox_plugin.settings import Settings
 
 A, B = "0000:01:00.0", "0000:02:00.0"
 SOUND, BRIDGE = "0000:01:00.1", "0000:00:01.0"

@@ -13,11 +13,11 @@ import pytest
 from facts import gpu, host
 from names import NVSWITCH, PGPU
 
+from sandbox_plugin.config.settings import Consumer, ResourceRule, Settings
 from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import Health, HostFacts, Reason
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, ResourceRule, Settings
 
 A, B, C, D = (f"0000:0{n}:00.0" for n in range(1, 5))
 SWITCH: dict[str, Any] = {"device": 0x22A3, "class_code": 0x068000}

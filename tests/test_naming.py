@@ -17,18 +17,16 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from sandbox_plugin.inventory.naming import (
+from sandbox_plugin.inventory.naming import ModelNames, clean_name, type_name
+from sandbox_plugin.model import NVIDIA
+from sandbox_plugin.names import (
     SHORTEST_SOCKET_NAME,
     SOCKET_PATH_BYTES,
-    ModelNames,
     cdi_file_name,
     check_alias,
     check_resource_name,
-    clean_name,
     socket_name,
-    type_name,
 )
-from sandbox_plugin.model import NVIDIA
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ModelNames.load()

@@ -18,10 +18,10 @@ from names import NVSWITCH, PGPU
 from search import search
 from world import GRACE_RULE, World
 
+from sandbox_plugin.config.settings import Consumer, Settings
 from sandbox_plugin.inventory import ledger, sharing
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Settings
 
 STEPS = int(os.environ.get("ONE_HOLDER_STEPS", "15000"))
 _PARTS = 3

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.configuration import OPTIONS, load_settings
+from sandbox_plugin.config.options import OPTIONS, load_settings
+from sandbox_plugin.config.settings import Settings, UsageError
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.settings import Settings, UsageError
 
 Said = Callable[..., tuple[int, str]]
 

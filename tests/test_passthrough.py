@@ -28,7 +28,8 @@ from outputs import assert_allocates, cdi_of, read_cdi
 from trials import QUICK, wait_until
 
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.config_file import parse_config
+from sandbox_plugin.config.file import parse_config
+from sandbox_plugin.config.settings import ResourceRule, Settings
 from sandbox_plugin.fake import models
 from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, NumaNode, Preset, RootBus
@@ -39,7 +40,6 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import claim
 from sandbox_plugin.model import NVIDIA, HostFacts, PciFunction, Reason
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import ResourceRule, Settings
 
 A, B, C = (f"0000:0{bus}:00.0" for bus in (1, 2, 3))
 NAMES = ModelNames.load()

@@ -12,12 +12,12 @@ from facts import gpu, host
 from loop import run
 
 from sandbox_plugin.api import v1
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.kubelet import podresources
 from sandbox_plugin.kubelet.podresources import INTERVAL, YOUNG, HoldingsPoller
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Settings
 
 LEAST = 5.0
 """Seconds between two questions, by the contract."""

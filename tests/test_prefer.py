@@ -17,10 +17,10 @@ from devices import DEAD, device, eight_over_two_sockets, function, on_switch, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.inventory.topology import Place, link, places_by_id
 from sandbox_plugin.model import Device, Placement
-from sandbox_plugin.settings import Policy
 
 PACKED, SPREAD = Policy.PACKED, Policy.SPREAD
 policies = pytest.mark.parametrize("policy", list(Policy))

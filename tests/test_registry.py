@@ -8,13 +8,13 @@ from facts import gpu, host
 from loop import run
 from names import PGPU
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import SETTLE
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import HostFacts, Reason
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Settings
 
 A, B = "0000:01:00.0", "0000:02:00.0"
 

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import pytest
 
 from examples import DOC, Example, examples
+from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.inventory.topology import matrix_lines
 from sandbox_plugin.model import Device
-from sandbox_plugin.settings import Policy
 
 SCRIPT = DOC.parent.parent / "scripts/simulate-allocation.py"
 

@@ -20,8 +20,8 @@ from names import FIRST_GPU, NVSWITCH, PGPU
 from trials import QUICK, figures, socket_of, wait_until_it_sees
 from truth import Truth
 
-from sandbox_plugin.kubelet.sockets import identity
-from sandbox_plugin.kubelet.turn import LOCK_NAME, Turn
+from sandbox_plugin.kubelet.lock import LOCK_NAME, Turn
+from sandbox_plugin.rpc.sockets import identity
 
 
 def test_the_newcomer_stands_by_and_says_so_and_touches_nothing(

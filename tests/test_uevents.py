@@ -19,7 +19,7 @@ from daemon import Places
 from loop import run
 from names import PGPU, T4
 
-from sandbox_plugin.daemon import Rescans
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host import uevents
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.sysfs import OutOfResources
@@ -27,7 +27,7 @@ from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import Reason
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Settings
+from sandbox_plugin.rescans import Rescans
 
 KERNEL, PROCESS = 0, 4711
 GPU = "0000:1b:00.0"

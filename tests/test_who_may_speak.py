@@ -34,13 +34,13 @@ from trials import QUICK, as_root, socket_of, wait_until, wait_until_it_sees
 from truth import Truth
 
 from sandbox_plugin.api.v1beta1 import DevicePluginBase
+from sandbox_plugin.config.settings import Consumer, Policy, Settings
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.kubelet import sockets
 from sandbox_plugin.kubelet.endpoint import Endpoint
-from sandbox_plugin.kubelet.server import PluginServer
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Policy, Settings
+from sandbox_plugin.rpc import sockets
+from sandbox_plugin.rpc.server import PluginServer
 
 SETRESUID = {"x86_64": 117, "aarch64": 147}
 """Numbers of the system call."""

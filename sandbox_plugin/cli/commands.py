@@ -11,7 +11,7 @@ from typing import Any
 from sandbox_plugin import __version__
 from sandbox_plugin.cli import demo, fake_node, list_devices, run
 from sandbox_plugin.cli.stdout import drop, flush, visible
-from sandbox_plugin.settings import UsageError
+from sandbox_plugin.config.settings import UsageError
 
 _DESCRIPTION = """\
 Kubernetes device plugin for whole passthrough GPUs, for pods that run in virtual machines (Kata Containers,

@@ -25,11 +25,11 @@ from sandbox_plugin.cli.signals import run_until_signal
 from sandbox_plugin.cli.stdout import say, visible
 from sandbox_plugin.cli.tables import is_terminal, plain_console
 from sandbox_plugin.cli.temporary import temporary_folder
+from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.story import Story, StoryError, Told
-from sandbox_plugin.settings import UsageError
 from sandbox_plugin.trouble import first_failure
 
 _HEALTH_INTERVAL = 1.0

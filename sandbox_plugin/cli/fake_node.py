@@ -14,12 +14,12 @@ from typing import Any
 from rich.console import RenderableType
 
 from sandbox_plugin.cli.tables import add_row, print_unfolded, table
+from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.attributes import OFF_THE_BUS
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import PciFunction
-from sandbox_plugin.settings import UsageError
 
 _KINDS = {
     0x0300: "graphics",

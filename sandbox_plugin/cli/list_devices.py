@@ -16,6 +16,7 @@ from rich.text import Text
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.stdout import say, visible
 from sandbox_plugin.cli.tables import add_row, print_unfolded, table
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
@@ -25,7 +26,6 @@ from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Claim, claim
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
 from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
-from sandbox_plugin.settings import Settings
 
 _COLUMNS = {
     "PCI FUNCTION": "pci_address",

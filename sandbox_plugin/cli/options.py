@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sandbox_plugin.cli.temporary import temporary_folder
-from sandbox_plugin.configuration import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, OPTIONS, as_path, load_settings
+from sandbox_plugin.config.options import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, OPTIONS, as_path, load_settings
+from sandbox_plugin.config.settings import Settings, UsageError
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
-from sandbox_plugin.settings import Settings, UsageError
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:

@@ -16,9 +16,9 @@ from sandbox_plugin import __version__, daemon
 from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
-from sandbox_plugin.configuration import OPTIONS, unknown_variables
+from sandbox_plugin.config.options import OPTIONS, unknown_variables
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.ending import Ending
-from sandbox_plugin.settings import Settings
 
 _NO_LABELS = (
     "this plugin does not label the node, as the reference plugin does from within a Kata VM: what selects nodes by "

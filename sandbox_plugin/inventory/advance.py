@@ -20,6 +20,7 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory.devices import Found, find_devices
 from sandbox_plugin.inventory.ledger import DeviceKey, Ledger, Places
@@ -30,7 +31,6 @@ from sandbox_plugin.inventory.sharing import Verdicts, places_of_id, withheld
 from sandbox_plugin.inventory.state import Inventory, Memory, Signals, Track
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, follow, held_but_unknown, why_silent
 from sandbox_plugin.model import HEALTHY, Device, Health, HostFacts, Reason
-from sandbox_plugin.settings import Settings
 
 SETTLE = 2.0
 """Seconds for which a device that recovered must be well before it is Healthy again."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from sandbox_plugin.config.settings import Consumer, Settings
 from sandbox_plugin.inventory.carriers import what_they_carry
 from sandbox_plugin.inventory.health import assess, is_bridge, is_left_enabled, is_vfio_bound
 from sandbox_plugin.inventory.ledger import Place
@@ -29,7 +30,6 @@ from sandbox_plugin.model import (
     node_of_cdev,
     node_of_group,
 )
-from sandbox_plugin.settings import Consumer, Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Names: of models, of resources, and of the files that carry a resource's name.
+"""What models and types of vGPU are called: in logs, and as resources.
 
 The rule for a model's resource name is the reference plugin's, so that a pod that asks for one finds it with ours
 too: the name in pci.ids in capitals, `/`, `.` and white space as `_`, and everything dropped that is not a letter, a
@@ -17,25 +17,7 @@ from functools import cached_property
 from importlib.resources import files
 
 from sandbox_plugin.model import NVIDIA
-
-SOCKET_PATH_BYTES = 107
-"""Longest path of a unix socket: sun_path of 108 bytes with its end (unix(7))."""
-SHORTEST_SOCKET_NAME = 18
-"""Bytes below which `socket_name` cannot go: a digest with its dash, and `.sock`."""
-NAME_LENGTH = 63
-"""Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
-
-_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
-"""A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot. Two characters
-at least: Kata's Go library panics at a vendor or class of one (pkg/parser of CDI)."""
-_DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
-"""A DNS subdomain in lower case (IsDNS1123Subdomain)."""
-_QUOTA = "requests."
-"""What the kubelet puts before a resource name to see whether a quota could name it (IsExtendedResourceName)."""
-_DOMAIN_LENGTH = 253 - len(_QUOTA)
-"""Longest domain: a DNS subdomain has 253 characters, and a quota's name of the resource must fit too."""
-_CDI_FILE_BYTES = 200
-"""Longest name of a CDI spec: a file name has 255 bytes at most, and it is written under a longer one first."""
+from sandbox_plugin.names import CLASS, NAME_LENGTH
 
 
 @dataclass(frozen=True)
@@ -75,7 +57,7 @@ class ModelNames:
 def clean_name(name: str, device: int) -> str:
     """A model's name by the reference's rule; where that is not valid, repaired and with the device ID at its end."""
     cleaned = re.sub(r"[^A-Z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name.upper()))
-    if len(cleaned) <= NAME_LENGTH and _CLASS.fullmatch(cleaned):
+    if len(cleaned) <= NAME_LENGTH and CLASS.fullmatch(cleaned):
         return cleaned
     begun = cleaned if cleaned[:1].isalpha() else f"MODEL_{cleaned}"
     suffix = f"_{device:04X}"
@@ -88,68 +70,7 @@ def type_name(name: str) -> str:
     Always valid; what had to be cut or changed has a digest of the whole at its end.
     """
     cleaned = re.sub(r"[^A-Za-z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name))
-    if len(cleaned) <= NAME_LENGTH and _CLASS.fullmatch(cleaned):
+    if len(cleaned) <= NAME_LENGTH and CLASS.fullmatch(cleaned):
         return cleaned
     suffix = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return f"T{cleaned}"[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix
-
-
-def is_alias(name: str) -> bool:
-    """Whether `name` is a valid last part of a resource name."""
-    return len(name) <= NAME_LENGTH and _CLASS.fullmatch(name) is not None
-
-
-def check_alias(alias: str) -> None:
-    """Raises ValueError, saying what is allowed, unless `alias` is a valid last part of a resource name."""
-    if not is_alias(alias):
-        raise ValueError(
-            f"{alias!r} is not a valid resource name: allowed are 2 to {NAME_LENGTH} letters, digits, `-` and `_`, "
-            "a letter first and a letter or digit last"
-            + ("; give only the part after `nvidia.com/`" if alias.startswith("nvidia.com/") else "")
-        )
-
-
-def check_resource_name(resource: str) -> None:
-    """Raises ValueError, saying what is allowed, unless `resource` is a `domain/name` for the kubelet and for CDI."""
-    domain, separator, name = resource.partition("/")
-    if len(domain) > _DOMAIN_LENGTH:
-        raise ValueError(f"{resource!r}: the domain has {len(domain)} characters; at most {_DOMAIN_LENGTH} are allowed")
-    if not separator or not _DOMAIN.fullmatch(domain):
-        raise ValueError(f"{resource!r} is not domain/name with a domain in lower case, such as 'example.com/gpu'")
-    if not domain[0].isalpha() or len(domain) < 2:
-        raise ValueError(f"{resource!r}: for CDI the domain must begin with a letter and have at least 2 characters")
-    if "kubernetes.io" in domain:  # IsNativeResource in k8s.io/kubernetes/pkg/apis/core/v1/helper
-        raise ValueError(f"{resource!r}: names with kubernetes.io in them belong to Kubernetes")
-    if domain.startswith(_QUOTA):  # DefaultResourceRequestsPrefix in k8s.io/api/core/v1
-        raise ValueError(f"{resource!r}: a domain that begins with {_QUOTA!r} is reserved for Kubernetes quotas")
-    check_alias(name)
-
-
-def socket_name(resource: str, *, max_bytes: int) -> str:
-    """File name of a resource's socket: `sandbox-pgpu.sock`, with the domain in it where that is not nvidia.com.
-
-    A name over `max_bytes` is shortened, with a digest of the whole in it, so that it is still unique; so is one whose
-    domain has no dot, which could be a name of nvidia.com's. The digest stays whole: under `SHORTEST_SOCKET_NAME` the
-    name is longer than `max_bytes`, and no socket can be bound to it.
-    """
-    domain, _, name = resource.partition("/")
-    stem = f"sandbox-{name}" if domain == "nvidia.com" else f"sandbox-{domain}-{name}"
-    return _file_name(stem, ".sock", resource, max_bytes, clear="." in domain and _ends_clearly(domain))
-
-
-def cdi_file_name(resource: str) -> str:
-    """File name of a resource's CDI spec, e.g. `nvidia.com-pgpu.yaml`; shortened as a socket's where it must be."""
-    stem, domain = resource.replace("/", "-", 1), resource.partition("/")[0]
-    return _file_name(stem, ".yaml", resource, _CDI_FILE_BYTES, clear=_ends_clearly(domain))
-
-
-def _ends_clearly(domain: str) -> bool:
-    """Whether `<domain>-<name>` tells where the domain ends: `a.b-c/d` and `a.b/c-d` look the same."""
-    return "-" not in domain.rpartition(".")[2]
-
-
-def _file_name(stem: str, ending: str, resource: str, max_bytes: int, *, clear: bool) -> str:
-    if clear and len(stem) + len(ending) <= max_bytes:
-        return stem + ending
-    suffix = f"-{hashlib.sha256(resource.encode()).hexdigest()[:12]}{ending}"
-    return stem[: max(0, max_bytes - len(suffix))] + suffix

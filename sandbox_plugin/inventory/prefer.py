@@ -33,9 +33,9 @@ from itertools import accumulate
 from operator import add
 from typing import NamedTuple
 
+from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.inventory.topology import Link, Place, places_by_id
 from sandbox_plugin.model import Device, id_order
-from sandbox_plugin.settings import Policy
 
 
 class InvalidRequest(ValueError):

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from sandbox_plugin.inventory.naming import ModelNames, is_alias, type_name
+from sandbox_plugin.config.settings import ResourceRule, Settings
+from sandbox_plugin.inventory.naming import ModelNames, type_name
 from sandbox_plugin.model import NVIDIA, PciFunction
-from sandbox_plugin.settings import ResourceRule, Settings
+from sandbox_plugin.names import is_alias
 
 _GPU_CLASSES = (0x030000, 0x030200)
 """VGA controller and 3D controller, programming interface 0 (PCI Code and ID Assignment Specification)."""

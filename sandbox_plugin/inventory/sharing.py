@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.devices import Found, Group
 from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger, Places, Use, is_heir, is_undecided, places_of
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import may_be_ours, was_perhaps_ours
 from sandbox_plugin.inventory.state import Signals, Track
 from sandbox_plugin.model import Device, Health, HostFacts, Reason, group_of_node, node_of_cdev, node_of_group
-from sandbox_plugin.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sandbox_plugin.api import v1beta1
+from sandbox_plugin.config.settings import Consumer
 from sandbox_plugin.model import Device
-from sandbox_plugin.settings import Consumer
 
 _PERMISSIONS = "mrw"
 """A VM needs the node whole: read, write, and mknod for runtimes that make it again in the sandbox."""

@@ -34,13 +34,13 @@ import structlog
 from grpclib import GRPCError
 
 from sandbox_plugin.api import v1beta1
-from sandbox_plugin.inventory.naming import SOCKET_PATH_BYTES, socket_name
-from sandbox_plugin.kubelet import sockets
-from sandbox_plugin.kubelet.client import NoAnswerError, call
-from sandbox_plugin.kubelet.server import PluginServer
+from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer, LastLook
+from sandbox_plugin.names import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Policy
+from sandbox_plugin.rpc import sockets
+from sandbox_plugin.rpc.client import NoAnswerError, call
+from sandbox_plugin.rpc.server import PluginServer
 from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"

@@ -22,10 +22,10 @@ from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1
 from sandbox_plugin.inventory.ledger import Holdings
-from sandbox_plugin.kubelet import sockets
-from sandbox_plugin.kubelet.client import NoAnswerError, NonsenseError, call
-from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.rpc import sockets
+from sandbox_plugin.rpc.client import NoAnswerError, NonsenseError, call
+from sandbox_plugin.rpc.codec import MalformedMessage, check
 from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble
 

@@ -18,14 +18,14 @@ from grpclib import GRPCError, Status
 from grpclib.server import Stream
 
 from sandbox_plugin.api import v1beta1
+from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.topology import Place, places_by_id
 from sandbox_plugin.kubelet.answers import answer
-from sandbox_plugin.kubelet.wellformed import MalformedMessage, check
 from sandbox_plugin.model import Device, Objection
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Policy
+from sandbox_plugin.rpc.codec import MalformedMessage, check
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 

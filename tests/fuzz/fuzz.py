@@ -26,7 +26,10 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from grpclib import GRPCError
 
     from sandbox_plugin.api import v1, v1beta1
-    from sandbox_plugin.config_file import parse_config
+    from sandbox_plugin.cdi.lint import read_spec
+    from sandbox_plugin.cdi.stale import read_stale
+    from sandbox_plugin.config.file import parse_config
+    from sandbox_plugin.config.settings import Consumer, Policy, Settings, UsageError
     from sandbox_plugin.host import bus, pci_function
     from sandbox_plugin.host.paths import HostPaths
     from sandbox_plugin.host.uevents import parse_uevent
@@ -35,12 +38,9 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.inventory.state import Inventory, Signals
     from sandbox_plugin.kubelet.podresources import holdings
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
-    from sandbox_plugin.kubelet.wellformed import MalformedMessage
     from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
-    from sandbox_plugin.outputs.cdi_lint import read_spec
-    from sandbox_plugin.outputs.stale import read_stale
     from sandbox_plugin.registry import Registry
-    from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
+    from sandbox_plugin.rpc.codec import MalformedMessage
 
 ADDRESS = "0000:01:00.0"
 ATTRIBUTES = (

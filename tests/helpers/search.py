@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from hardware import VFIO_DRIVERS, Function
 from world import GRACE_RULE, LAYOUTS, World
 
-from sandbox_plugin.settings import Consumer, Settings
+from sandbox_plugin.config.settings import Consumer, Settings
 
 Step = tuple[str, int]
 STEPS = 200

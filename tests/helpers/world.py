@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 from hardware import Function, Kernel, Vm
 
+from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Settings
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.prefer import prefer
@@ -31,7 +32,6 @@ from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.podresources import YOUNG
 from sandbox_plugin.model import Device, HostFacts, node_of_cdev, node_of_group
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.settings import Consumer, Policy, ResourceRule, Settings
 
 NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3): "GH100 [H100 NVSwitch]"})
 NEEDLESS = "VMs refused although nothing had changed since the last scan"

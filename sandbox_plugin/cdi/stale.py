@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sandbox_plugin.cdi import files
+from sandbox_plugin.cdi.lint import read_spec
+from sandbox_plugin.cdi.owner import is_marked, stated_kind
+from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
-from sandbox_plugin.inventory.naming import cdi_file_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.tracking import RETIRE
-from sandbox_plugin.outputs import files
-from sandbox_plugin.outputs.cdi_lint import read_spec
-from sandbox_plugin.outputs.cdi_owner import is_marked, stated_kind
-from sandbox_plugin.outputs.spec_text import LARGEST
+from sandbox_plugin.names import cdi_file_name
 
 _VFIO_NODE = re.compile(r"/dev/vfio/(devices/vfio)?[0-9]+")
 """A device's own node: the reference plugin puts /dev/vfio/vfio beside it."""

@@ -10,7 +10,7 @@ from grpclib import GRPCError
 from grpclib.client import Channel
 from grpclib.exceptions import StreamTerminatedError
 
-from sandbox_plugin.kubelet.wellformed import MessageCodec
+from sandbox_plugin.rpc.codec import MessageCodec
 
 _T = TypeVar("_T")
 

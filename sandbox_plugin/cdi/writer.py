@@ -20,14 +20,14 @@ from typing import TypeVar
 
 import structlog
 
+from sandbox_plugin.cdi import files, stale
+from sandbox_plugin.cdi.owner import MARK, Ownership, is_marked, ownership
+from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey
-from sandbox_plugin.inventory.naming import cdi_file_name
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device
-from sandbox_plugin.outputs import files, stale
-from sandbox_plugin.outputs.cdi_owner import MARK, Ownership, is_marked, ownership
-from sandbox_plugin.outputs.spec_text import LARGEST
+from sandbox_plugin.names import cdi_file_name
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Troubles

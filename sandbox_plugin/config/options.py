@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandbox_plugin.config_file import ConfigFile, parse_config
-from sandbox_plugin.inventory.naming import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias
-from sandbox_plugin.settings import Consumer, Policy, Settings, UsageError
+from sandbox_plugin.config.file import ConfigFile, parse_config
+from sandbox_plugin.config.settings import Consumer, Policy, Settings, UsageError
+from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias
 
 CONFIG_VARIABLE = "SANDBOX_PLUGIN_CONFIG"
 FAKE_SYSFS_VARIABLE = "SANDBOX_PLUGIN_FAKE_SYSFS"

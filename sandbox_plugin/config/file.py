@@ -20,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sandbox_plugin.inventory.naming import check_alias, check_resource_name
+from sandbox_plugin.config.settings import ResourceRule, UsageError
 from sandbox_plugin.model import NVIDIA
-from sandbox_plugin.settings import ResourceRule, UsageError
+from sandbox_plugin.names import check_alias, check_resource_name
 
 _T = TypeVar("_T")
 

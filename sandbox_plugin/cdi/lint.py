@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sandbox_plugin.outputs.cdi_owner import is_marked
-from sandbox_plugin.outputs.spec_text import NotRead, NotYaml, Value, load, quoted
+from sandbox_plugin.cdi.owner import is_marked
+from sandbox_plugin.cdi.text import NotRead, NotYaml, Value, load, quoted
 
 _VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0")
 _RUST_ALONE = ("0.7.0", "0.8.0", "1.0.0", "1.1.0")

@@ -26,7 +26,7 @@ from grpclib.events import SendTrailingMetadata, listen
 from grpclib.server import Server
 
 from sandbox_plugin.api.v1beta1 import DevicePluginBase
-from sandbox_plugin.kubelet.wellformed import MessageCodec
+from sandbox_plugin.rpc.codec import MessageCodec
 
 _RETRY_SECONDS = 1.0
 """After which accepting is tried again, when no descriptor was left for it."""

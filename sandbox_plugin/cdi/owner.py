@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sandbox_plugin.outputs.spec_text import NotRead, NotYaml, load
+from sandbox_plugin.cdi.text import NotRead, NotYaml, load
 
 MARK = "# Written by sandbox-plugin, which replaces this file whenever the node's devices change.\n"
 _MARK_START = b"# Written by sandbox-plugin"

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import structlog
 
+from sandbox_plugin.cdi import files
+from sandbox_plugin.cdi.lint import Reading, lint, read_spec
+from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.host.threads import on_thread
-from sandbox_plugin.outputs import files
-from sandbox_plugin.outputs.cdi_lint import Reading, lint, read_spec
-from sandbox_plugin.outputs.spec_text import LARGEST
 from sandbox_plugin.trouble import Troubles
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()

@@ -1,0 +1,72 @@
+"""The endpoints of all resources: each is begun and ended with its resource."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import structlog
+
+from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.ending import Ending, Parts
+from sandbox_plugin.kubelet.endpoint import Endpoint
+from sandbox_plugin.kubelet.servicer import LastLook
+from sandbox_plugin.registry import Registry
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+@dataclass(kw_only=True)
+class _Running:
+    endpoint: Endpoint
+    task: asyncio.Task[None]
+
+
+@dataclass
+class Endpoints:
+    """One endpoint for each resource: begun when its devices can be used, ended when its last device is dropped."""
+
+    settings: Settings
+    registry: Registry
+    ending: Ending
+    why_not: LastLook
+    """As in `Endpoint`."""
+    _running: dict[str, _Running] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Something changed in the kubelet's folder."""
+        for running in self._running.values():
+            running.endpoint.look()
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        try:
+            async with Parts(self.ending) as group:
+                inventory = self.registry.current
+                while True:
+                    for resource in self._running.keys() - inventory.resources.keys():
+                        await self._end(resource)
+                    for resource in inventory.resources:
+                        # Not before the spec is written: Kata would fail every pod that gets one of these devices.
+                        if resource not in self._running and resource not in inventory.without_spec:
+                            self._begin(group, resource)
+                    inventory = await self.registry.newer_than(inventory.version)
+        finally:
+            self._running.clear()
+
+    def _begin(self, group: asyncio.TaskGroup, resource: str) -> None:
+        endpoint = Endpoint(
+            resource=resource,
+            kubelet_dir=self.settings.kubelet_dir,
+            registry=self.registry,
+            policy=self.settings.allocation_policy,
+            consumer=self.settings.consumer,
+            why_not=self.why_not,
+        )
+        self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))
+
+    async def _end(self, resource: str) -> None:
+        task = self._running.pop(resource).task
+        task.cancel()
+        await asyncio.wait([task])
+        log.info("no longer advertised", resource=resource, reason="its last device is gone and no pod holds one")

@@ -1,0 +1,53 @@
+"""What changed between two inventories, as log lines."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from sandbox_plugin.inventory.ledger import DeviceKey
+from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER
+from sandbox_plugin.inventory.state import Inventory
+from sandbox_plugin.model import Device, Reason, id_order
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.trouble import Troubles
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+async def report(registry: Registry) -> None:
+    """Logs what changes between inventories: one line for each device that comes, goes, or changes its health.
+
+    A device that has just come waits for its CDI spec first: it is found when that is written.
+    """
+    known: dict[DeviceKey, Device] = {}
+    unoffered = Troubles[str]()
+    inventory = await registry.newer_than(0)
+    if not inventory.resources:
+        log.info("no device to offer yet", reason=NOTHING_TO_OFFER)
+    while True:
+        known = _report_devices(known, inventory)
+        for address, why in sorted(unoffered.update(inventory.unoffered).items()):
+            log.info("not offered", pci_address=address, reason=why)
+        inventory = await registry.newer_than(inventory.version)
+        await asyncio.sleep(0)  # the kubelet first: the endpoints were woken by the same change
+
+
+def _report_devices(known: dict[DeviceKey, Device], inventory: Inventory) -> dict[DeviceKey, Device]:
+    now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
+    now = {k: d for k, d in now.items() if k in known or d.health.reason is not Reason.NOT_IN_CDI}
+    for key in sorted(known.keys() | now.keys(), key=lambda k: (k[0], id_order(k[1]))):
+        before, after = known.get(key), now.get(key)
+        about = {"resource": key[0], "device": key[1]}
+        if after is None:
+            assert before is not None
+            log.info("device dropped", **about, pci_address=before.address)
+        elif before is None or before.health != after.health or before.address != after.address:
+            event = "device found" if before is None else "device changed"
+            about["pci_address"] = after.address
+            if after.health.healthy:
+                log.info(event, **about, health="Healthy")
+            else:
+                log.warning(event, **about, health="Unhealthy", reason=str(after.health))
+    return now

@@ -1,0 +1,1 @@
+"""gRPC on unix sockets: what every API that is served or called here shares."""
