@@ -31,7 +31,7 @@ from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import may_be_ours
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.endpoints import Endpoints
 from sandbox_plugin.kubelet.lock import Turn
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
@@ -60,21 +60,20 @@ async def run(settings: Settings, ending: Ending) -> None:
     Raises an ExceptionGroup when a part of it fails unexpectedly; `ending` has been told of that by then.
     """
     ending.watch(asyncio.get_running_loop())
-    names = ModelNames.load()
+    rules = Rules(settings, ModelNames.load())
     paths = HostPaths(settings.host_root)
     needs_cdi = settings.consumer is Consumer.KATA
-    registry = Registry(settings, names, requires_cdi=needs_cdi)
+    registry = Registry(rules, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
     endpoints = Endpoints(
         settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
     )
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
-    is_ours = partial(may_be_ours, settings=settings, names=names)
     cdi_writer = CdiWriter(
         folder=settings.cdi_dir,
         registry=registry,
-        is_ours=is_ours,
+        is_ours=rules.may_be_ours,
         recheck=min(settings.health_interval, _CDI_RECHECK),
     )
 
@@ -95,7 +94,7 @@ async def run(settings: Settings, ending: Ending) -> None:
         group.create_task(serve(turn, begin_to_serve, parts, ending))
         asking = group.create_task(poller.ask(patience=_FIRST_ANSWER))
         if needs_cdi:
-            await group.create_task(learn_former(settings.cdi_dir, registry, is_ours))
+            await group.create_task(learn_former(settings.cdi_dir, registry, rules.may_be_ours))
         await asking
         is_real = settings.host_root == Path("/")
         if is_real:

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import advance, allocate
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, DeviceKey, Holdings
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.tasks import happens
@@ -36,14 +35,12 @@ class Registry:
 
     def __init__(
         self,
-        settings: Settings,
-        names: ModelNames,
+        rules: Rules,
         *,
         requires_cdi: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._settings = settings
-        self._names = names
+        self._rules = rules
         self._clock = clock
         self._facts: HostFacts | None = None
         self._signals = Signals(in_cdi={} if requires_cdi else None)
@@ -137,9 +134,7 @@ class Registry:
     def _step(self, signals: Signals) -> Inventory:
         if self._facts is None:
             return self._inventory
-        inventory, self._wake_at = advance(
-            self._inventory, self._facts, signals, self._clock(), self._settings, self._names
-        )
+        inventory, self._wake_at = advance(self._inventory, self._facts, signals, self._clock(), self._rules)
         return self._replace(inventory)
 
     def _replace(self, inventory: Inventory) -> Inventory:

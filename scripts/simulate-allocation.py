@@ -30,13 +30,14 @@ from random import Random
 from statistics import fmean
 from xml.sax.saxutils import escape
 
-from sandbox_plugin.config.settings import Policy, Settings
+from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import matrix
 from sandbox_plugin.model import Device
@@ -109,7 +110,7 @@ def gpus_of(preset: str) -> dict[str, Device]:
     with tempfile.TemporaryDirectory() as folder:
         FakeNode.create(Path(folder) / "node", preset)
         facts = scan_now(HostPaths(Path(folder) / "node"))
-    inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), Settings(), ModelNames.load())
+    inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), Rules(names=ModelNames.load()))
     return {d.id: d for d in inventory.resources["nvidia.com/pgpu"]}
 
 

@@ -16,7 +16,7 @@ from names import PGPU
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance, allocate
 from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
@@ -48,8 +48,7 @@ class Node:
         if facts is not None:
             self.facts = replace(facts, began_at=self.now)
         signals = replace(self.signals, **news)
-        names = ModelNames()
-        self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, self.settings, names)
+        self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, Rules(self.settings))
         if allocated:
             devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
             self.inventory = allocate(self.inventory, devices, self.signals, self.now, self.now)
@@ -211,7 +210,7 @@ def test_the_group_is_free_when_the_holder_is_gone() -> None:
 def test_a_promise_is_not_kept_by_the_use_of_the_vm_before() -> None:
     node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
     late = replace(mates(enable=1), began_at=node.now - 0.5)  # a scan that began before, and took its time
-    node.inventory, _ = advance(node.inventory, late, node.signals, node.now, node.settings, ModelNames())
+    node.inventory, _ = advance(node.inventory, late, node.signals, node.now, Rules(node.settings))
     node.look(mates(), after=1)
     assert node.reason("2") is Reason.GROUP_TAKEN
     node.look(mates(enable=1), after=20).look(mates(), after=100)
@@ -427,7 +426,7 @@ def test_whatever_happens_the_inventory_keeps_its_promises(history: list[Any]) -
                 assert functions_of_it
                 assert all(f.driver == "vfio-pci" and f.link_speed != "Unknown" for f in functions_of_it)
         assert node.inventory.version >= before.version
-        again, _ = advance(node.inventory, node.facts, node.signals, node.now, node.settings, ModelNames())
+        again, _ = advance(node.inventory, node.facts, node.signals, node.now, Rules(node.settings))
         assert again.resources == node.inventory.resources
         assert again.version == node.inventory.version
 

@@ -39,12 +39,11 @@ from trials import QUICK, tampered, wait_until
 from sandbox_plugin.cdi import files, stale
 from sandbox_plugin.cdi.owner import MARK, is_marked, ownership
 from sandbox_plugin.cdi.writer import CdiWriter, render_spec, render_specs
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.daemon import learn_former
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
-from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.nodes import vfio_nodes
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.model import Device, HostFacts, Placement, Reason
@@ -219,7 +218,7 @@ class Told(Registry):
     """A registry that counts what the writer tells it, and keeps what it says of former devices."""
 
     def __init__(self) -> None:
-        super().__init__(Settings(), ModelNames())
+        super().__init__(Rules())
         self.rounds = 0
         self.former: Mapping[DeviceKey, str] = {}
         self.told = asyncio.Event()

@@ -14,7 +14,7 @@ from names import NVSWITCH, PGPU
 from sandbox_plugin.config.settings import Consumer, ResourceRule, Settings
 from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import may_be_ours
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import Device, HostFacts, IommuGroup, PciFunction, Placement, Reason, id_order
 
 A, B, C = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
@@ -23,7 +23,7 @@ NAMES = ModelNames({(0x10DE, H100): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x2335): 
 
 
 def find(facts: HostFacts, *, cdevs_known: bool = False, **settings: Any) -> Found:
-    return find_devices(facts, Settings(**settings), NAMES, cdevs_known=cdevs_known)
+    return find_devices(facts, Rules(Settings(**settings), NAMES), cdevs_known=cdevs_known)
 
 
 def offered(found: Found) -> dict[tuple[str, str], str]:
@@ -509,7 +509,7 @@ H100_NAME = "nvidia.com/GH100_H100_SXM5_80GB"
 def test_a_resource_is_ours_if_a_device_can_have_it_by_these_settings(
     settings: Settings, ours: set[str], others: set[str]
 ) -> None:
-    assert {name for name in ours | others if may_be_ours(name, settings, NAMES)} == ours
+    assert {name for name in ours | others if Rules(settings, NAMES).may_be_ours(name)} == ours
 
 
 def test_a_device_knows_all_functions_of_its_group_that_a_vm_may_have() -> None:

@@ -30,6 +30,7 @@ from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 
 Devices = dict[str, dict[str, str]]
 """Resource name -> device ID -> its node."""
@@ -106,7 +107,7 @@ def leave_sockets(places: Places, devices: Devices) -> None:
 
 
 def our_devices(root: Path, **aliases: str) -> Devices:
-    found = find_devices(scan_now(HostPaths(root)), Settings(**aliases), ModelNames.load())  # type: ignore[arg-type]
+    found = find_devices(scan_now(HostPaths(root)), Rules(Settings(**aliases), ModelNames.load()))  # type: ignore[arg-type]
     devices: Devices = {}
     for device in found.devices:
         devices.setdefault(device.resource, {})[device.id] = device.node

@@ -12,9 +12,9 @@ from daemon import Places
 from devices import nothing_against
 from loop import run
 
-from sandbox_plugin.config.settings import Consumer, Policy, Settings
+from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.fake.kubelet import FakeKubelet
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint, State
 from sandbox_plugin.registry import Registry
 
@@ -62,7 +62,7 @@ def patient_endpoint(places: Places) -> Endpoint:
     return Endpoint(
         resource="nvidia.com/pgpu",
         kubelet_dir=places.top,
-        registry=Registry(Settings(), ModelNames(), requires_cdi=False),
+        registry=Registry(Rules(), requires_cdi=False),
         policy=Policy.PACKED,
         consumer=Consumer.KATA,
         why_not=nothing_against,

@@ -11,7 +11,7 @@ from facts import gpu, host
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.health import assess, is_vfio_bound, remarks
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import HEALTHY, Bar, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
 
 A, B = "0000:01:00.0", "0000:02:00.0"
@@ -21,7 +21,7 @@ GONE: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
 
 def verdict(facts: HostFacts, *, require_iommufd: bool = False) -> Health:
     """On the only device of this host."""
-    (device,) = find_devices(facts, Settings(require_iommufd=require_iommufd), ModelNames()).devices
+    (device,) = find_devices(facts, Rules(Settings(require_iommufd=require_iommufd))).devices
     assert device.health == assess(device, facts, require_iommufd=require_iommufd)
     return device.health
 
@@ -219,7 +219,7 @@ def test_of_several_faults_the_one_that_matters_most_is_told() -> None:
 
 
 def test_what_others_do_with_the_device_is_not_judged_here() -> None:
-    device: Device = find_devices(host(gpu(A, enable=1)), Settings(), ModelNames()).devices[0]
+    device: Device = find_devices(host(gpu(A, enable=1)), Rules()).devices[0]
     assert device.health == HEALTHY
 
 

@@ -15,7 +15,7 @@ from names import NVSWITCH, PGPU
 
 from sandbox_plugin.config.settings import Consumer, ResourceRule, Settings
 from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import Health, HostFacts, Reason
 from sandbox_plugin.registry import Registry
 
@@ -34,7 +34,7 @@ class Plugin:
 
     def __post_init__(self) -> None:
         is_kata = self.settings.consumer is Consumer.KATA
-        self.registry = Registry(self.settings, ModelNames(), requires_cdi=is_kata, clock=lambda: self.now)
+        self.registry = Registry(Rules(self.settings), requires_cdi=is_kata, clock=lambda: self.now)
         numbers = frozenset(map(str, range(10)))
         names = ("nvidia.com/pgpu", "nvidia.com/nvswitch", "nvidia.com/other", "example.com/grace")
         if is_kata:

@@ -19,8 +19,9 @@ from search import search
 from world import GRACE_RULE, World
 
 from sandbox_plugin.config.settings import Consumer, Settings
-from sandbox_plugin.inventory import ledger, sharing
+from sandbox_plugin.inventory import ledger
 from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.registry import Registry
 
 STEPS = int(os.environ.get("ONE_HOLDER_STEPS", "15000"))
@@ -439,7 +440,7 @@ FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "that another plugin may have served until now": _replacing(ledger, "serve_since", _unchanged),
     "that a young kubelet does not name all pods": _every_answer_is_complete,
     "that PodResources is there and will answer": _without_news("pod_resources"),
-    "that a name may be of an earlier run": _replacing(sharing, "was_perhaps_ours", _returning(False)),
+    "that a name may be of an earlier run": _replacing(Rules, "was_perhaps_ours", _returning(False)),
     "which node a pod has": _places_without("node"),
     "which group a pod has": _places_without("group"),
     "that what is not bound may be a pod's": _replacing(ledger.Ledger, "unplaced", property(_returning([]))),

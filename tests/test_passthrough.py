@@ -37,7 +37,7 @@ from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import GROUPS_ONLY, PRESETS, WITH_CDEVS
 from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import claim
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import NVIDIA, HostFacts, PciFunction, Reason
 from sandbox_plugin.registry import Registry
 
@@ -53,7 +53,7 @@ def find(facts: HostFacts, config: str = "") -> Found:
     rules = parse_config(config, "config file x", frozenset({"gpu-alias"}))
     alias = rules.settings.get("gpu-alias", "pgpu")
     settings = Settings(gpu_alias=alias, resources=rules.resources, model_names=rules.model_names)
-    return find_devices(facts, settings, NAMES)
+    return find_devices(facts, Rules(settings, NAMES))
 
 
 def offered(found: Found) -> dict[str, list[str]]:
@@ -289,7 +289,7 @@ def test_virtual_functions_are_devices_and_what_carries_them_is_not_until_they_a
 def test_who_has_a_physical_function_has_its_virtual_functions_too() -> None:
     """As a VM that enables them itself: vfio-pci lets nobody else open them."""
     clock = itertools.count(100.0)
-    registry = Registry(Settings(), NAMES, requires_cdi=False, clock=lambda: next(clock))
+    registry = Registry(Rules(names=NAMES), requires_cdi=False, clock=lambda: next(clock))
     registry.observe(host(gpu(A, vfio=1)))
     registry.allocate([(PGPU, "1")])
     part = gpu(B, vfio=2, group=51, physical_function=A)
@@ -505,15 +505,15 @@ def test_whatever_the_rules_no_device_is_of_two_resources_and_every_claim_is_kep
     facts: HostFacts, rules: tuple[ResourceRule, ...]
 ) -> None:
     settings = Settings(resources=rules)
-    found = find_devices(facts, settings, NAMES)
+    found = find_devices(facts, Rules(settings, NAMES))
     nodes = [device.node for device in found.devices]
     assert len(nodes) == len(set(nodes))
     taken = [p.address for device in found.devices for p in device.placements]
     assert len(taken) == len(set(taken))
     for device in found.devices:
-        claims = [claim(facts.functions[p.address], settings, NAMES) for p in device.placements]
-        assert {answer.resource for answer in claims if answer} == {device.resource}
-    wanted = {address for address, function in facts.functions.items() if claim(function, settings, NAMES)}
+        offers = [Rules(settings, NAMES).offer(facts.functions[p.address]) for p in device.placements]
+        assert {answer.resource for answer in offers if answer} == {device.resource}
+    wanted = {address for address, function in facts.functions.items() if Rules(settings, NAMES).offer(function)}
     assert wanted == set(taken) | found.unoffered.keys()
     assert not set(taken) & found.unoffered.keys()
 

@@ -12,8 +12,7 @@ from facts import gpu, host
 from loop import run
 
 from sandbox_plugin.api import v1
-from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet import podresources
 from sandbox_plugin.kubelet.podresources import INTERVAL, YOUNG, HoldingsPoller
 from sandbox_plugin.model import HostFacts
@@ -47,7 +46,7 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
                 await asyncio.sleep(0)
 
         monkeypatch.setattr(podresources, "list_pods", list_pods)
-        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        registry = Registry(Rules(), requires_cdi=False)
         registry.observe(host(gpu(A)))
         poller = HoldingsPoller(
             socket=old_socket(tmp_path / "kubelet.sock"), registry=registry, clock=lambda: 10 * YOUNG
@@ -89,7 +88,7 @@ def test_what_is_waited_for_is_asked_again_after_a_pause(tmp_path: Path, monkeyp
 
         monkeypatch.setattr(podresources, "list_pods", list_pods)
         monkeypatch.setattr(podresources, "INTERVAL", 0.001)
-        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        registry = Registry(Rules(), requires_cdi=False)
         registry.observe(host(gpu(A)))
         registry.observe(HostFacts())
         poller = HoldingsPoller(socket=old_socket(tmp_path / "kubelet.sock"), registry=registry)

@@ -8,10 +8,9 @@ from facts import gpu, host
 from loop import run
 from names import PGPU
 
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import SETTLE
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import HostFacts, Reason
 from sandbox_plugin.registry import Registry
@@ -29,7 +28,7 @@ class Clock:
 
 
 def registry(*, requires_cdi: bool = False, clock: Clock | None = None) -> Registry:
-    return Registry(Settings(), ModelNames(), requires_cdi=requires_cdi, clock=clock or Clock())
+    return Registry(Rules(), requires_cdi=requires_cdi, clock=clock or Clock())
 
 
 def reason(inventory: Inventory, device_id: str) -> Reason | None:

@@ -19,12 +19,11 @@ from daemon import Places
 from loop import run
 from names import PGPU, T4
 
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host import uevents
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.uevents import UeventSource
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import Reason
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rescans import Rescans
@@ -212,10 +211,10 @@ def test_the_outcome_of_a_recovery_is_taken_in_by_the_next_scan(
 ) -> None:
     node = places.node("workstation")
     group = str(node.function(T4).iommu_group)
-    monkeypatch.setattr("sandbox_plugin.daemon._RETRY", 0.01)
+    monkeypatch.setattr("sandbox_plugin.rescans._RETRY", 0.01)
 
     async def body() -> Reason | None:
-        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        registry = Registry(Rules(), requires_cdi=False)
         rescans = Rescans(HostPaths(node.root), registry, interval=3600)
         async with asyncio.TaskGroup() as group_of_tasks:
             task = group_of_tasks.create_task(rescans.run())

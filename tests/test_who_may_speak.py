@@ -34,9 +34,9 @@ from trials import QUICK, as_root, socket_of, wait_until, wait_until_it_sees
 from truth import Truth
 
 from sandbox_plugin.api.v1beta1 import DevicePluginBase
-from sandbox_plugin.config.settings import Consumer, Policy, Settings
+from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
@@ -82,7 +82,7 @@ def test_an_endpoint_that_is_cancelled_as_soon_as_it_began_leaves_nothing_to_the
     """A reader of a descriptor that was closed would get the events of the next file with its number."""
 
     async def begin_and_cancel() -> None:
-        registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+        registry = Registry(Rules(), requires_cdi=False)
         endpoint = Endpoint(
             resource=PGPU,
             kubelet_dir=places.top,

@@ -16,13 +16,12 @@ from rich.text import Text
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.stdout import say, visible
 from sandbox_plugin.cli.tables import add_row, print_unfolded, table
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
 from sandbox_plugin.inventory.health import remarks
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Claim, claim
+from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Offer, Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
 from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
@@ -65,22 +64,22 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with settings_from(args) as settings:
-        names = ModelNames.load()
+        rules = Rules(settings, ModelNames.load())
         facts = scan_now(HostPaths(settings.host_root))
-        inventory = _look(facts, settings, names)
+        inventory = _look(facts, rules)
     if args.output == "json":
-        document = _as_json(inventory, facts, names)
+        document = _as_json(inventory, facts, rules.names)
         if args.topology:
             document["topology"] = _topology_as_json(inventory)
         if args.all:
-            document["functions"] = _all_functions(inventory, facts, settings, names)
+            document["functions"] = _all_functions(inventory, facts, rules)
         say(json.dumps(document, indent=2))
     else:
-        parts = _tables(inventory, facts, names)
+        parts = _tables(inventory, facts, rules.names)
         if args.topology and inventory.resources:
             parts += ["", *matrix_lines(_devices(inventory)), "", *legend_lines()]
         if args.all:
-            parts += ["", _table_of_all(_all_functions(inventory, facts, settings, names))]
+            parts += ["", _table_of_all(_all_functions(inventory, facts, rules))]
         if parts:
             print_unfolded(*parts)
     if facts.unreachable:
@@ -88,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if facts.unreachable else 0
 
 
-def _look(facts: HostFacts, settings: Settings, names: ModelNames) -> Inventory:
+def _look(facts: HostFacts, rules: Rules) -> Inventory:
     """The inventory of a daemon that has just started and has written its CDI specs."""
-    inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), settings, names)
+    inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), rules)
     return inventory
 
 
@@ -135,12 +134,10 @@ def _devices(inventory: Inventory) -> list[Device]:
     return [device for devices in inventory.resources.values() for device in devices]
 
 
-def _all_functions(
-    inventory: Inventory, facts: HostFacts, settings: Settings, names: ModelNames
-) -> list[dict[str, Any]]:
+def _all_functions(inventory: Inventory, facts: HostFacts, rules: Rules) -> list[dict[str, Any]]:
     """Each PCI function: what it is, the rule that took it, and why it is not offered where it is not."""
     functions = [
-        _function_as_json(function, claim(function, settings, names), inventory.unoffered.get(function.address))
+        _function_as_json(function, rules.offer(function), inventory.unoffered.get(function.address))
         for function in facts.functions.values()
     ]
     unknown = dict.fromkeys((*_COLUMNS.values(), "facts"))
@@ -148,7 +145,7 @@ def _all_functions(
     return sorted(functions, key=lambda function: str(function["pci_address"]))
 
 
-def _function_as_json(function: PciFunction, answer: Claim | None, why_not: str | None) -> dict[str, Any]:
+def _function_as_json(function: PciFunction, answer: Offer | None, why_not: str | None) -> dict[str, Any]:
     """`reason` is null for what is offered."""
     odd = remarks(function) if answer is not None and answer.resource is not None else []
     return {

@@ -17,16 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from types import MappingProxyType
 
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory.devices import Found, find_devices
 from sandbox_plugin.inventory.ledger import DeviceKey, Ledger, Places
-from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.nodes import vfio_nodes
-from sandbox_plugin.inventory.rules import may_be_ours
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.sharing import Verdicts, places_of_id, withheld
 from sandbox_plugin.inventory.state import Inventory, Memory, Signals, Track
 from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, follow, held_but_unknown, why_silent
@@ -40,7 +37,7 @@ and a look in between sees the driver without the node."""
 
 
 def advance(
-    previous: Inventory, facts: HostFacts, signals: Signals, now: float, settings: Settings, names: ModelNames
+    previous: Inventory, facts: HostFacts, signals: Signals, now: float, rules: Rules
 ) -> tuple[Inventory, float | None]:
     """One step. `now` is in monotonic seconds.
 
@@ -52,13 +49,13 @@ def advance(
         found = memory.found
     else:
         cdevs = memory.found is not None and memory.found.cdevs
-        found = find_devices(facts, settings, names, cdevs_known=cdevs, before=memory.found)
+        found = find_devices(facts, rules, cdevs_known=cdevs, before=memory.found)
     tracks = follow(memory.tracks, found, facts, signals, now)
-    ledger = _learn(memory, tracks, found, facts, signals, now, settings, names)
+    ledger = _learn(memory, tracks, found, facts, signals, now, rules)
     if _is_steady(previous, found, tracks, ledger, signals):
         nodes = previous.nodes if facts is memory.facts else vfio_nodes(facts)
         return replace(previous, nodes=nodes, memory=replace(memory, facts=facts)), _wake_at(tracks, ledger, facts, now)
-    tracks |= held_but_unknown(ledger, partial(may_be_ours, settings=settings, names=names), tracks, found, facts, now)
+    tracks |= held_but_unknown(ledger, rules.may_be_ours, tracks, found, facts, now)
     verdicts = withheld(found.groups, ledger, signals, previous.is_healthy)
     tracks, devices = _listed(tracks, verdicts, signals, now)
     inventory = Inventory(
@@ -140,13 +137,12 @@ def _learn(
     facts: HostFacts,
     signals: Signals,
     now: float,
-    settings: Settings,
-    names: ModelNames,
+    rules: Rules,
 ) -> Ledger:
     """What is known of who holds what after this step."""
 
     def places(key: DeviceKey) -> Places | None:
-        return places_of_id(key, tracks, found, facts, signals, settings, names)
+        return places_of_id(key, tracks, found, facts, signals, rules)
 
     ledger = ledgers.serve_since(memory.ledger, signals.serving_since)
     if facts is not memory.facts:

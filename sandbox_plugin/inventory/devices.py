@@ -1,7 +1,7 @@
 """From PCI functions to devices: what one device is, and its ID.
 
-On a kernel with VFIO cdevs a device is one claimed function that has a cdev, and its ID is N of vfioN. On any other
-kernel a device is an IOMMU group with a claimed function in it, and its ID is the number of the group. The kind of
+On a kernel with VFIO cdevs a device is one offered function that has a cdev, and its ID is N of vfioN. On any other
+kernel a device is an IOMMU group with a offered function in it, and its ID is the number of the group. The kind of
 kernel is never guessed from /dev/iommu or from the name `vfio-dev`, which are there without cdevs as well.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from sandbox_plugin.config.settings import Consumer, Settings
+from sandbox_plugin.config.settings import Consumer
 from sandbox_plugin.inventory.carriers import what_they_carry
 from sandbox_plugin.inventory.health import assess, is_bridge, is_left_enabled, is_vfio_bound
 from sandbox_plugin.inventory.ledger import Place
 from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import Claim, claim
+from sandbox_plugin.inventory.rules import Offer, Rules
 from sandbox_plugin.model import (
     Device,
     Health,
@@ -104,12 +104,10 @@ class _Part:
     group: Group | None
 
 
-def find_devices(
-    facts: HostFacts, settings: Settings, names: ModelNames, *, cdevs_known: bool = False, before: Found | None = None
-) -> Found:
+def find_devices(facts: HostFacts, rules: Rules, *, cdevs_known: bool = False, before: Found | None = None) -> Found:
     """Groups functions into devices and judges them.
 
-    `cdevs_known`: this kernel has shown cdevs before. `before` is what was found with the same settings earlier: a
+    `cdevs_known`: this kernel has shown cdevs before. `before` is what was found with the same rules earlier: a
     group of which nothing has changed keeps its devices.
     """
     cdevs = cdevs_known or facts.kernel_has_cdevs or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
@@ -118,7 +116,7 @@ def find_devices(
     for number, seen in _by_group(facts, cdevs=cdevs):
         part = known.get(number)
         if part is None or not part.seen.is_same_as(seen):
-            part = _judge(seen, facts, settings, names)
+            part = _judge(seen, facts, rules)
         parts[number] = part
     if before is not None and _is_same(parts, before.parts) and facts.unreadable == before.unreadable:
         return before
@@ -173,31 +171,31 @@ def _nodes_there(
     return dev_nodes.intersection([*nodes, *([] if number is None else [node_of_group(number)])])
 
 
-def _judge(seen: _Seen, facts: HostFacts, settings: Settings, names: ModelNames) -> _Part:
+def _judge(seen: _Seen, facts: HostFacts, rules: Rules) -> _Part:
     """The devices of one group, and why its other functions are none."""
     cdevs = seen.cdevs
-    claimed = [(f, c) for f in seen.functions if (c := claim(f, settings, names)) is not None]
+    offered = [(f, o) for f in seen.functions if (o := rules.offer(f)) is not None]
     unoffered: dict[str, str] = {}
-    wanted: list[_Claimed] = []
+    wanted: list[_Offered] = []
     has_unbound = False
     carried = dict(seen.carried)
-    for function, its_claim in claimed:
-        if why_not := _why_not(function, its_claim, facts, carried.get(function.address), cdevs=cdevs):
+    for function, offer in offered:
+        if why_not := _why_not(function, offer, facts, carried.get(function.address), cdevs=cdevs):
             unoffered[function.address] = why_not
-            has_unbound |= its_claim.resource is not None and not is_vfio_bound(function, facts)
+            has_unbound |= offer.resource is not None and not is_vfio_bound(function, facts)
         else:
-            wanted.append((function, its_claim))
+            wanted.append((function, offer))
     # KubeVirt gets the group's node beside the cdev, on every kernel that has both.
-    if not cdevs or (settings.consumer is Consumer.KUBEVIRT and seen.has_group_node):
-        wanted, left_out = _without_withheld(wanted, seen=seen, claimed=claimed)
+    if not cdevs or (rules.settings.consumer is Consumer.KUBEVIRT and seen.has_group_node):
+        wanted, left_out = _without_withheld(wanted, seen=seen, offered=offered)
         unoffered |= left_out
     if not cdevs:
         wanted, left_out = _one_resource_a_group(wanted)
         unoffered |= left_out
     build = _by_cdev if cdevs else _of_group
-    judge = partial(assess, facts=facts, require_iommufd=settings.require_iommufd)
+    judge = partial(assess, facts=facts, require_iommufd=rules.settings.require_iommufd)
     vms = tuple(f.address for f in seen.functions if is_vfio_bound(f, facts) or is_left_enabled(f))
-    devices = _with_mates([replace(d, health=judge(d), group_functions=vms) for d in build(wanted, facts, names)])
+    devices = _with_mates([replace(d, health=judge(d), group_functions=vms) for d in build(wanted, facts, rules.names)])
     return _Part(seen=seen, devices=devices, unoffered=unoffered, group=_group(seen, devices, has_unbound))
 
 
@@ -213,13 +211,13 @@ def _group(seen: _Seen, devices: Sequence[Device], has_unbound: bool) -> Group |
     return Group(devices=tuple(devices), places=tuple(places), has_unbound=has_unbound)
 
 
-_Claimed = tuple[PciFunction, Claim]
+_Offered = tuple[PciFunction, Offer]
 
 
-def _why_not(function: PciFunction, claim: Claim, facts: HostFacts, carried: str | None, *, cdevs: bool) -> str | None:
+def _why_not(function: PciFunction, offer: Offer, facts: HostFacts, carried: str | None, *, cdevs: bool) -> str | None:
     """`carried`: what the function carries, in words."""
-    if claim.resource is None:
-        return f"excluded by {claim.rule}"
+    if offer.resource is None:
+        return f"excluded by {offer.rule}"
     if not is_vfio_bound(function, facts):
         if carried is not None:
             return f"bound to {function.driver or 'no driver'} and carries {carried}: do not bind it to vfio-pci"
@@ -239,17 +237,17 @@ def _has_vfs(function: PciFunction) -> str:
     return f"has {function.virtual_functions} SR-IOV virtual functions enabled"
 
 
-def _by_cdev(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> list[Device]:
+def _by_cdev(wanted: list[_Offered], facts: HostFacts, names: ModelNames) -> list[Device]:
     devices = []
-    for function, its_claim in wanted:
+    for function, offer in wanted:
         assert function.vfio is not None
         assert function.iommu_group is not None
-        assert its_claim.resource is not None
+        assert offer.resource is not None
         node = node_of_cdev(function.vfio.number)
         devices.append(
             Device(
                 id=str(function.vfio.number),
-                resource=its_claim.resource,
+                resource=offer.resource,
                 node=node,
                 model=_model(function, names),
                 placements=(_placement(function),),
@@ -263,37 +261,37 @@ def _by_cdev(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> lis
 
 
 def _without_withheld(
-    wanted: list[_Claimed], *, seen: _Seen, claimed: list[_Claimed]
-) -> tuple[list[_Claimed], dict[str, str]]:
+    wanted: list[_Offered], *, seen: _Seen, offered: list[_Offered]
+) -> tuple[list[_Offered], dict[str, str]]:
     """Leaves out what shares a group with a function that must not be passed: a group node passes every function.
 
     Bridges are not passed (`is_bridge`). Returns what is left, and why the others are left out.
     """
     withheld = [f"{f.address}, which {_has_vfs(f)}" for f in seen.functions if f.virtual_functions]
-    for function, its_claim in claimed:
-        if its_claim.resource is None and not is_bridge(function):
-            withheld.append(f"{function.address}, which {its_claim.rule} excludes")
+    for function, offer in offered:
+        if offer.resource is None and not is_bridge(function):
+            withheld.append(f"{function.address}, which {offer.rule} excludes")
     if not withheld:
         return wanted, {}
     return [], {f.address: f"shares IOMMU group {f.iommu_group} with {withheld[-1]}" for f, _ in wanted}
 
 
-def _one_resource_a_group(wanted: list[_Claimed]) -> tuple[list[_Claimed], dict[str, str]]:
+def _one_resource_a_group(wanted: list[_Offered]) -> tuple[list[_Offered], dict[str, str]]:
     """Where rules of two resources meet in one group, the first rule has it. Also says why the others went empty."""
     if not wanted:
         return wanted, {}
     _, winner = min(wanted, key=lambda each: (each[1].rank, each[0].address))
     kept, left_out = [], {}
-    for function, its_claim in wanted:
-        if its_claim.resource == winner.resource:
-            kept.append((function, its_claim))
+    for function, offer in wanted:
+        if offer.resource == winner.resource:
+            kept.append((function, offer))
         else:
             whose = f"{winner.rule} offers as {winner.resource}"
             left_out[function.address] = f"shares IOMMU group {function.iommu_group} with a function that {whose}"
     return kept, left_out
 
 
-def _of_group(wanted: list[_Claimed], facts: HostFacts, names: ModelNames) -> list[Device]:
+def _of_group(wanted: list[_Offered], facts: HostFacts, names: ModelNames) -> list[Device]:
     """The one device that a group is."""
     if not wanted:
         return []

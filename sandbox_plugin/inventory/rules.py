@@ -5,7 +5,7 @@ The built-in rules are NVIDIA's GPUs and NVSwitches. Rules of the config file (`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from sandbox_plugin.config.settings import ResourceRule, Settings
@@ -23,8 +23,8 @@ NOTHING_TO_OFFER = "no GPU, NVSwitch or other device that a resource rule takes 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A rule's answer for one function. Of two claims on one device the one with the lower rank wins."""
+class Offer:
+    """What a rule says of one function. Of two offers for one device the one with the lower rank wins."""
 
     rank: int
     resource: str | None
@@ -33,55 +33,71 @@ class Claim:
     """The rule's name, for people."""
 
 
-def claim(function: PciFunction, settings: Settings, names: ModelNames) -> Claim | None:
-    """The first rule that matches, or None: no rule matches this function."""
-    for rank, rule in enumerate(settings.resources):
-        if matches(rule, function):
-            return Claim(rank=rank, resource=rule.name, rule=rule.label)
-    builtin = len(settings.resources)
-    if function.mdev_type is not None:
-        if function.vendor != NVIDIA:
-            return None
-        return Claim(rank=builtin, resource=f"nvidia.com/{type_name(function.mdev_type)}", rule="NVIDIA vGPU")
-    if function.vendor == NVIDIA and function.class_code in _GPU_CLASSES:
-        if function.physical_function is not None:
-            # A part of a GPU is not a GPU: it never shares a resource with whole ones.
-            resource = f"nvidia.com/{type_name(_model_name(function, settings, names) + '_VF')}"
-            return Claim(rank=builtin, resource=resource, rule="NVIDIA GPU, virtual function")
-        return Claim(rank=builtin, resource=_nvidia(settings.gpu_alias, function, settings, names), rule="NVIDIA GPU")
-    if function.vendor == NVIDIA and function.class_code == _NVSWITCH_CLASS:
-        resource = _nvidia(settings.nvswitch_alias, function, settings, names)
-        return Claim(rank=builtin + 1, resource=resource, rule="NVIDIA NVSwitch")
-    return None
+@dataclass(frozen=True)
+class Rules:
+    """What these settings offer, and under which names."""
 
+    settings: Settings = field(default_factory=Settings)
+    names: ModelNames = field(default_factory=ModelNames)
 
-def may_be_ours(resource: str, settings: Settings, names: ModelNames) -> bool:
-    """Whether these settings can give a device this resource name: what PodResources tells of others is not ours.
+    def offer(self, function: PciFunction) -> Offer | None:
+        """What the first rule that matches says, or None: no rule matches this function."""
+        for rank, rule in enumerate(self.settings.resources):
+            if matches(rule, function):
+                return Offer(rank=rank, resource=rule.name, rule=rule.label)
+        builtin = len(self.settings.resources)
+        if function.mdev_type is not None:
+            if function.vendor != NVIDIA:
+                return None
+            return Offer(rank=builtin, resource=f"nvidia.com/{type_name(function.mdev_type)}", rule="NVIDIA vGPU")
+        if function.vendor == NVIDIA and function.class_code in _GPU_CLASSES:
+            if function.physical_function is not None:
+                # A part of a GPU is not a GPU: it never shares a resource with whole ones.
+                resource = f"nvidia.com/{type_name(self._model_name(function) + '_VF')}"
+                return Offer(rank=builtin, resource=resource, rule="NVIDIA GPU, virtual function")
+            return Offer(rank=builtin, resource=self._nvidia(self.settings.gpu_alias, function), rule="NVIDIA GPU")
+        if function.vendor == NVIDIA and function.class_code == _NVSWITCH_CLASS:
+            resource = self._nvidia(self.settings.nvswitch_alias, function)
+            return Offer(rank=builtin + 1, resource=resource, rule="NVIDIA NVSwitch")
+        return None
 
-    Types of vGPU are not known beforehand, so their names do not count.
-    """
-    if resource in {rule.name for rule in settings.resources}:
-        return True
-    domain, _, name = resource.partition("/")
-    if domain != "nvidia.com":
-        return False
-    model = name.removesuffix("_VF")
-    if model != name and (model in settings.model_names.values() or names.is_resource_name(model)):
-        return True
-    aliases = {settings.gpu_alias, settings.nvswitch_alias}
-    if name in aliases - {""}:
-        return True
-    return "" in aliases and (name in settings.model_names.values() or names.is_resource_name(name))
+    def may_be_ours(self, resource: str) -> bool:
+        """Whether a device can get this resource name: what PodResources tells of others is not ours.
 
+        Types of vGPU are not known beforehand, so their names do not count.
+        """
+        if resource in {rule.name for rule in self.settings.resources}:
+            return True
+        domain, _, name = resource.partition("/")
+        if domain != "nvidia.com":
+            return False
+        aliases = {self.settings.gpu_alias, self.settings.nvswitch_alias}
+        model = name.removesuffix("_VF")
+        return (
+            name in aliases - {""}
+            or (model != name and self._is_model_name(model))
+            or ("" in aliases and self._is_model_name(name))
+        )
 
-def was_perhaps_ours(resource: str, settings: Settings) -> bool:
-    """Whether an earlier run of this plugin, with other aliases or rules, may have offered a resource of this name.
+    def was_perhaps_ours(self, resource: str) -> bool:
+        """Whether an earlier run of this plugin, with other aliases or rules, may have offered a resource of this name.
 
-    NVIDIA's own device plugin has `gpu` and the names of MIG profiles in the same domain.
-    """
-    domain, _, name = resource.partition("/")
-    domains = {"nvidia.com"} | {rule.name.partition("/")[0] for rule in settings.resources if rule.name is not None}
-    return domain in domains and is_alias(name) and name != "gpu" and not name.startswith("mig-")
+        NVIDIA's own device plugin has `gpu` and the names of MIG profiles in the same domain.
+        """
+        domain, _, name = resource.partition("/")
+        rules = self.settings.resources
+        domains = {"nvidia.com"} | {rule.name.partition("/")[0] for rule in rules if rule.name is not None}
+        return domain in domains and is_alias(name) and name != "gpu" and not name.startswith("mig-")
+
+    def _nvidia(self, alias: str, function: PciFunction) -> str:
+        return f"nvidia.com/{alias or self._model_name(function)}"
+
+    def _model_name(self, function: PciFunction) -> str:
+        given = self.settings.model_names.get(function.model_id)
+        return self.names.resource_name(function.vendor, function.device) if given is None else given
+
+    def _is_model_name(self, name: str) -> bool:
+        return name in self.settings.model_names.values() or self.names.is_resource_name(name)
 
 
 def matches(rule: ResourceRule, function: PciFunction) -> bool:
@@ -100,12 +116,3 @@ def matches(rule: ResourceRule, function: PciFunction) -> bool:
         and (not rule.addresses or any(fnmatchcase(function.address, pattern) for pattern in rule.addresses))
         and (not rule.drivers or function.driver in rule.drivers)
     )
-
-
-def _nvidia(alias: str, function: PciFunction, settings: Settings, names: ModelNames) -> str:
-    return f"nvidia.com/{alias or _model_name(function, settings, names)}"
-
-
-def _model_name(function: PciFunction, settings: Settings, names: ModelNames) -> str:
-    given = settings.model_names.get(function.model_id)
-    return names.resource_name(function.vendor, function.device) if given is None else given

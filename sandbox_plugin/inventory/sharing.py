@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.devices import Found, Group
 from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger, Places, Use, is_heir, is_undecided, places_of
-from sandbox_plugin.inventory.naming import ModelNames
-from sandbox_plugin.inventory.rules import may_be_ours, was_perhaps_ours
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Signals, Track
 from sandbox_plugin.model import Device, Health, HostFacts, Reason, group_of_node, node_of_cdev, node_of_group
 
@@ -153,8 +151,7 @@ def places_of_id(
     found: Found,
     facts: HostFacts,
     signals: Signals,
-    settings: Settings,
-    names: ModelNames,
+    rules: Rules,
 ) -> Places | None:
     """What a pod has that holds this ID from an earlier run of this plugin; None: the ID is another plugin's.
 
@@ -167,7 +164,7 @@ def places_of_id(
     resource, device_id = key
     node = signals.former.get(key)
     if node is None:
-        if not (may_be_ours(resource, settings, names) or was_perhaps_ours(resource, settings)):
+        if not (rules.may_be_ours(resource) or rules.was_perhaps_ours(resource)):
             return None
         if not device_id.isdecimal() or len(device_id) > 9:
             return None

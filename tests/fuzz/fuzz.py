@@ -34,7 +34,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.host.paths import HostPaths
     from sandbox_plugin.host.uevents import parse_uevent
     from sandbox_plugin.inventory.advance import advance
-    from sandbox_plugin.inventory.naming import ModelNames
+    from sandbox_plugin.inventory.rules import Rules
     from sandbox_plugin.inventory.state import Inventory, Signals
     from sandbox_plugin.kubelet.podresources import holdings
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
@@ -77,7 +77,7 @@ def sysfs(folder: Path) -> Callable[[bytes], None]:
         link.parent.mkdir(parents=True, exist_ok=True)
         target.mkdir(parents=True, exist_ok=True)
         link.symlink_to(target)
-    names, settings = ModelNames(), Settings(gpu_alias="", nvswitch_alias="")
+    rules = Rules(Settings(gpu_alias="", nvswitch_alias=""))
 
     def one(data: bytes) -> None:
         attribute = ATTRIBUTES[data[0] % len(ATTRIBUTES)] if data else "vendor"
@@ -88,7 +88,7 @@ def sysfs(folder: Path) -> Callable[[bytes], None]:
         except pci_function.FunctionUnreadable:
             return
         facts = HostFacts(functions={ADDRESS: function}, groups=bus.read_groups(paths, {ADDRESS: function}))
-        advance(Inventory(), facts, Signals(), 0.0, settings, names)
+        advance(Inventory(), facts, Signals(), 0.0, rules)
 
     return one
 
@@ -167,7 +167,7 @@ async def _servicer() -> DevicePluginServicer:
         for n in range(8)
     }
     groups = {40 + n: IommuGroup(number=40 + n, members=(address,)) for n, address in enumerate(gpus)}
-    registry = Registry(Settings(), ModelNames(), requires_cdi=False)
+    registry = Registry(Rules(), requires_cdi=False)
     registry.observe(HostFacts(functions=gpus, groups=groups))
 
     async def fine(devices: Sequence[Device]) -> Mapping[str, Objection]:

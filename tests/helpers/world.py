@@ -28,6 +28,7 @@ from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Setti
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.prefer import prefer
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.podresources import YOUNG
 from sandbox_plugin.model import Device, HostFacts, node_of_cdev, node_of_group
@@ -419,7 +420,7 @@ class World:
     def start_plugin(self, settings: Settings, *, serves: bool = True) -> Plugin:
         """A new run: nothing is remembered."""
         needs_cdi = settings.consumer is Consumer.KATA
-        registry = Registry(settings, NAMES, requires_cdi=needs_cdi, clock=lambda: self.now)
+        registry = Registry(Rules(settings, NAMES), requires_cdi=needs_cdi, clock=lambda: self.now)
         plugin = Plugin(name=self._name("plugin"), settings=settings, registry=registry)
         self.note(plugin.name, "starts" if serves else "stands by", _words(settings))
         if serves:
