@@ -13,10 +13,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -24,7 +25,6 @@ from sandbox_plugin.cdi.foreign import ForeignSpecWatch
 from sandbox_plugin.cdi.stale import read_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Consumer, Settings
-from sandbox_plugin.ending import Ending, Parts
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import Recheck
 from sandbox_plugin.host.threads import on_thread
@@ -33,11 +33,12 @@ from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_fol
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.endpoints import Endpoints
-from sandbox_plugin.kubelet.lock import Turn
+from sandbox_plugin.kubelet.lock import NodeLock
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.report import report
 from sandbox_plugin.rescans import Rescans
+from sandbox_plugin.shutdown import Shutdown
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -54,21 +55,19 @@ _FOLDER_PATIENCE = 1.0
 """Seconds that a CDI folder gets to say where it is, or what is in it; on a dead mount it never does."""
 
 
-async def run(settings: Settings, ending: Ending) -> None:
+async def run(settings: Settings, shutdown: Shutdown) -> None:
     """Runs the daemon until it is cancelled.
 
-    Raises an ExceptionGroup when a part of it fails unexpectedly; `ending` has been told of that by then.
+    Raises an ExceptionGroup when a part of it fails unexpectedly; `shutdown` has logged that by then.
     """
-    ending.watch(asyncio.get_running_loop())
     rules = Rules(settings, ModelNames.load())
     paths = HostPaths(settings.host_root)
     needs_cdi = settings.consumer is Consumer.KATA
     registry = Registry(rules, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
-    endpoints = Endpoints(
-        settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
-    )
-    turn = Turn(folder=settings.kubelet_dir)
+    last_look = Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
+    endpoints = Endpoints(settings, registry, shutdown, last_look)
+    lock = NodeLock(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
     cdi_writer = CdiWriter(
         folder=settings.cdi_dir,
@@ -77,32 +76,40 @@ async def run(settings: Settings, ending: Ending) -> None:
         recheck=min(settings.health_interval, _CDI_RECHECK),
     )
 
-    def look_at_kubelet() -> None:
-        turn.look()
-        endpoints.look()
-        poller.look()
-
-    async def begin_to_serve() -> None:
+    async def serve() -> None:
+        """What two plugins on one node must not do at the same time."""
         since = time.monotonic()
         if registry.current.version:  # else it is asked before anything is offered
             await poller.ask(patience=_FIRST_ANSWER)
         registry.serve(since)
+        async with asyncio.TaskGroup() as group:
+            shutdown.watch(group.create_task(endpoints.run()))
+            if needs_cdi:
+                shutdown.watch(group.create_task(cdi_writer.run()))
 
-    async with Parts(ending) as group:
+    def look_at_kubelet() -> None:
+        lock.look()
+        endpoints.look()
+        poller.look()
+
+    async with asyncio.TaskGroup() as group:
+
+        def start(part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+            return shutdown.watch(group.create_task(part))
+
         # First: only what PodResources is asked after this plugin began to serve tells who holds what.
-        parts = [endpoints.run, cdi_writer.run] if needs_cdi else [endpoints.run]
-        group.create_task(serve(turn, begin_to_serve, parts, ending))
-        asking = group.create_task(poller.ask(patience=_FIRST_ANSWER))
+        start(lock.run(serve))
+        asking = start(poller.ask(patience=_FIRST_ANSWER))
         if needs_cdi:
-            await group.create_task(learn_former(settings.cdi_dir, registry, rules.may_be_ours))
+            await start(learn_former(settings.cdi_dir, registry, rules.may_be_ours))
         await asking
         is_real = settings.host_root == Path("/")
         if is_real:
-            group.create_task(UeventSource(on_change=partial(rescans.wake, "uevent"), on_aer=rescans.note_aer).run())
-        group.create_task(rescans.run())
-        group.create_task(rescans.follow_time())
-        group.create_task(poller.run())
-        group.create_task(report(registry))
+            start(UeventSource(on_change=partial(rescans.wake, "uevent"), on_aer=rescans.note_aer).run())
+        start(rescans.run())
+        start(rescans.follow_time())
+        start(poller.run())
+        start(report(registry))
         watched: dict[OnChange, Folders] = {
             partial(rescans.wake, "folder"): lambda: host_folders(paths),
             look_at_kubelet: lambda: [settings.kubelet_dir],
@@ -114,10 +121,10 @@ async def run(settings: Settings, ending: Ending) -> None:
             for folder in await cdi_folders(settings):
                 recheck = min(settings.health_interval, _CDI_RECHECK)
                 foreign.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(foreign)))
-                group.create_task(foreign[-1].run())
+                start(foreign[-1].run())
                 watched[foreign[-1].look] = partial(list, [folder])
         # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
-        group.create_task(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
+        start(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
 
 
 async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:
@@ -144,19 +151,3 @@ async def _real_path(folder: Path) -> str:
             return await on_thread(os.path.realpath)(folder)
     except (OSError, TimeoutError):
         return str(folder)
-
-
-async def serve(
-    turn: Turn,
-    begin: Callable[[], Awaitable[None]],
-    parts: Sequence[Callable[[], Coroutine[None, None, None]]],
-    ending: Ending,
-) -> None:
-    """Runs what others on this node must not do at the same time, whenever it is this plugin's turn."""
-    while True:
-        async with turn.taken(), Parts(ending) as group:
-            await begin()
-            tasks = [group.create_task(part()) for part in parts]
-            await turn.lost()
-            for task in tasks:
-                task.cancel()

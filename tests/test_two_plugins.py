@@ -20,7 +20,7 @@ from names import FIRST_GPU, NVSWITCH, PGPU
 from trials import QUICK, figures, socket_of, wait_until_it_sees
 from truth import Truth
 
-from sandbox_plugin.kubelet.lock import LOCK_NAME, Turn
+from sandbox_plugin.kubelet.lock import LOCK_NAME, NodeLock
 from sandbox_plugin.rpc.sockets import identity
 
 
@@ -210,7 +210,7 @@ def test_a_lock_on_a_file_that_is_removed_before_it_is_locked_does_not_count(
         flock(descriptor, operation)
 
     async def is_taken() -> bool:
-        async with Turn(folder=tmp_path).taken():
+        async with NodeLock(folder=tmp_path).taken():
             return True
 
     async def is_taken_soon() -> bool:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import structlog
 
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.ending import Ending, Parts
 from sandbox_plugin.kubelet.endpoint import Endpoint
 from sandbox_plugin.kubelet.servicer import LastLook
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.shutdown import Shutdown
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -28,7 +28,7 @@ class Endpoints:
 
     settings: Settings
     registry: Registry
-    ending: Ending
+    shutdown: Shutdown
     why_not: LastLook
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Endpoints:
     async def run(self) -> None:
         """Runs until cancelled."""
         try:
-            async with Parts(self.ending) as group:
+            async with asyncio.TaskGroup() as group:
                 inventory = self.registry.current
                 while True:
                     for resource in self._running.keys() - inventory.resources.keys():
@@ -63,7 +63,9 @@ class Endpoints:
             consumer=self.settings.consumer,
             why_not=self.why_not,
         )
-        self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))
+        self._running[resource] = _Running(
+            endpoint=endpoint, task=self.shutdown.watch(group.create_task(endpoint.run()))
+        )
 
     async def _end(self, resource: str) -> None:
         task = self._running.pop(resource).task

@@ -1,7 +1,7 @@
-"""Whose turn it is, when two plugins run on one node: a rolling update starts the new pod while the old one runs.
+"""The lock between two plugins on one node: a rolling update starts the new pod while the old one runs.
 
-Both want the same sockets and the same CDI specs. A lock on a file in the kubelet's folder, which both mount, decides:
-who has it serves, the other stands by, alive and ready, and takes over when the lock is free. The kernel frees it when
+Both want the same sockets and the same CDI specs. The lock is on a file in the kubelet's folder, which both mount: who
+has it serves, the other stands by, alive and ready, and takes over when the lock is free. The kernel frees it when
 its holder ends, however it ends (flock(2)). The kubelet deletes sockets from that folder, and leaves plain files.
 """
 
@@ -11,10 +11,11 @@ import asyncio
 import errno
 import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -32,14 +33,14 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
 @dataclass(kw_only=True)
-class Turn:
+class NodeLock:
     """Waits for the lock in `folder`, and notices when it does not count any more.
 
     Usage:
 
-        async with turn.taken():
+        async with lock.taken():
             ...                      # serve
-            await turn.lost()        # somebody removed the folder; stop serving and wait for the next turn
+            await lock.lost()        # somebody removed the folder; stop serving and wait for the lock again
     """
 
     folder: Path
@@ -52,6 +53,14 @@ class Turn:
     def look(self) -> None:
         """Something changed in the folder: perhaps the other one is gone."""
         self._bell.set()
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs `work` for as long as this plugin has the lock, each time it gets it. Runs until cancelled."""
+        while True:
+            async with self.taken(), asyncio.TaskGroup() as group:
+                task = group.create_task(work())
+                await self.lost()
+                task.cancel()
 
     @asynccontextmanager
     async def taken(self) -> AsyncIterator[None]:
