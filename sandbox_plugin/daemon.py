@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from sandbox_plugin.kubelet.podresources import HoldingsPoller
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.report import report
 from sandbox_plugin.rescans import Rescans
-from sandbox_plugin.shutdown import Shutdown
+from sandbox_plugin.shutdown import Shutdown, running_tasks
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -55,76 +56,99 @@ _FOLDER_PATIENCE = 1.0
 """Seconds that a CDI folder gets to say where it is, or what is in it; on a dead mount it never does."""
 
 
-async def run(settings: Settings, shutdown: Shutdown) -> None:
-    """Runs the daemon until it is cancelled.
+class Daemon:
+    """All parts of one daemon, and what wakes which.
 
-    Raises an ExceptionGroup when a part of it fails unexpectedly; `shutdown` has logged that by then.
+    Usage:
+
+        daemon = Daemon(settings)
+        await daemon.run(shutdown)      # until it is cancelled
+        daemon.log_state()              # meanwhile
     """
-    rules = Rules(settings, ModelNames.load())
-    paths = HostPaths(settings.host_root)
-    needs_cdi = settings.consumer is Consumer.KATA
-    registry = Registry(rules, requires_cdi=needs_cdi)
-    rescans = Rescans(paths, registry, settings.health_interval)
-    last_look = Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
-    endpoints = Endpoints(settings, registry, shutdown, last_look)
-    lock = NodeLock(folder=settings.kubelet_dir)
-    poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)
-    cdi_writer = CdiWriter(
-        folder=settings.cdi_dir,
-        registry=registry,
-        is_ours=rules.may_be_ours,
-        recheck=min(settings.health_interval, _CDI_RECHECK),
-    )
 
-    async def serve() -> None:
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._paths = HostPaths(settings.host_root)
+        self._rules = Rules(settings, ModelNames.load())
+        self._needs_cdi = settings.consumer is Consumer.KATA
+        self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
+        self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
+        last_look = Recheck(self._paths, _RECHECK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
+        self._endpoints = Endpoints(settings, self._registry, last_look)
+        self._lock = NodeLock(folder=settings.kubelet_dir)
+        self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)
+        self._cdi_recheck = min(settings.health_interval, _CDI_RECHECK)
+        self._cdi_writer = CdiWriter(
+            folder=settings.cdi_dir,
+            registry=self._registry,
+            is_ours=self._rules.may_be_ours,
+            recheck=self._cdi_recheck,
+        )
+
+    async def run(self, shutdown: Shutdown) -> None:
+        """Runs until it is cancelled.
+
+        Raises an ExceptionGroup when a part fails unexpectedly; `shutdown` has logged that by then.
+        """
+        async with asyncio.TaskGroup() as group:
+
+            def start(part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+                return shutdown.watch(group.create_task(part))
+
+            # First: only what PodResources is asked after this plugin began to serve tells who holds what.
+            start(self._lock.run(partial(self._serve, shutdown)))
+            asking = start(self._poller.ask(patience=_FIRST_ANSWER))
+            if self._needs_cdi:
+                await start(learn_former(self._settings.cdi_dir, self._registry, self._rules.may_be_ours))
+            await asking
+            is_real = self._settings.host_root == Path("/")
+            if is_real:
+                wake = partial(self._rescans.wake, "uevent")
+                start(UeventSource(on_change=wake, on_aer=self._rescans.note_aer).run())
+            start(self._rescans.run())
+            start(self._rescans.follow_time())
+            start(self._poller.run())
+            start(report(self._registry))
+            watched: dict[OnChange, Folders] = {
+                partial(self._rescans.wake, "folder"): lambda: host_folders(self._paths),
+                self._look_at_kubelet: lambda: [self._settings.kubelet_dir],
+            }
+            if self._needs_cdi:
+                watched[self._cdi_writer.look] = lambda: [self._settings.cdi_dir]
+                # Each folder for itself: the others must not wait for one on a dead mount.
+                foreign: list[ForeignSpecWatch] = []
+                for folder in await cdi_folders(self._settings):
+                    foreign.append(ForeignSpecWatch(folder=folder, recheck=self._cdi_recheck, others=tuple(foreign)))
+                    start(foreign[-1].run())
+                    watched[foreign[-1].look] = partial(list, [folder])
+            # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
+            start(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
+
+    async def _serve(self, shutdown: Shutdown) -> None:
         """What two plugins on one node must not do at the same time."""
         since = time.monotonic()
-        if registry.current.version:  # else it is asked before anything is offered
-            await poller.ask(patience=_FIRST_ANSWER)
-        registry.serve(since)
+        if self._registry.current.version:  # else it is asked before anything is offered
+            await self._poller.ask(patience=_FIRST_ANSWER)
+        self._registry.serve(since)
         async with asyncio.TaskGroup() as group:
-            shutdown.watch(group.create_task(endpoints.run()))
-            if needs_cdi:
-                shutdown.watch(group.create_task(cdi_writer.run()))
+            shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
+            if self._needs_cdi:
+                shutdown.watch(group.create_task(self._cdi_writer.run()))
 
-    def look_at_kubelet() -> None:
-        lock.look()
-        endpoints.look()
-        poller.look()
+    def _look_at_kubelet(self) -> None:
+        """Something changed in the kubelet's folder."""
+        self._lock.look()
+        self._endpoints.look()
+        self._poller.look()
 
-    async with asyncio.TaskGroup() as group:
-
-        def start(part: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-            return shutdown.watch(group.create_task(part))
-
-        # First: only what PodResources is asked after this plugin began to serve tells who holds what.
-        start(lock.run(serve))
-        asking = start(poller.ask(patience=_FIRST_ANSWER))
-        if needs_cdi:
-            await start(learn_former(settings.cdi_dir, registry, rules.may_be_ours))
-        await asking
-        is_real = settings.host_root == Path("/")
-        if is_real:
-            start(UeventSource(on_change=partial(rescans.wake, "uevent"), on_aer=rescans.note_aer).run())
-        start(rescans.run())
-        start(rescans.follow_time())
-        start(poller.run())
-        start(report(registry))
-        watched: dict[OnChange, Folders] = {
-            partial(rescans.wake, "folder"): lambda: host_folders(paths),
-            look_at_kubelet: lambda: [settings.kubelet_dir],
-        }
-        if needs_cdi:
-            watched[cdi_writer.look] = lambda: [settings.cdi_dir]
-            # Each folder for itself: the others must not wait for one on a dead mount.
-            foreign: list[ForeignSpecWatch] = []
-            for folder in await cdi_folders(settings):
-                recheck = min(settings.health_interval, _CDI_RECHECK)
-                foreign.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(foreign)))
-                start(foreign[-1].run())
-                watched[foreign[-1].look] = partial(list, [folder])
-        # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
-        start(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
+    def log_state(self) -> None:
+        """For whoever wonders what the daemon is doing, or whether it grows."""
+        running = running_tasks(asyncio.get_running_loop())
+        log.info("tasks", count=sum(running.values()), running=running)
+        log.info("scans", triggers=dict(self._rescans.scans))
+        log.info("lock", held=self._lock.is_held)
+        for status in self._endpoints.status():
+            log.info("endpoint", **asdict(status))
 
 
 async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:

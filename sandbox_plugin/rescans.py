@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from functools import partial
 
 import structlog
@@ -33,6 +34,8 @@ class Rescans:
         self._aer: list[tuple[str, str]] = []
         self._trouble = Trouble()
         self._scanner = HostScanner(paths, on_late=partial(self.wake, "late answer"))
+        self.scans: Counter[str] = Counter()
+        """How many scans each trigger has led to; a scan may have several."""
         self._triggers = {"start"}
         """What has asked for the next scan, for the log; nothing: the timer."""
 
@@ -70,6 +73,7 @@ class Rescans:
             self._aer = aer + self._aer
             self._complain("scan failed", f"{error}; the last known state stays, and it is tried again")
             return False
+        self.scans.update(triggers)
         ms = round((time.monotonic() - facts.began_at) * 1000, 1)
         log.debug("scanned", trigger=", ".join(sorted(triggers)), functions=len(facts.functions), ms=ms)
         self._complain("the PCI bus cannot be read", facts.unreachable)

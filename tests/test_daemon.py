@@ -775,12 +775,16 @@ def test_asked_to_end_it_closes_its_streams_and_removes_its_sockets_and_keeps_it
     plugin.wait_for("stopped", reason=number.name)
 
 
-def test_asked_by_sigusr1_it_logs_its_tasks_and_goes_on(hgx: Hgx) -> None:
+def test_asked_by_sigusr1_it_logs_what_it_is_doing_and_goes_on(hgx: Hgx) -> None:
     asked = hgx.daemon.mark()
     os.kill(hgx.daemon.pid, signal.SIGUSR1)
     tasks = hgx.daemon.wait_for("tasks", since=asked)
     assert tasks["running"]["Endpoint.run"] == 2
     assert sum(tasks["running"].values()) == tasks["count"]
+    endpoint = hgx.daemon.wait_for("endpoint", resource=PGPU, since=asked)
+    assert (endpoint["state"], endpoint["registrations"], endpoint["losses"]) == ("registered", 1, 0)
+    assert hgx.daemon.wait_for("lock", since=asked)["held"]
+    assert hgx.daemon.wait_for("scans", since=asked)["triggers"]["start"] == 1
     assert hgx.kubelet.healthy(PGPU)
 
 

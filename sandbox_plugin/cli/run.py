@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import signal
 import sys
@@ -11,13 +10,14 @@ from typing import Any
 
 import structlog
 
-from sandbox_plugin import __version__, daemon
+from sandbox_plugin import __version__
 from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
 from sandbox_plugin.config.options import OPTIONS, unknown_variables
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.shutdown import Shutdown, running_tasks
+from sandbox_plugin.daemon import Daemon
+from sandbox_plugin.shutdown import Shutdown
 
 _NO_LABELS = (
     "this plugin does not label the node, as the reference plugin does from within a Kata VM: what selects nodes by "
@@ -49,23 +49,19 @@ def run(args: argparse.Namespace) -> int:
 def _run_daemon(settings: Settings) -> int:
     """Runs the daemon; a signal is its graceful end, anything else that ends it is a failure."""
 
+    daemon = Daemon(settings)
+
     async def work(shutdown: Shutdown) -> None:
         log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
         for name in unknown_variables(os.environ):
             log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
         if os.environ.get("ENABLE_GFD", "").lower() in ("1", "t", "true"):
             log.warning("variable ignored", name="ENABLE_GFD", reason=_NO_LABELS)
-        await daemon.run(settings, shutdown)
+        await daemon.run(shutdown)
 
     try:
-        ended_by = run_until_signal(work, {signal.SIGUSR1: _log_tasks})
+        ended_by = run_until_signal(work, {signal.SIGUSR1: daemon.log_state})
     except ExceptionGroup:  # it is logged
         return 1
     log.info("stopped", reason=ended_by.name if ended_by else "")
     return 0
-
-
-def _log_tasks() -> None:
-    """For whoever wonders what the daemon is doing, or whether it grows."""
-    running = running_tasks(asyncio.get_running_loop())
-    log.info("tasks", count=sum(running.values()), running=running)

@@ -70,6 +70,22 @@ class State(StrEnum):
     """The registration does not count any more."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointStatus:
+    """How one resource stands with the kubelet, for whoever wants to show it."""
+
+    resource: str
+    socket: str
+    """Name of our socket in the kubelet's folder."""
+    state: State
+    trouble: str | None
+    """Why the last attempt failed, while the next has not succeeded."""
+    registrations: int
+    """How often the kubelet accepted it, and opened a stream."""
+    losses: int
+    """How often a registration was lost."""
+
+
 @dataclass(kw_only=True)
 class Backoff:
     """Seconds to wait before the next attempt: short at first, doubling up to a cap, never in step with others."""
@@ -124,6 +140,8 @@ class Endpoint:
     """The current one; before the first attempt there is none."""
     _registered_at: float = float("-inf")
     """Monotonic seconds."""
+    _registrations: int = 0
+    _losses: int = 0
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     """Rung by everything that is worth a look. Only `_wait` waits for it."""
     _trouble: Trouble = field(default_factory=Trouble)
@@ -133,6 +151,17 @@ class Endpoint:
         """Where our socket lies."""
         budget = SOCKET_PATH_BYTES - len(str(self.kubelet_dir).encode()) - 1
         return self.kubelet_dir / socket_name(self.resource, max_bytes=budget)
+
+    @property
+    def status(self) -> EndpointStatus:
+        return EndpointStatus(
+            resource=self.resource,
+            socket=self.path.name,
+            state=self.state,
+            trouble=self._trouble.now,
+            registrations=self._registrations,
+            losses=self._losses,
+        )
 
     def look(self) -> None:
         """Something changed in the kubelet's folder: look at the sockets now."""
@@ -218,6 +247,7 @@ class Endpoint:
         if why_not is None:
             self._trouble.update(None)
             self._registered_at = time.monotonic()
+            self._registrations += 1
             log.info("registered", resource=self.resource, endpoint=self.path.name)
             return State.REGISTERED
         self._complain(f"not registered: {why_not}")
@@ -262,6 +292,7 @@ class Endpoint:
         """Waits until the registration is lost, and says why."""
         while (reason := self._why_lost()) is None:
             await self._wait(lambda: self._why_lost() is not None, _RECHECK)
+        self._losses += 1
         log.warning("registration lost", resource=self.resource, reason=reason)
         return State.LOST
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.kubelet.endpoint import Endpoint
+from sandbox_plugin.kubelet.endpoint import Endpoint, EndpointStatus
 from sandbox_plugin.kubelet.servicer import LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
@@ -28,7 +28,6 @@ class Endpoints:
 
     settings: Settings
     registry: Registry
-    shutdown: Shutdown
     why_not: LastLook
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
@@ -38,8 +37,12 @@ class Endpoints:
         for running in self._running.values():
             running.endpoint.look()
 
-    async def run(self) -> None:
-        """Runs until cancelled."""
+    def status(self) -> list[EndpointStatus]:
+        """Of each resource that is advertised, in the order of their names."""
+        return [self._running[resource].endpoint.status for resource in sorted(self._running)]
+
+    async def run(self, shutdown: Shutdown) -> None:
+        """Runs until cancelled; `shutdown` hears of an endpoint that fails."""
         try:
             async with asyncio.TaskGroup() as group:
                 inventory = self.registry.current
@@ -49,12 +52,12 @@ class Endpoints:
                     for resource in inventory.resources:
                         # Not before the spec is written: Kata would fail every pod that gets one of these devices.
                         if resource not in self._running and resource not in inventory.without_spec:
-                            self._begin(group, resource)
+                            self._begin(group, resource, shutdown)
                     inventory = await self.registry.newer_than(inventory.version)
         finally:
             self._running.clear()
 
-    def _begin(self, group: asyncio.TaskGroup, resource: str) -> None:
+    def _begin(self, group: asyncio.TaskGroup, resource: str, shutdown: Shutdown) -> None:
         endpoint = Endpoint(
             resource=resource,
             kubelet_dir=self.settings.kubelet_dir,
@@ -63,9 +66,7 @@ class Endpoints:
             consumer=self.settings.consumer,
             why_not=self.why_not,
         )
-        self._running[resource] = _Running(
-            endpoint=endpoint, task=self.shutdown.watch(group.create_task(endpoint.run()))
-        )
+        self._running[resource] = _Running(endpoint=endpoint, task=shutdown.watch(group.create_task(endpoint.run())))
 
     async def _end(self, resource: str) -> None:
         task = self._running.pop(resource).task

@@ -50,6 +50,11 @@ class NodeLock:
     _held: int | None = None
     """Descriptor of the locked file."""
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this plugin serves the node; else another one does, or the folder is not there."""
+        return self._held is not None
+
     def look(self) -> None:
         """Something changed in the folder: perhaps the other one is gone."""
         self._bell.set()
