@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.config.options import OPTIONS, load_settings
-from sandbox_plugin.config.settings import Settings, UsageError
+from sandbox_plugin.config.load import load_settings
+from sandbox_plugin.config.settings import OPTIONS, Settings, UsageError
 from sandbox_plugin.fake.node import FakeNode
 
 Said = Callable[..., tuple[int, str]]
