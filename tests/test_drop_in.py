@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,6 @@ from trials import QUICK, wait_until
 
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.devices import find_devices
@@ -46,8 +45,6 @@ MODELS = {
     "0x20b3": "GA100_A100-SXM-64GB",
 }
 """What the reference calls the models of the presets, by device ID."""
-UEVENTS = 15
-"""NETLINK_KOBJECT_UEVENT of include/uapi/linux/netlink.h."""
 SERVED = ["hgx-h100", "hgx-h100-group", "rtx-pro-6000", "uneven"]
 """Presets on which the reference works. On `workstation` it does with a resource for each model: under one alias its
 two GPUs fight over one socket. It skips the driver of `gh200`."""
@@ -126,10 +123,6 @@ def test_ids_and_nodes_are_those_of_the_reference(fake_node: MakeNode, preset: s
 def test_with_a_resource_for_each_model_names_are_those_of_the_reference_too(fake_node: MakeNode, preset: str) -> None:
     node = fake_node(preset)
     assert our_devices(node.root, gpu_alias="", nvswitch_alias="") == reference_devices(node.root, by_model=True)
-
-
-def test_no_preset_was_forgotten() -> None:
-    assert {*SERVED, "workstation", "gh200", "empty"} == set(PRESETS)
 
 
 @pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group"])
@@ -271,9 +264,8 @@ def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
         pytest.skip("needs root that may mount")
     node = fake_node(preset)
     node.unbind(FIRST_GPU)  # its node is not in the copy
-    with slot(places, node) as running:
+    with slot(places, node):
         kubelet.wait_for(lambda: healthy(kubelet) == ids_of(reference_devices(node.root)))
-        assert hears_kernel_events(running.pid)
         assert sockets(places.kubelet) == {"sandbox-pgpu.sock", "sandbox-nvswitch.sock"}
         node.bind(FIRST_GPU)
         wanted = reference_devices(node.root)
@@ -287,16 +279,6 @@ def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
         kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {lost})
         wait_until(lambda: names_in_specs(places) == names_of(rest), "no spec of a node that is gone")
         assert healthy(kubelet) == ids_of(rest)
-
-
-def hears_kernel_events(pid: int) -> bool:
-    """Whether a process has a netlink socket in the kernel's own group of uevents."""
-    opened = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed at this moment
-            opened.add(os.readlink(descriptor))
-    rows = [line.split() for line in Path(f"/proc/{pid}/net/netlink").read_text().splitlines()[1:]]
-    return any(int(row[1]) == UEVENTS and int(row[3], 16) & 1 and f"socket:[{row[-1]}]" in opened for row in rows)
 
 
 def healthy(kubelet: GrpcKubelet) -> dict[str, set[str]]:
@@ -358,8 +340,7 @@ def test_a_node_that_is_switched_with_pods_running_keeps_every_pods_device(
     devices = reference_devices(node.root)
     leave_specs(places, devices)
     leave_sockets(places, devices)
-    with running_pods(node, places, devices, known=known) as held, ExitStack() as stack:
-        plugin = stack.enter_context(Daemon(places, node))
+    with running_pods(node, places, devices, known=known) as held, Daemon(places, node) as plugin:
         kubelet.wait_for(lambda: healthy(kubelet) == ids_of(devices))
         for resource in devices:
             assert [message.unhealthy for message in kubelet.history(resource)] == [[]] * len(kubelet.history(resource))
