@@ -264,7 +264,7 @@ def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
         pytest.skip("needs root that may mount")
     node = fake_node(preset)
     node.unbind(FIRST_GPU)  # its node is not in the copy
-    with slot(places, node):
+    with slot(places, node) as running:
         kubelet.wait_for(lambda: healthy(kubelet) == ids_of(reference_devices(node.root)))
         assert sockets(places.kubelet) == {"sandbox-pgpu.sock", "sandbox-nvswitch.sock"}
         node.bind(FIRST_GPU)
@@ -279,6 +279,7 @@ def test_in_the_references_container_it_follows_the_node_whatever_its_dev_holds(
         kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {lost})
         wait_until(lambda: names_in_specs(places) == names_of(rest), "no spec of a node that is gone")
         assert healthy(kubelet) == ids_of(rest)
+        assert not running.events("no kernel events")
 
 
 def healthy(kubelet: GrpcKubelet) -> dict[str, set[str]]:

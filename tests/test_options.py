@@ -56,6 +56,16 @@ def test_a_host_that_cannot_be_looked_at_is_refused_with_the_reason(said: Said, 
     assert said(f"--fake-sysfs={loop}") == (2, f"--fake-sysfs: '{loop}': Too many levels of symbolic links")
 
 
+def test_a_preset_is_a_host_for_as_long_as_the_command_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("SANDBOX_PLUGIN_FAKE_SYSFS", "gh200")
+    assert main(["list"]) == 0
+    assert "GH200" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_where_no_preset_can_be_made_it_is_a_failure_that_names_the_folder(
     said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,6 +187,7 @@ def test_a_models_name_may_be_an_alias_where_no_model_has_a_resource_of_its_own(
     file = tmp_path / "plugin.toml"
     file.write_text('[names]\n"10de:2330" = "pgpu"')
     assert load_settings({"config": str(file)}, {}).gpu_alias == "pgpu"
+    assert load_settings({"config": str(file), "gpu_alias": ""}, {}).gpu_alias == ""
 
 
 def test_an_empty_name_of_a_config_file_is_refused_as_a_flag_and_is_none_as_a_variable(said: Said) -> None:
