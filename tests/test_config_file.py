@@ -148,6 +148,7 @@ WRONG = [
     ("require-iommufd = [true]", "require-iommufd must be true or false"),
     ("require-iommufd = 1", "require-iommufd: '1' is not one of true, false"),
     ("health-interval = 0", f"health-interval: '0' {SECONDS}"),
+    ("health-interval = 3601", f"health-interval: '3601' {SECONDS}"),
     ("health-interval = nan", f"health-interval: 'nan' {SECONDS}"),
     ('health-interval = "soon"', f"health-interval: 'soon' {SECONDS}"),
     ('log-format = "xml"', "log-format: 'xml' is not one of json, console"),

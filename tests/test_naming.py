@@ -239,7 +239,7 @@ def test_a_resource_name_is_accepted_exactly_if_its_domain_and_its_last_part_are
     ("resource", "socket", "spec"),
     [
         ("nvidia.com/pgpu", "sandbox-pgpu.sock", "nvidia.com-pgpu.yaml"),
-        ("nvidia.com/GB100_B200", "sandbox-GB100_B200.sock", "nvidia.com-GB100_B200.yaml"),
+        ("nvidia.com/GA100_A100-SXM-64GB", "sandbox-GA100_A100-SXM-64GB.sock", "nvidia.com-GA100_A100-SXM-64GB.yaml"),
         ("amd.com/gpu", "sandbox-amd.com-gpu.sock", "amd.com-gpu.yaml"),
     ],
 )
