@@ -12,7 +12,7 @@ SHORTEST_SOCKET_NAME = 18
 NAME_LENGTH = 63
 """Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
 
-CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
+_CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
 """A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot. Two characters
 at least: Kata's Go library panics at a vendor or class of one (pkg/parser of CDI)."""
 _DOMAIN = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*")
@@ -27,7 +27,7 @@ _CDI_FILE_BYTES = 200
 
 def is_alias(name: str) -> bool:
     """Whether `name` is a valid last part of a resource name."""
-    return len(name) <= NAME_LENGTH and CLASS.fullmatch(name) is not None
+    return len(name) <= NAME_LENGTH and _CLASS.fullmatch(name) is not None
 
 
 def check_alias(alias: str) -> None:

@@ -45,20 +45,20 @@ def serve(kubelet: GrpcKubelet, daemon: StartDaemon, node: FakeNode, *flags: str
 
 
 @pytest.mark.parametrize(
-    ("preset", "path"), [("hgx-h100", "/dev/vfio/devices/vfio{}"), ("hgx-h100-group", "/dev/vfio/{}")]
+    ("preset", "flags", "path"),
+    [
+        ("hgx-h100", [], "/dev/vfio/devices/vfio{}"),
+        ("hgx-h100-group", [], "/dev/vfio/{}"),
+        ("rtx-pro-6000", ["--require-iommufd"], "/dev/vfio/devices/vfio{}"),
+    ],
 )
 def test_kata_gets_the_nodes_and_nothing_else(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, preset: str, path: str
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, preset: str, flags: list[str], path: str
 ) -> None:
-    serve(kubelet, daemon, fake_node(preset), devices=8)
+    serve(kubelet, daemon, fake_node(preset), *flags, devices=8)
     ids = sorted(kubelet.healthy(PGPU), key=int)
     nodes = [path.format(i) for i in ids]
     assert given(kubelet, ids[:3], ids[3:4]) == [expected(*nodes[:3]), expected(nodes[3])]
-
-
-def test_for_confidential_guests_a_cdev_will_do(fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon) -> None:
-    serve(kubelet, daemon, fake_node("rtx-pro-6000"), "--require-iommufd", devices=8)
-    assert given(kubelet, ["3"]) == [expected("/dev/vfio/devices/vfio3")]
 
 
 def test_for_confidential_guests_group_nodes_are_unhealthy_with_that_reason_and_never_given(

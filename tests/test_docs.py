@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.config.options import OPTIONS, Option, load_settings
-from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.config.load import load_settings
+from sandbox_plugin.config.settings import OPTIONS, Option, Settings
 from sandbox_plugin.model import Reason
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -50,9 +50,10 @@ BOTH = pytest.mark.parametrize("cdev", [True, False], ids=["cdevs", "groups"])
 
 def find(facts: HostFacts, config: str = "") -> Found:
     """What a daemon with this config file makes of a host."""
-    rules = parse_config(config, "config file x", frozenset({"gpu-alias"}))
-    alias = rules.settings.get("gpu-alias", "pgpu")
-    settings = Settings(gpu_alias=alias, resources=rules.resources, model_names=rules.model_names)
+    said = parse_config(config, "config file x")
+    given = {name: each.value for name, each in said.settings.items()}
+    names = {model: each.value for model, each in said.model_names.items()}
+    settings = Settings(**given, resources=said.resources, model_names=names)
     return find_devices(facts, Rules(settings, NAMES))
 
 

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     with settings_from(args) as settings:
         rules = Rules(settings, ModelNames.load())
         facts = scan_now(HostPaths(settings.host_root))
-        inventory = _look(facts, rules)
+        # As of a daemon that has just started and has written its CDI specs.
+        inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), rules)
     if args.output == "json":
         document = _as_json(inventory, facts, rules.names)
         if args.topology:
@@ -85,12 +86,6 @@ def run(args: argparse.Namespace) -> int:
     if facts.unreachable:
         print(f"sandbox-plugin: the PCI bus cannot be read: {visible(facts.unreachable)}", file=sys.stderr)
     return 1 if facts.unreachable else 0
-
-
-def _look(facts: HostFacts, rules: Rules) -> Inventory:
-    """The inventory of a daemon that has just started and has written its CDI specs."""
-    inventory, _ = advance(Inventory(), facts, Signals(), time.monotonic(), rules)
-    return inventory
 
 
 def _as_json(inventory: Inventory, facts: HostFacts, names: ModelNames) -> dict[str, Any]:
@@ -145,18 +140,18 @@ def _all_functions(inventory: Inventory, facts: HostFacts, rules: Rules) -> list
     return sorted(functions, key=lambda function: str(function["pci_address"]))
 
 
-def _function_as_json(function: PciFunction, answer: Offer | None, why_not: str | None) -> dict[str, Any]:
+def _function_as_json(function: PciFunction, offer: Offer | None, reason: str | None) -> dict[str, Any]:
     """`reason` is null for what is offered."""
-    odd = remarks(function) if answer is not None and answer.resource is not None else []
+    odd = remarks(function) if offer is not None and offer.resource is not None else []
     return {
         "pci_address": function.address,
         "class": f"{function.class_code:06x}",
         "id": f"{function.vendor:04x}:{function.device:04x}",
         "driver": function.driver,
         "iommu_group": function.iommu_group,
-        "resource": answer.resource if answer is not None else None,
-        "rule": answer.rule if answer is not None else None,
-        "reason": "no rule matches" if answer is None else why_not,
+        "resource": offer.resource if offer is not None else None,
+        "rule": offer.rule if offer is not None else None,
+        "reason": "no rule matches" if offer is None else reason,
         "remarks": "; ".join(odd) or None,
         "facts": _facts_as_json(function),
     }

@@ -14,8 +14,8 @@ from sandbox_plugin import __version__
 from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
-from sandbox_plugin.config.options import OPTIONS, unknown_variables
-from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.config.load import unknown_variables
+from sandbox_plugin.config.settings import OPTIONS, Settings
 from sandbox_plugin.daemon import Daemon
 from sandbox_plugin.shutdown import Shutdown
 

@@ -9,7 +9,7 @@
     vendor = "1002"                # hexadecimal, as lspci -nn prints it; a list means any of them
     class = "0300"                 # two to six digits; the rest may be anything
 
-Pure: text in, values out. Every `UsageError` says which key is wrong and what is allowed.
+Every `UsageError` says which key is wrong and what is allowed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from sandbox_plugin.config.settings import ResourceRule, UsageError
+from sandbox_plugin.config.settings import OPTIONS, Given, Option, ResourceRule, UsageError, refusing
 from sandbox_plugin.model import NVIDIA
 from sandbox_plugin.names import check_alias, check_resource_name
 
@@ -33,35 +32,27 @@ _OVERWRITTEN = "Cannot overwrite a value"
 _CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConfigFile:
+class ConfigFile(NamedTuple):
     """What a config file says."""
 
-    settings: Mapping[str, str] = field(default_factory=dict)
-    """By flag name without its dashes, still as they were written."""
-    resources: tuple[ResourceRule, ...] = ()
-    model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    settings: Mapping[str, Given]
+    """By field of `Settings`."""
+    resources: tuple[ResourceRule, ...]
+    model_names: Mapping[tuple[int, int], Given]
 
 
-def parse_config(text: str, where: str, keys: frozenset[str], switches: frozenset[str] = frozenset()) -> ConfigFile:
-    """Reads a config file. `where` names the file in messages.
-
-    `keys` are the settings that there are, `switches` those among them that are true or false. Raises `UsageError`.
-    """
+def parse_config(text: str, where: str) -> ConfigFile:
+    """Reads a config file. `where` names the file in messages. Raises `UsageError`."""
     document = _read(text, where)
+    rules, names = document.pop("resources", []), document.pop("names", {})
+    options = {option.flag.removeprefix("--"): option for option in OPTIONS}
     settings = {}
     for key, value in document.items():
-        if key in ("resources", "names"):
-            continue
-        if key not in keys:
-            allowed = ", ".join(sorted([*keys, "resources", "names"]))
+        if key not in options:
+            allowed = ", ".join(sorted([*options, "resources", "names"]))
             raise UsageError(f"{where}: unknown key {key!r}; allowed are {allowed}")
-        settings[key] = _setting(value, f"{where}: {key}", is_switch=key in switches)
-    return ConfigFile(
-        settings=settings,
-        resources=_rules(document.get("resources", []), where),
-        model_names=_names(document.get("names", {}), f"{where}: names"),
-    )
+        settings[options[key].name] = _setting(options[key], value, f"{where}: {key}")
+    return ConfigFile(settings, _rules(rules, where), _names(names, f"{where}: names"))
 
 
 def _read(text: str, where: str) -> dict[str, Any]:
@@ -82,8 +73,7 @@ def _given_twice(text: str, why: str) -> str:
     The line is the last one before which all is complete. As it was, if the key is one within the value.
     """
     lines = text.split("\n")
-    end = re.search(r"at line (\d+)", why)
-    number = int(end[1]) if end else len(lines)
+    number = len(lines)
     while _what_is_wrong(lines[: number - 1]):
         number -= 1
     key, has_value, _ = lines[number - 1].partition("=")
@@ -100,39 +90,37 @@ def _what_is_wrong(lines: Sequence[str]) -> str:
     return ""
 
 
-def _setting(value: Any, where: str, *, is_switch: bool) -> str:
-    """As one would write it for the flag."""
-    if isinstance(value, bool):
-        if not is_switch:  # the flag's parser would take it for the word
-            raise UsageError(f"{where} must be a string or a number, not {str(value).lower()}")
-        return str(value).lower()
+def _setting(option: Option, value: Any, where: str) -> Given:
+    """As if the value were written behind the flag."""
+    if isinstance(value, bool) and not option.is_switch:  # a parser of text would take it for the word
+        raise UsageError(f"{where} must be a string or a number, not {str(value).lower()}")
     if not isinstance(value, str | int | float):
-        allowed = "true or false" if is_switch else "a string or a number"
+        allowed = "true or false" if option.is_switch else "a string or a number"
         raise UsageError(f"{where} must be {allowed}")
     try:
-        return str(value)
+        text = str(value)
     except ValueError:  # str() of the standard library writes only so many digits
         raise UsageError(f"{where}: a number has too many digits") from None
+    return option.given(text, where)
 
 
-def _names(table: Any, where: str) -> dict[tuple[int, int], str]:
+def _names(table: Any, where: str) -> dict[tuple[int, int], Given]:
     if not isinstance(table, dict):
         raise UsageError(f"{where} must be a table of lines such as '10de:2330' = 'H100'")
-    names: dict[tuple[int, int], str] = {}
+    names: dict[tuple[int, int], Given] = {}
     for model, name in table.items():
-        try:
+        with refusing(f"{where}: {model!r}"):
             if not isinstance(name, str):
                 raise ValueError("a name must be a string")
             check_alias(name)
-            its_id = _pair(model)
-            if its_id[0] != NVIDIA:  # only the built-in rules make a resource of a model
+            vendor, device = _pair(model)
+            if vendor != NVIDIA:  # only the built-in rules make a resource of a model
                 raise ValueError(
                     f"names are for NVIDIA's models, '{NVIDIA:04x}:...'; others are named by [[resources]]"
                 )
-            if names.setdefault(its_id, name) != name:
-                raise ValueError(f"this model has the name {names[its_id]!r} already")
-        except ValueError as error:
-            raise UsageError(f"{where}: {model!r}: {error}") from None
+            given = Given(name, f"{where}: '{vendor:04x}:{device:04x}'")
+            if (known := names.setdefault((vendor, device), given)) != given:
+                raise ValueError(f"this model has the name {known.value!r} already")
     return names
 
 
@@ -152,8 +140,8 @@ def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
     return ResourceRule(
         label=where.rpartition(": ")[2],
         name=_name(table, where),
-        vendors=frozenset(_hex_list(table, "vendor", where)),
-        devices=frozenset(_hex_list(table, "device", where)),
+        vendors=frozenset(_words(table, "vendor", where, _four_digits)),
+        devices=frozenset(_words(table, "device", where, _four_digits)),
         classes=tuple(_words(table, "class", where, _class_prefix)),
         subsystems=frozenset(_words(table, "subsystem", where, _pair)),
         addresses=tuple(_words(table, "address", where, _address)),
@@ -173,15 +161,9 @@ def _name(table: Mapping[str, Any], where: str) -> str | None:
         return None
     if not isinstance(name, str):
         raise UsageError(f"{where}: name must be a string such as 'example.com/gpu'")
-    try:
+    with refusing(f"{where}: name"):
         check_resource_name(name)
-    except ValueError as error:
-        raise UsageError(f"{where}: name: {error}") from None
     return name
-
-
-def _hex_list(table: Mapping[str, Any], key: str, where: str) -> list[int]:
-    return _words(table, key, where, _four_digits)
 
 
 def _words(table: Mapping[str, Any], key: str, where: str, parse: Callable[[str], _T]) -> list[_T]:
@@ -189,10 +171,8 @@ def _words(table: Mapping[str, Any], key: str, where: str, parse: Callable[[str]
     words = given if isinstance(given, list) else [given]
     if (key in table and not words) or not all(isinstance(word, str) and word for word in words):
         raise UsageError(f"{where}: {key} must be a string or a list of strings")
-    try:
+    with refusing(f"{where}: {key}"):
         return [parse(word) for word in words]
-    except ValueError as error:
-        raise UsageError(f"{where}: {key}: {error}") from None
 
 
 def _four_digits(word: str) -> int:

@@ -1,11 +1,25 @@
-"""The settings of one run, as values: validated once, by `configuration`, and never looked up again further down."""
+"""The settings of one run. A setting is one field of `Settings`, which says all about it: name, default, unit, help.
+
+Its flag, its environment variable and its key in the config file follow from the field's name. Only
+docs/configuration.md has each of them once more; a test compares.
+"""
+
+# ruff: noqa: RUF009 (`option` makes a field, as `field` does)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from sandbox_plugin.config import parsers
+
+VARIABLE_PREFIX = "SANDBOX_PLUGIN_"
+
+_T = TypeVar("_T")
 
 
 class UsageError(Exception):
@@ -13,6 +27,69 @@ class UsageError(Exception):
 
     `cli.main` turns it into that line on stderr and exit status 2.
     """
+
+
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """Makes a `UsageError` of a ValueError, with the flag, variable or key that the wrong value comes from."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+class Given(NamedTuple):
+    """A value, and the flag, variable or key that it comes from."""
+
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A setting as the user gives it."""
+
+    name: str
+    """The field of `Settings`."""
+    default: Any
+    parse: Callable[[str], Any]
+    """From text to value. Raises ValueError saying what is allowed."""
+    metavar: str
+    help: str
+    reference_variable: str = ""
+    """The reference plugin's variable for it. Set but empty it counts; any other variable is then as good as unset."""
+
+    @property
+    def flag(self) -> str:
+        """Without its dashes it is the key in the config file."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def environment(self) -> str:
+        return self.reference_variable or f"{VARIABLE_PREFIX}{self.name.upper()}"
+
+    @property
+    def is_switch(self) -> bool:
+        """The flag alone means true."""
+        return isinstance(self.default, bool)
+
+    @property
+    def default_text(self) -> str:
+        """The default as the user would give it."""
+        if self.default is None:
+            return "console on a terminal, else json"
+        text = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
+        return text.lower() if self.is_switch else text
+
+    def given(self, text: str, where: str) -> Given:
+        """What the user gave there. Raises `UsageError`."""
+        with refusing(where):
+            return Given(self.parse(text), where)
+
+
+def option(default: _T, parse: Callable[[str], _T], metavar: str, help: str, **others: Any) -> _T:
+    """A field of `Settings` that the user can give. The arguments are those of `Option`."""
+    return field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help, **others})
 
 
 class Consumer(StrEnum):
@@ -56,28 +133,65 @@ class ResourceRule:
 class Settings:
     """Everything that `run`, `list` and `demo` need to know. Paths are absolute or relative to the working folder."""
 
+    kubelet_dir: Path = option(
+        Path("/var/lib/kubelet/device-plugins"), parsers.socket_folder, "DIR", "the kubelet's device plugin folder"
+    )
+    pod_resources_socket: Path = option(
+        Path("/var/lib/kubelet/pod-resources/kubelet.sock"),
+        parsers.path,
+        "PATH",
+        "the kubelet's PodResources socket; it may be absent",
+    )
+    cdi_dir: Path = option(Path("/var/run/cdi"), parsers.path, "DIR", "where CDI specs are written")
+    gpu_alias: str = option(
+        "pgpu",
+        parsers.alias,
+        "NAME",
+        "GPUs are nvidia.com/NAME; empty: a resource per model",
+        reference_variable="P_GPU_ALIAS",
+    )
+    nvswitch_alias: str = option(
+        "nvswitch",
+        parsers.alias,
+        "NAME",
+        "NVSwitches are nvidia.com/NAME; empty: a resource per model",
+        reference_variable="NVSWITCH_ALIAS",
+    )
+    consumer: Consumer = option(
+        Consumer.KATA, parsers.one_of(*Consumer), "CONSUMER", "who uses the devices: kata or kubevirt"
+    )
+    require_iommufd: bool = option(
+        False,
+        parsers.switch,
+        "BOOL",
+        "list devices without an iommufd cdev as Unhealthy (confidential guests need one)",
+    )
+    allocation_policy: Policy = option(
+        Policy.PACKED,
+        parsers.one_of(*Policy),
+        "POLICY",
+        "packed: GPUs that are close together; spread: far apart",
+    )
+    health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
+    log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
+    """None: console on a terminal, else json."""
+    log_level: str = option(
+        "info", parsers.one_of("debug", "info", "warning", "error"), "LEVEL", "debug, info, warning or error"
+    )
+
+    # What is no option: `--fake-sysfs`, and the tables of the config file.
     host_root: Path = Path("/")
     """The host is read as `host_root/sys` and `host_root/dev`; anything but `/` is a fake one."""
-    kubelet_dir: Path = Path("/var/lib/kubelet/device-plugins")
-    cdi_dir: Path = Path("/var/run/cdi")
-    gpu_alias: str = "pgpu"
-    """Last part of the GPUs' resource name; empty: a resource for each model."""
-    nvswitch_alias: str = "nvswitch"
-    pod_resources_socket: Path = Path("/var/lib/kubelet/pod-resources/kubelet.sock")
-    consumer: Consumer = Consumer.KATA
-    require_iommufd: bool = False
-    """Confidential guests take cdevs only: devices that have none are Unhealthy."""
-    allocation_policy: Policy = Policy.PACKED
     resources: tuple[ResourceRule, ...] = ()
     """Resource rules, asked before the built-in ones; the first that matches wins."""
     model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """(vendor, device) -> last part of the resource name, for models with a name of the user's own."""
-    health_interval: float = 5.0
-    """Seconds between rescans that no event asked for."""
-    log_format: str | None = None
-    """`json` or `console`; None: console on a terminal, else json."""
-    log_level: str = "info"
 
     def on_fake_host(self, root: Path) -> Settings:
         """The same settings for a fake host below `root`."""
         return replace(self, host_root=root)
+
+
+OPTIONS = tuple(
+    Option(name=each.name, default=each.default, **each.metadata) for each in fields(Settings) if each.metadata
+)

@@ -4,7 +4,8 @@ The rule for a model's resource name is the reference plugin's, so that a pod th
 too: the name in pci.ids in capitals, `/`, `.` and white space as `_`, and everything dropped that is not a letter, a
 digit, `_` or `-`. Where that gives no valid name it is repaired, and the model's ID is put at its end.
 
-The table is NVIDIA's part of pci.ids, made by scripts/generate-pci-names.py. It is read once, by `ModelNames.load`.
+The table is NVIDIA's part of pci.ids, made by scripts/generate-pci-names.py. `ModelNames.load` reads it once, at the
+start; it is a part of the program, and the only file that anything in `inventory` reads.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.resources import files
+from pathlib import Path
 
 from sandbox_plugin.model import NVIDIA
-from sandbox_plugin.names import CLASS, NAME_LENGTH
+from sandbox_plugin.names import NAME_LENGTH, is_alias
+
+_TABLE = Path(__file__).with_name("pci_names.tsv")
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class ModelNames:
     @classmethod
     def load(cls) -> ModelNames:
         """Reads the packaged table."""
-        text = files(__package__).joinpath("pci_names.tsv").read_text(encoding="utf-8")
-        rows = (line.split("\t", 1) for line in text.splitlines() if not line.startswith("#"))
+        lines = _TABLE.read_text(encoding="utf-8").splitlines()
+        rows = (line.split("\t", 1) for line in lines if not line.startswith("#"))
         return cls({(NVIDIA, int(device, 16)): name for device, name in rows})
 
     def describe(self, vendor: int, device: int) -> str:
@@ -56,12 +59,9 @@ class ModelNames:
 
 def clean_name(name: str, device: int) -> str:
     """A model's name by the reference's rule; where that is not valid, repaired and with the device ID at its end."""
-    cleaned = re.sub(r"[^A-Z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name.upper()))
-    if len(cleaned) <= NAME_LENGTH and CLASS.fullmatch(cleaned):
-        return cleaned
+    cleaned = _cleaned(name.upper())
     begun = cleaned if cleaned[:1].isalpha() else f"MODEL_{cleaned}"
-    suffix = f"_{device:04X}"
-    return begun[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix
+    return cleaned if is_alias(cleaned) else _ending_in(f"_{device:04X}", begun)
 
 
 def type_name(name: str) -> str:
@@ -69,8 +69,14 @@ def type_name(name: str) -> str:
 
     Always valid; what had to be cut or changed has a digest of the whole at its end.
     """
-    cleaned = re.sub(r"[^A-Za-z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name))
-    if len(cleaned) <= NAME_LENGTH and CLASS.fullmatch(cleaned):
-        return cleaned
-    suffix = f"_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"T{cleaned}"[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix
+    cleaned = _cleaned(name)
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return cleaned if is_alias(cleaned) else _ending_in(f"_{digest}", f"T{cleaned}")
+
+
+def _cleaned(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "", re.sub(r"\s+|[/.]", "_", name))
+
+
+def _ending_in(suffix: str, name: str) -> str:
+    return name[: NAME_LENGTH - len(suffix)].rstrip("_-") + suffix

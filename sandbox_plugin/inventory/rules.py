@@ -18,7 +18,6 @@ _GPU_CLASSES = (0x030000, 0x030200)
 _NVSWITCH_CLASS = 0x068000
 """Other bridge: what an NVSwitch function says it is."""
 
-
 NOTHING_TO_OFFER = "no GPU, NVSwitch or other device that a resource rule takes is bound to a vfio driver"
 
 
@@ -43,23 +42,28 @@ class Rules:
     def offer(self, function: PciFunction) -> Offer | None:
         """What the first rule that matches says, or None: no rule matches this function."""
         for rank, rule in enumerate(self.settings.resources):
-            if matches(rule, function):
+            if _matches(rule, function):
                 return Offer(rank=rank, resource=rule.name, rule=rule.label)
-        builtin = len(self.settings.resources)
+        return self._built_in(function, len(self.settings.resources)) if function.vendor == NVIDIA else None
+
+    def _built_in(self, function: PciFunction, rank: int) -> Offer | None:
+        """What the built-in rules say of a function of NVIDIA's. The rank is that of GPUs; NVSwitches have the next.
+
+        A part of a GPU is not a GPU: it never shares a resource with whole ones.
+        """
         if function.mdev_type is not None:
-            if function.vendor != NVIDIA:
-                return None
-            return Offer(rank=builtin, resource=f"nvidia.com/{type_name(function.mdev_type)}", rule="NVIDIA vGPU")
-        if function.vendor == NVIDIA and function.class_code in _GPU_CLASSES:
-            if function.physical_function is not None:
-                # A part of a GPU is not a GPU: it never shares a resource with whole ones.
-                resource = f"nvidia.com/{type_name(self._model_name(function) + '_VF')}"
-                return Offer(rank=builtin, resource=resource, rule="NVIDIA GPU, virtual function")
-            return Offer(rank=builtin, resource=self._nvidia(self.settings.gpu_alias, function), rule="NVIDIA GPU")
-        if function.vendor == NVIDIA and function.class_code == _NVSWITCH_CLASS:
-            resource = self._nvidia(self.settings.nvswitch_alias, function)
-            return Offer(rank=builtin + 1, resource=resource, rule="NVIDIA NVSwitch")
-        return None
+            return Offer(rank=rank, resource=f"nvidia.com/{type_name(function.mdev_type)}", rule="NVIDIA vGPU")
+        is_gpu = function.class_code in _GPU_CLASSES
+        if not is_gpu and function.class_code != _NVSWITCH_CLASS:
+            return None
+        model = self.settings.model_names.get(function.model_id) or self.names.resource_name(*function.model_id)
+        if not is_gpu:
+            resource = f"nvidia.com/{self.settings.nvswitch_alias or model}"
+            return Offer(rank=rank + 1, resource=resource, rule="NVIDIA NVSwitch")
+        if function.physical_function is not None:
+            resource = f"nvidia.com/{type_name(f'{model}_VF')}"
+            return Offer(rank=rank, resource=resource, rule="NVIDIA GPU, virtual function")
+        return Offer(rank=rank, resource=f"nvidia.com/{self.settings.gpu_alias or model}", rule="NVIDIA GPU")
 
     def may_be_ours(self, resource: str) -> bool:
         """Whether a device can get this resource name: what PodResources tells of others is not ours.
@@ -69,15 +73,12 @@ class Rules:
         if resource in {rule.name for rule in self.settings.resources}:
             return True
         domain, _, name = resource.partition("/")
-        if domain != "nvidia.com":
+        if domain != "nvidia.com" or not name:
             return False
         aliases = {self.settings.gpu_alias, self.settings.nvswitch_alias}
         model = name.removesuffix("_VF")
-        return (
-            name in aliases - {""}
-            or (model != name and self._is_model_name(model))
-            or ("" in aliases and self._is_model_name(name))
-        )
+        is_of_virtual_functions = model != name and self._is_model_name(model)
+        return name in aliases or is_of_virtual_functions or ("" in aliases and self._is_model_name(name))
 
     def was_perhaps_ours(self, resource: str) -> bool:
         """Whether an earlier run of this plugin, with other aliases or rules, may have offered a resource of this name.
@@ -89,18 +90,11 @@ class Rules:
         domains = {"nvidia.com"} | {rule.name.partition("/")[0] for rule in rules if rule.name is not None}
         return domain in domains and is_alias(name) and name != "gpu" and not name.startswith("mig-")
 
-    def _nvidia(self, alias: str, function: PciFunction) -> str:
-        return f"nvidia.com/{alias or self._model_name(function)}"
-
-    def _model_name(self, function: PciFunction) -> str:
-        given = self.settings.model_names.get(function.model_id)
-        return self.names.resource_name(function.vendor, function.device) if given is None else given
-
     def _is_model_name(self, name: str) -> bool:
         return name in self.settings.model_names.values() or self.names.is_resource_name(name)
 
 
-def matches(rule: ResourceRule, function: PciFunction) -> bool:
+def _matches(rule: ResourceRule, function: PciFunction) -> bool:
     """Whether every condition that the rule states holds.
 
     A mediated device is not a PCI function: its IDs and class are those of the function that carries it, and by them a

@@ -1,0 +1,76 @@
+"""From the text that a user gives for a setting to its value. A ValueError says what is allowed."""
+
+from __future__ import annotations
+
+import math
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias
+
+_Word = TypeVar("_Word", bound=str)
+
+_SOCKET_FOLDER_BYTES = SOCKET_PATH_BYTES - len("/") - SHORTEST_SOCKET_NAME
+"""Longest path of a folder in which there is room for a socket of ours, if need be with its shortest name."""
+
+
+def alias(text: str) -> str:
+    """The last part of a resource name, or nothing."""
+    if text:
+        check_alias(text)
+    return text
+
+
+def path(text: str) -> Path:
+    """A path that inotify and the kubelet's API can name: those need UTF-8."""
+    if not text or "\0" in text:
+        raise ValueError(f"{text!r} is not a path")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{text!r} is not UTF-8, as a path must be here") from None
+    return Path(text)
+
+
+def socket_folder(text: str) -> Path:
+    """A folder that is not there yet is waited for; what is something else will not become one."""
+    folder = path(text)
+    length = len(text.encode())
+    if length > _SOCKET_FOLDER_BYTES:
+        allowed = f"at most {_SOCKET_FOLDER_BYTES} are allowed, so that the names of sockets fit behind it"
+        raise ValueError(f"the path has {length} bytes; {allowed}")
+    with suppress(OSError):
+        if not stat.S_ISDIR(folder.stat().st_mode):
+            raise ValueError(f"{text} is not a folder")
+    return folder
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, with or without a fraction."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0.1 <= number <= 3600:
+        raise ValueError(f"{text!r} is not a number of seconds between 0.1 and 3600")
+    return number
+
+
+def one_of(*words: _Word) -> Callable[[str], _Word]:
+    """A parser of these words, as they are written here."""
+
+    def parse(text: str) -> _Word:
+        for word in words:
+            if word == text:
+                return word
+        raise ValueError(f"{text!r} is not one of {', '.join(words)}")
+
+    return parse
+
+
+def switch(text: str) -> bool:
+    """`true` or `false`, in capitals too."""
+    return one_of("true", "false")(text.lower()) == "true"
