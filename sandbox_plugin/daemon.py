@@ -25,8 +25,8 @@ from sandbox_plugin.cdi.stale import read_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Consumer, Settings
 from sandbox_plugin.ending import Ending, Parts
+from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.scan import Recheck
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
@@ -43,7 +43,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of the folder watcher, in seconds: its thread looks a hundred or twenty times a second."""
-_RECHECK_PATIENCE = 0.08
+_LAST_LOOK_PATIENCE = 0.08
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
 which is to come within 0.1 s."""
 _CDI_RECHECK = 5.0
@@ -66,7 +66,7 @@ async def run(settings: Settings, ending: Ending) -> None:
     registry = Registry(rules, requires_cdi=needs_cdi)
     rescans = Rescans(paths, registry, settings.health_interval)
     endpoints = Endpoints(
-        settings, registry, ending, Recheck(paths, _RECHECK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
+        settings, registry, ending, LastLook(paths, _LAST_LOOK_PATIENCE, on_refusal=partial(rescans.wake, "refusal"))
     )
     turn = Turn(folder=settings.kubelet_dir)
     poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=registry)

@@ -122,6 +122,11 @@ class PciFunction:
         return None if self.vfio is None else self.vfio.binding
 
     @property
+    def is_held_by_vfio(self) -> bool:
+        """Whether a vfio driver holds it, whatever that is called; also one that is letting it go."""
+        return self.vfio is not None or is_vfio_driver(self.driver)
+
+    @property
     def silence(self) -> str | None:
         """What proves that it does not answer on the bus, in words; None: nothing does."""
         return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)

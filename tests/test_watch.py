@@ -84,7 +84,7 @@ class Said:
 @pytest.fixture
 def _no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What inotify does not tell is not found either."""
-    monkeypatch.setattr(watch, "_RECHECK", 60.0)
+    monkeypatch.setattr(watch, "_CONFIRM", 60.0)
 
 
 @pytest.mark.usefixtures("_no_timers")
@@ -145,24 +145,25 @@ def test_a_change_is_told_to_those_alone_who_wait_for_that_folder(tmp_path: Path
     run(body())
 
 
-def test_a_watch_that_is_cancelled_in_the_moment_in_which_it_cannot_be_had_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def body() -> None:
-        groups: dict[OnChange, Folders] = {lambda: None: lambda: [tmp_path]}
-        task = asyncio.create_task(FolderWatcher(groups=groups, step=0.01, retry=2 * LIMIT).run())
+def test_a_watch_that_is_cancelled_while_it_cannot_be_had_ends(tmp_path: Path) -> None:
+    """Whenever that is: in each of its turns."""
 
-        async def scarce(*_: Path, **__: Any) -> AsyncIterator[Any]:
-            asyncio.get_running_loop().call_soon(task.cancel)  # so that it comes while the group of tasks is failing
-            if LIMIT:
-                raise OSError("no watches left")
-            yield
-
-        monkeypatch.setattr(watch, "awatch", scarce)
-        await asyncio.wait([task])
+    async def body(turns: int) -> None:
+        watcher = FolderWatcher(groups={lambda: None: lambda: [tmp_path]}, step=0.01, retry=2 * LIMIT)
+        task = asyncio.create_task(watcher.run())
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert task.cancelled()
 
-    run(body())
+    for turns in range(30):
+        run(body(turns))
 
 
 @pytest.mark.usefixtures("_no_timers")
@@ -228,7 +229,7 @@ def test_folders_that_do_not_answer_are_named_once_and_do_not_hold_up_the_others
         return looks_at(path)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
-    monkeypatch.setattr(watch, "_RECHECK", 0.01)
+    monkeypatch.setattr(watch, "_CONFIRM", 0.01)
 
     async def body() -> None:
         said = Said(monkeypatch)
