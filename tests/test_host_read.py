@@ -429,6 +429,9 @@ def test_virtual_functions_and_what_carries_them_are_told(tree: Tree) -> None:
     tree.file("physfn").symlink_to(f"../../0000:00:01.0/{GEFORCE}")
     assert tree.read(GEFORCE).virtual_functions == 4
     assert tree.read().physical_function == GEFORCE
+    tree.file("physfn").unlink()
+    tree.file("physfn").touch()
+    assert tree.read().unread == ("physfn: Invalid argument",)
 
 
 @pytest.fixture(scope="module")
@@ -488,6 +491,14 @@ def test_what_changes_is_never_taken_from_before(tree: Tree) -> None:
     assert again == tree.read()
     assert (again.vfio, again.enable, again.link_width) == (VfioDev(number=4, cdev=None), 1, 63)
     assert [bar.size for bar in again.bars] == [4096 * MIB]
+
+
+def test_the_driver_of_a_function_can_be_asked_for_alone(tree: Tree) -> None:
+    assert pci_function.driver_of(tree.paths, T4) == "vfio-pci"
+    tree.node.unbind(T4)
+    assert pci_function.driver_of(tree.paths, T4) is None
+    tree.file("driver").touch()
+    assert pci_function.driver_of(tree.paths, T4) is None, "it cannot be told"
 
 
 def test_another_function_in_its_place_has_another_folder(tree: Tree) -> None:

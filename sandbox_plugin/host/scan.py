@@ -101,7 +101,8 @@ async def _hung_at(sweep: Sweep, answer: Future[HostFacts], patience: float) -> 
         if await happens(ended, within=since + patience - time.monotonic()) or sweep.reading is not reading:
             continue
         # A process that was stopped, or got no CPU, comes here before its thread: that gets its turn first.
-        if not await happens(ended, within=_GRACE) and sweep.reading is reading:
+        await asyncio.sleep(_GRACE)
+        if not answer.done() and sweep.reading is reading:
             return what
     return None
 
