@@ -584,17 +584,3 @@ def test_list_all_tells_of_vgpus_and_of_what_cannot_be_read(places: Places, list
         **dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule", "remarks", "facts")),
         "reason": "unreadable: class is 'nonsense', not a hexadecimal number",
     }
-
-
-def test_models_of_the_last_years_have_their_names() -> None:
-    names = {
-        0x233B: "GH100_H200_NVL",
-        0x2348: "GH100_GH200_144G_HBM3E",
-        0x2909: "GB100_HGX_B200_168GB",
-        0x2941: "GB100_HGX_GB200",
-        0x3182: "GB110_B300_SXM6_AC",
-        0x31C2: "GB110_GB300",
-        0x2BB1: "GB202GL_RTX_PRO_6000_BLACKWELL_WORKSTATION_EDITION",
-        0x2BB5: "GB202GL_RTX_PRO_6000_BLACKWELL_SERVER_EDITION",
-    }
-    assert {device: NAMES.resource_name(NVIDIA, device) for device in names} == names

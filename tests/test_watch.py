@@ -46,6 +46,7 @@ async def running(watcher: FolderWatcher) -> AsyncIterator[None]:
         task = group.create_task(watcher.run())
         yield
         task.cancel()
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "a task of the watcher goes on"
 
 
 @asynccontextmanager

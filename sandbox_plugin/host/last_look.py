@@ -21,11 +21,6 @@ _threads = DaemonThreads("last-look")
 class LastLook:
     """Looks at devices once more, before they are given away.
 
-    Usage:
-
-        last_look = LastLook(paths, patience=0.08)
-        against = await last_look(devices)
-
     There is one look at a device at a time. Who asks while it goes on waits for its answer too; while it hangs, the
     device is refused at once. So a device that hangs costs one thread, however often it is asked for. `on_refusal` is
     called for whatever speaks against a device: a scan should see it too.

@@ -36,11 +36,6 @@ def scan_now(paths: HostPaths) -> HostFacts:
 class HostScanner:
     """Scans a host again and again without ever blocking the loop.
 
-    Usage:
-
-        scanner = HostScanner(paths, on_late=wake)
-        facts = await scanner.scan()
-
     `on_late` is called on the loop when something that hung has answered after all: a reason to scan again.
     """
 
