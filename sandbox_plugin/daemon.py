@@ -26,8 +26,8 @@ from sandbox_plugin.cdi.foreign import ForeignSpecWatch
 from sandbox_plugin.cdi.stale import read_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Consumer, Settings
+from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.scan import Recheck
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
@@ -45,7 +45,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of the folder watcher, in seconds: its thread looks a hundred or twenty times a second."""
-_RECHECK_PATIENCE = 0.08
+_LAST_LOOK_PATIENCE = 0.08
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
 which is to come within 0.1 s."""
 _CDI_RECHECK = 5.0
@@ -73,7 +73,7 @@ class Daemon:
         self._needs_cdi = settings.consumer is Consumer.KATA
         self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
         self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
-        last_look = Recheck(self._paths, _RECHECK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
+        last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
         self._endpoints = Endpoints(settings, self._registry, last_look)
         self._lock = NodeLock(folder=settings.kubelet_dir)
         self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)

@@ -122,6 +122,15 @@ class PciFunction:
         return None if self.vfio is None else self.vfio.binding
 
     @property
+    def is_held_by_vfio(self) -> bool:
+        """A vfio driver has it, is about to have it, or is leaving it.
+
+        `vfio-dev` is there from Linux 6.1; before, the driver's name alone tells. Of an unbind the driver's link is the
+        first to go (__device_release_driver in drivers/base/dd.c), and of one that waits for a VM it is all that goes.
+        """
+        return self.vfio is not None or is_vfio_driver(self.driver)
+
+    @property
     def silence(self) -> str | None:
         """What proves that it does not answer on the bus, in words; None: nothing does."""
         return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)
@@ -143,7 +152,7 @@ class IommuGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """Everything one scan of a host found. Nothing in it is derived; nothing in it is ours."""
+    """Everything one scan of a host found. Nothing in it is judged, and nothing in it is ours."""
 
     functions: Mapping[str, PciFunction] = field(default_factory=lambda: MappingProxyType({}))
     """By PCI address."""

@@ -9,7 +9,6 @@ and devices that were ill once they have been well for long enough. The real pro
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -33,7 +32,6 @@ from truth import HEALTHY, UNHEALTHY, Truth, View
 
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 
-IS_ROOT = os.geteuid() == 0
 EXAMPLES = int(os.environ.get("TRUTH_EXAMPLES", "4"))
 STEPS = int(os.environ.get("TRUTH_STEPS", "30"))
 
@@ -57,7 +55,6 @@ class NodeMachine(RuleBasedStateMachine):
         self._places: Places = self._stack.enter_context(places())
         self._kubelet = self._stack.enter_context(GrpcKubelet(self._places.kubelet))
         self._cdi_broken = False
-        self._cdi_read_only = False
         self._recovering: set[tuple[str, str]] = set()
         self._advertised: set[str] = set()
         self._changed = True
@@ -66,11 +63,7 @@ class NodeMachine(RuleBasedStateMachine):
     def begin(self, preset: str) -> None:
         self._node: FakeNode = self._places.node(preset)
         self._truth = Truth(self._node.root)
-        self._specs = self._places.top / "specs"
-        self._specs.mkdir()
-        if IS_ROOT:  # who may write everywhere is stopped by a mount alone
-            subprocess.run(["mount", "-t", "tmpfs", "none", self._specs], check=True)
-            self._stack.callback(lambda: subprocess.run(["umount", self._specs], check=True))
+        (self._places.top / "specs").mkdir()
         (self._places.top / "in-the-way").write_text("a file")
         self._lead_cdi_to("specs")
         self._kubelet.start()
@@ -136,25 +129,6 @@ class NodeMachine(RuleBasedStateMachine):
         self._lead_cdi_to("specs")
         self._cdi_broken, self._changed = False, True
 
-    @precondition(lambda self: not self._cdi_read_only)
-    @rule()
-    def make_cdi_folder_read_only(self) -> None:
-        self._set_cdi_writable(False)
-
-    @precondition(lambda self: self._cdi_read_only)
-    @rule()
-    def make_cdi_folder_writable(self) -> None:
-        self._set_cdi_writable(True)
-
-    def _set_cdi_writable(self, writable: bool) -> None:
-        if IS_ROOT:
-            mode = "rw" if writable else "ro"
-            # The daemon may be writing at this moment: then it is busy, and the next attempt comes after that.
-            assert _wait_for(lambda: not subprocess.run(["mount", "-o", f"remount,{mode}", self._specs]).returncode)
-        else:
-            self._specs.chmod(0o755 if writable else 0o555)
-        self._cdi_read_only, self._changed = not writable, True
-
     def _lead_cdi_to(self, name: str) -> None:
         """In one step: the daemon may look at any moment."""
         link = self._places.top / "cdi.new"
@@ -181,7 +155,7 @@ class NodeMachine(RuleBasedStateMachine):
             (r, n) for r in expected for n, d in self._kubelet.devices(r).items() if d.health == HEALTHY
         }
         self._advertised |= self._kubelet.resources()
-        if not self._cdi_broken and not self._cdi_read_only:
+        if not self._cdi_broken:
             self._specs_name_what_is_there()
 
     def teardown(self) -> None:
@@ -189,8 +163,6 @@ class NodeMachine(RuleBasedStateMachine):
             if hasattr(self, "_daemon"):
                 if self._cdi_broken:
                     self.mend_cdi_folder()
-                if self._cdi_read_only:
-                    self.make_cdi_folder_writable()
                 self._wait_until_seen(self._expected(), settled=True)
                 self._specs_name_what_is_there()
                 self._nobody_was_held_back_without_having_been_ill()
@@ -204,9 +176,6 @@ class NodeMachine(RuleBasedStateMachine):
         present = self._truth.present()
         if self._cdi_broken:
             return {resource: dict.fromkeys(devices, UNHEALTHY) for resource, devices in view.items()}
-        if self._cdi_read_only:
-            for resource, devices in view.items():
-                devices |= dict.fromkeys(devices.keys() - _named(self._places.cdi, resource), UNHEALTHY)
         for resource, devices in view.items():
             for number, health in devices.items():
                 was_ill = self._ill_before.get(resource, {}).get(number) == UNHEALTHY
@@ -226,7 +195,7 @@ class NodeMachine(RuleBasedStateMachine):
     def _is_seen(self, expected: View, *, settled: bool) -> bool:
         for resource, devices in expected.items():
             seen = self._kubelet.devices(resource)
-            if not seen and (self._cdi_broken or self._cdi_read_only) and resource not in self._advertised:
+            if not seen and self._cdi_broken and resource not in self._advertised:
                 continue  # not advertised before its spec could be written once
             if seen.keys() != devices.keys():
                 return False
@@ -274,12 +243,6 @@ class NodeMachine(RuleBasedStateMachine):
         nodes = [vfio / entry.name for entry in groups.iterdir()] if groups.is_dir() else []
         cdevs = [f.vfio.number for f in self._node.functions() if f.vfio is not None and f.vfio.cdev]
         return nodes + [vfio / f"devices/vfio{number}" for number in cdevs]
-
-
-def _named(cdi: Path, resource: str) -> set[str]:
-    """IDs that the spec of a resource on disk has."""
-    lines = _lines(cdi / f"{resource.replace('/', '-')}.yaml")
-    return {line.partition("name: ")[2].strip('"') for line in lines if "name: " in line}
 
 
 def _named_but_missing(cdi: Path, root: Path) -> list[str]:

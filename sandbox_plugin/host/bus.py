@@ -1,6 +1,6 @@
 """Reading what belongs to no single PCI function: which there are, the IOMMU groups, and the VFIO nodes.
 
-Everything here runs on a scan thread (`host.scan`), because any sysfs read can hang in the kernel.
+All of this is called on a thread that nothing joins (`host.scan`), because any sysfs read can hang in the kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.pci_function import VFIO_DEV
-from sandbox_plugin.model import IommuGroup, PciFunction, is_vfio_driver
+from sandbox_plugin.model import IommuGroup, PciFunction
 
 
 def list_addresses(paths: HostPaths) -> list[str]:
@@ -31,18 +31,13 @@ def list_addresses(paths: HostPaths) -> list[str]:
     return names + sorted(sysfs.listed(paths.mdev_devices))
 
 
-def list_vfio_devs(paths: HostPaths) -> dict[str, str] | None:
-    """`vfioN` -> address, or UUID, of every function that has a `vfio-dev` folder now; None before Linux 6.1.
+def read_vfio_devs(paths: HostPaths) -> dict[str, str]:
+    """`vfioN` -> address, or UUID, of every function that has a `vfio-dev` folder; before Linux 6.1 none has.
 
     `/sys/class/vfio-dev/vfioN` leads to `.../<address>/vfio-dev/vfioN`. Raises `sysfs.OutOfResources`.
     """
-    try:
-        names = os.listdir(paths.vfio_dev_class)
-    except OSError as error:
-        sysfs.refuse_if_out_of_resources(error)
-        return None
     devs = {}
-    for name in names:
+    for name in sysfs.listed(paths.vfio_dev_class):
         with suppress(OSError, IndexError):  # it went at this moment
             devs[name] = os.readlink(f"{paths.vfio_dev_class}/{name}").split("/")[-3]
     return devs
@@ -55,23 +50,19 @@ def read_groups(
 
     A group whose folder cannot be read has the members that `functions` shows.
     """
-    seen: dict[int | None, set[str]] = defaultdict(set)
+    seen: dict[int, set[str]] = defaultdict(set)
     for function in functions.values():
-        seen[function.iommu_group].add(function.address)
-    wanted = {f.iommu_group for f in functions.values() if is_held_by_vfio(f)}
-    groups = {}
-    for number in sorted(n for n in wanted if n is not None):
-        folder = f"{paths.iommu_groups}/{number}"
-        groups[number] = IommuGroup(
+        if function.iommu_group is not None:
+            seen[function.iommu_group].add(function.address)
+    return {
+        number: IommuGroup(
             number=number,
-            members=tuple(sorted(seen[number] | set(sysfs.listed(f"{folder}/devices")))),
+            members=tuple(sorted(members.union(sysfs.listed(f"{paths.iommu_groups}/{number}/devices")))),
             noiommu=number in without_iommu,
         )
-    return groups
-
-
-def is_held_by_vfio(function: PciFunction) -> bool:
-    return function.vfio is not None or is_vfio_driver(function.driver)
+        for number, members in sorted(seen.items())
+        if any(functions[address].is_held_by_vfio for address in members)
+    }
 
 
 def group_inode(paths: HostPaths, number: int) -> int | None:

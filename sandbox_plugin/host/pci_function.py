@@ -3,7 +3,7 @@
 Never read: `config` (blocks, unkillably, while the kernel resets the device), `uevent` and `driver_override` (block
 likewise on Linux 6.1), `sriov_numvfs` (takes the device's lock, which a reset and an unbind that waits for a VM hold:
 sriov_numvfs_show in drivers/pci/iov.c). Link attributes are read only while that wakes nothing. VFIO nodes are never
-opened, only listed: while one is open, a VM gets EBUSY. Everything here runs on a scan thread (`host.scan`), because
+opened, only listed: while one is open, a VM gets EBUSY. All of this is called on threads that nothing joins, because
 any sysfs read can hang in the kernel.
 """
 
@@ -11,23 +11,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import (
-    D3COLD,
-    ROM,
-    Bar,
-    Device,
-    Objection,
-    PciFunction,
-    VfioDev,
-    is_vfio_driver,
-    node_of_cdev,
-    silence,
-)
+from sandbox_plugin.model import D3COLD, ROM, Bar, PciFunction, VfioDev, is_vfio_driver
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -49,11 +38,11 @@ class FunctionUnreadable(Exception):
     """One PCI function cannot be used, and why; it costs that function alone."""
 
 
-Stamp = tuple[int, int]
+FolderId = tuple[int, int]
 """Inode number and time of change of a function's folder: another function in its place has another."""
 
 
-def stamp(paths: HostPaths, address: str) -> Stamp | None:
+def folder_id(paths: HostPaths, address: str) -> FolderId | None:
     """Tells a function's folder from one that was there before under the same address; None if there is none."""
     try:
         status = os.stat(f"{paths.pci_devices}/{address}")
@@ -65,209 +54,139 @@ def stamp(paths: HostPaths, address: str) -> Stamp | None:
 def driver_of(paths: HostPaths, address: str) -> str | None:
     """The driver that holds a function now; None for none, and where that cannot be told."""
     try:
-        return sysfs.link_name(f"{paths.pci_devices}/{address}/driver")
+        return sysfs.target_name(f"{paths.pci_devices}/{address}/driver")
     except OSError:
         return None
 
 
-def read_function(
-    paths: HostPaths, address: str, before: PciFunction | None = None, vfio_devices: Collection[str] | None = None
-) -> PciFunction:
-    """Reads one function.
+def read_function(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
+    """Reads one PCI function, or one mediated device by its UUID.
 
     What it is, its driver and its group are read for every function; the rest only for functions that a vfio driver
     holds, since nothing else is ever offered. `before` is the same function as it was read earlier: what can never
-    change while it is there is taken from that. `vfio_devices` are the functions that have a `vfio-dev` folder;
-    without it each folder is looked into. Raises `FunctionUnreadable` when what it is cannot be read or makes no sense,
-    and `sysfs.OutOfResources`.
+    change while it is there is taken from that. Raises `FunctionUnreadable` when what it is cannot be read or makes no
+    sense, and `sysfs.OutOfResources`.
     """
-    if _UUID.fullmatch(address):
-        return _read_mdev(paths, address)
-    if not _PCI_ADDRESS.fullmatch(address):
-        raise FunctionUnreadable(f"{address!r} is not a PCI address")
-    folder = f"{paths.pci_devices}/{address}"
     try:
-        function = _identify(folder, address) if before is None else before
-        driver = sysfs.link_name(f"{folder}/driver")
-        may_be_for_vms = is_vfio_driver(driver) or vfio_devices is None or address in vfio_devices
-        vfio = _vfio_dev(folder) if may_be_for_vms else None
-        is_for_vms = is_vfio_driver(driver) or vfio is not None
-        # A group is for as long as the function is there; only vfio may make one, for a function that has none.
-        group = function.iommu_group
-        if group is None or is_for_vms:
-            group = _group_number(folder)
+        if _UUID.fullmatch(address):
+            return _read_mdev(paths, address)
+        if not _PCI_ADDRESS.fullmatch(address):
+            raise ValueError(f"{address!r} is not a PCI address")
+        return _read_pci_function(paths, address, before)
     except OSError as error:
         raise FunctionUnreadable(_why(error)) from None
     except ValueError as error:
         raise FunctionUnreadable(str(error)) from None
-    if is_for_vms:
-        details = _read_details(paths, folder, function, vfio)
-        now = PciFunction(**(_kept(function) | details), driver=driver, iommu_group=group, vfio=vfio)
-        return function if now == function and now.binding == function.binding else now
-    # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that is
-    # seen for the first time may have been.
-    may_be_a_vms = before is None or before.enable == 1 or before.vfio is not None or is_vfio_driver(before.driver)
-    is_enabled = driver is None and may_be_a_vms and sysfs.text_or_none(f"{folder}/enable") == "1"
-    enable = 1 if is_enabled else None
-    if (driver, group, None, enable) == (function.driver, function.iommu_group, function.vfio, function.enable):
-        return function
-    return PciFunction(**_kept(function), driver=driver, iommu_group=group, enable=enable)
 
 
-def _identify(folder: str, address: str) -> PciFunction:
-    """What a function is, as rules ask for it: it never changes. Raises OSError and ValueError.
+def _read_pci_function(paths: HostPaths, address: str, before: PciFunction | None) -> PciFunction:
+    """As `read_function`. Raises OSError and ValueError."""
+    folder = f"{paths.pci_devices}/{address}"
+    # What could not be read of it is tried again.
+    identity = _identify(folder, address) if before is None or before.unread else _identity(before)
+    driver, group, vfio = sysfs.target_name(f"{folder}/driver"), _group_number(folder), _vfio_dev(folder)
+    if vfio is not None or is_vfio_driver(driver):
+        function = PciFunction(
+            **(identity | _read_details(paths, folder, identity)), driver=driver, iommu_group=group, vfio=vfio
+        )
+    else:
+        # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that
+        # is seen for the first time may have been.
+        may_be_a_vms = before is None or before.enable == 1 or before.is_held_by_vfio
+        is_enabled = driver is None and may_be_a_vms and sysfs.text_or_none(f"{folder}/enable") == "1"
+        function = PciFunction(**identity, driver=driver, iommu_group=group, enable=1 if is_enabled else None)
+    is_same = before is not None and before == function and before.binding == function.binding
+    return before if before is not None and is_same else function  # the same object is quickly compared
 
-    What it can do without is read once more, with a word about what fails, when a vfio driver holds it.
-    """
+
+def _identify(folder: str, address: str) -> dict[str, Any]:
+    """What a function is: it never changes. Raises OSError and ValueError."""
     names = (("vendor", 4), ("device", 4), ("class", 6))
     vendor, device, class_code = (_hex(sysfs.text(f"{folder}/{name}"), name, digits) for name, digits in names)
     optional = _Optional(folder)
-    return PciFunction(
-        address=address,
-        vendor=vendor,
-        device=device,
-        class_code=class_code,
-        subsystem_vendor=optional.hex("subsystem_vendor", 4),
-        subsystem_device=optional.hex("subsystem_device", 4),
-        physical_function=optional.link_name("physfn"),
-        bridges=_bridges(folder, address),
-    )
+    return {
+        "address": address,
+        "vendor": vendor,
+        "device": device,
+        "class_code": class_code,
+        "subsystem_vendor": optional.hex("subsystem_vendor", 4),
+        "subsystem_device": optional.hex("subsystem_device", 4),
+        "revision": optional.hex("revision", 2),
+        "physical_function": optional.target_name("physfn"),
+        "bridges": _bridges(folder, address),
+        "unread": tuple(optional.unread),
+    }
 
 
-def _kept(function: PciFunction) -> dict[str, Any]:
-    """What can never change while the function is there, or only while no driver has it."""
-    names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision", "bars")
-    return {name: getattr(function, name) for name in (*names, "reset_methods", "bridges", "physical_function")}
+def _identity(function: PciFunction) -> dict[str, Any]:
+    """The same of a function that was read before."""
+    names = ("address", "vendor", "device", "class_code", "subsystem_vendor", "subsystem_device", "revision")
+    return {name: getattr(function, name) for name in (*names, "physical_function", "bridges")}
 
 
-def _read_details(paths: HostPaths, folder: str, function: PciFunction, vfio: VfioDev | None) -> dict[str, Any]:
+def _read_details(paths: HostPaths, folder: str, identity: Mapping[str, Any]) -> dict[str, Any]:
     """What else the folder of a function says that a vfio driver holds."""
     optional = _Optional(folder)
-    details: dict[str, Any] = {}
-    if function.revision is None or function.subsystem_vendor is None:
-        details = {
-            "subsystem_vendor": optional.hex("subsystem_vendor", 4),
-            "subsystem_device": optional.hex("subsystem_device", 4),
-            "revision": optional.hex("revision", 2),
-        }
-    # A BAR that has an address keeps it and its size while a driver has the function (resource_resize_store in
-    # drivers/pci/pci-sysfs.c); one without may get it whenever the bus is scanned again.
-    is_bound_anew = vfio is None or function.vfio is None or function.vfio.binding != vfio.binding
-    if is_bound_anew or not function.bars or any(bar.unset for bar in function.bars):
-        details |= {"bars": optional.bars(), "reset_methods": optional.reset_methods()}
-    power_state = optional.text("power_state")
-    bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in function.bridges[1:])
-    link_speed, link_width = _read_link(optional, power_state, bridges_awake=bridges_awake)
-    details |= {
+    details = {
+        "bars": optional.bars(),
+        "reset_methods": optional.reset_methods(),
         "numa_node": _known_node(optional.number("numa_node")),
-        "link_speed": link_speed,
-        "link_width": link_width,
         "enable": optional.number("enable"),
-        "power_state": power_state,
         "virtual_functions": _virtual_functions(folder),
         "fatal_errors": optional.fatal_errors(),
+        **_read_power(paths, folder, optional, identity["bridges"]),
     }
-    if power_state == D3COLD:
-        details |= _read_d3cold(folder, optional, bridges_awake=bridges_awake)
-    return details | {"unread": tuple(optional.unread)}
+    return details | {"unread": (*identity.get("unread", ()), *optional.unread)}
 
 
-def _read_d3cold(folder: str, optional: _Optional, *, bridges_awake: bool) -> dict[str, Any]:
-    """What tells a function that sleeps without power from one that is dead.
+def _read_power(paths: HostPaths, folder: str, optional: _Optional, bridges: Sequence[str]) -> dict[str, Any]:
+    """The power state; then the PCIe link, or of a function in D3cold what tells one that sleeps from a dead one.
 
-    Nothing here wakes it or asks the firmware: of what ACPI knows, that it is there is enough.
+    The link is read only where that wakes nothing: not in D3cold, and not below a bridge that sleeps. In D3cold nothing
+    asks the firmware: of what ACPI knows, that it is there is enough.
     """
-    runtime_status = optional.text("power/runtime_status")
-    switches = any(os.path.exists(f"{folder}/firmware_node/{name}") for name in _ACPI_POWER_RESOURCES)
+    power_state = optional.text("power_state")
+    bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in bridges[1:])
+    if power_state == D3COLD:
+        can_cut_power = any(os.path.exists(f"{folder}/firmware_node/{name}") for name in _ACPI_POWER_RESOURCES)
+        return {
+            "runtime_status": optional.text("power/runtime_status"),
+            "has_power": bridges_awake and not can_cut_power,
+            # Once more: if it was woken between the two reads, they do not contradict each other.
+            "power_state": optional.text("power_state"),
+        }
+    if not bridges_awake:
+        return {"power_state": power_state}
     return {
-        "runtime_status": runtime_status,
-        "has_power": bridges_awake and not switches,
-        # Once more: if it was woken between the two reads, they do not contradict each other.
-        "power_state": optional.text("power_state"),
+        "power_state": power_state,
+        "link_speed": optional.text("current_link_speed"),
+        "link_width": optional.number("current_link_width"),
     }
 
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
-    """A mediated device (Documentation/driver-api/vfio-mediated-device.rst): its folder lies in its parent's."""
+    """A mediated device (Documentation/driver-api/vfio-mediated-device.rst): its folder lies in its parent's.
+
+    Raises OSError and ValueError.
+    """
     folder = f"{paths.mdev_devices}/{uuid}"
-    try:
-        carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
-        if _UUID.fullmatch(carrier):
-            raise ValueError(f"{uuid} does not lie below a PCI function")
-        parent = read_function(paths, carrier)
-        return PciFunction(
-            address=uuid,
-            vendor=parent.vendor,
-            device=parent.device,
-            class_code=parent.class_code,
-            driver=sysfs.link_name(f"{folder}/driver"),
-            iommu_group=_group_number(folder),
-            vfio=_vfio_dev(folder),
-            numa_node=_known_node(_Optional(f"{paths.pci_devices}/{carrier}").number("numa_node")),
-            bridges=(*parent.bridges, carrier),
-            mdev_type=sysfs.text_or_none(f"{folder}/mdev_type/name") or sysfs.link_name(f"{folder}/mdev_type"),
-        )
-    except OSError as error:
-        raise FunctionUnreadable(_why(error)) from None
-    except ValueError as error:
-        raise FunctionUnreadable(str(error)) from None
-
-
-def objection(paths: HostPaths, device: Device) -> Objection | None:
-    """Looks once more, at what is cheap, before a device is promised. Returns what speaks against it, or None."""
-    for placement in device.placements:
-        folder = f"{paths.mdev_devices if device.mdev else paths.pci_devices}/{placement.address}"
-        try:
-            driver, vfio = sysfs.link_name(f"{folder}/driver"), _vfio_dev(folder)
-        except OSError as error:
-            return Objection(why=f"{placement.address}: {_why(error)}")
-        if driver is None or (vfio is None and not is_vfio_driver(driver)):
-            return Objection(why=f"{placement.address} is bound to {driver or 'no driver'} now")
-        node = node_of_cdev(vfio.number) if vfio is not None and vfio.cdev else None
-        if device.node != node and not (paths.vfio_class / os.path.basename(device.node)).exists():
-            return Objection(why=f"{device.node} is gone")
-        if vfio is not None and None not in (vfio.binding, placement.binding) and vfio.binding != placement.binding:
-            return Objection(why=f"{placement.address} was bound again, or made again with another type")
-        if device.mdev:
-            continue
-        if sysfs.text_or_none(f"{folder}/nvidia/current_vgpu_type") == "0":
-            return Objection(why=f"{placement.address} has no vGPU type: every open fails")
-        optional = _Optional(folder)
-        power_state = optional.text("power_state")
-        bridges_awake = all(_is_awake(f"{paths.pci_devices}/{bridge}") for bridge in placement.bridges[1:])
-        link = _read_link(optional, power_state, bridges_awake=bridges_awake)
-        status = optional.text("power/runtime_status") if power_state == D3COLD else None
-        power_state = optional.text("power_state")  # once more, as in `_read_d3cold`
-        if why := silence(*link, power_state, status):
-            return Objection(why=f"{placement.address} does not answer on the PCI bus now ({why})")
-    if used := _in_use(paths, device):
-        names = " and ".join(sorted(used))
-        detail = f"{names} in its IOMMU group {device.iommu_group} is in use (enable is 1) by a VM that has not ended"
-        return Objection(why=detail, in_use=used)
-    return None
-
-
-def _in_use(paths: HostPaths, device: Device) -> frozenset[str]:
-    """The functions of its group that a VM has: a group's DMA has one owner."""
-    return frozenset(address for address in device.group_functions if _is_a_vms(f"{paths.pci_devices}/{address}"))
-
-
-def _is_a_vms(folder: str) -> bool:
-    """Whether it is enabled, and no host driver has it."""
-    if sysfs.text_or_none(f"{folder}/enable") != "1":
-        return False
-    try:
-        driver = sysfs.link_name(f"{folder}/driver")
-    except OSError:
-        return True
-    return driver is None or is_vfio_driver(driver) or _vfio_dev(folder) is not None
-
-
-def _read_link(optional: _Optional, power_state: str | None, *, bridges_awake: bool) -> tuple[str | None, int | None]:
-    """Speed and width of the link; None where reading them would wake something."""
-    if power_state == D3COLD or not bridges_awake:
-        return None, None
-    return optional.text("current_link_speed"), optional.number("current_link_width")
+    carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
+    if not _PCI_ADDRESS.fullmatch(carrier):
+        raise ValueError(f"{uuid} does not lie below a PCI function")
+    carrier_folder = f"{paths.pci_devices}/{carrier}"
+    parent = _identify(carrier_folder, carrier)
+    return PciFunction(
+        address=uuid,
+        vendor=parent["vendor"],
+        device=parent["device"],
+        class_code=parent["class_code"],
+        driver=sysfs.target_name(f"{folder}/driver"),
+        iommu_group=_group_number(folder),
+        vfio=_vfio_dev(folder),
+        numa_node=_known_node(_Optional(carrier_folder).number("numa_node")),
+        bridges=(*parent["bridges"], carrier),
+        mdev_type=sysfs.text_or_none(f"{folder}/mdev_type/name") or sysfs.target_name(f"{folder}/mdev_type"),
+    )
 
 
 class _Optional:
@@ -306,9 +225,9 @@ class _Optional:
             self.unread.append(str(error))
             return None
 
-    def link_name(self, name: str) -> str | None:
+    def target_name(self, name: str) -> str | None:
         try:
-            return sysfs.link_name(f"{self._folder}/{name}")
+            return sysfs.target_name(f"{self._folder}/{name}")
         except OSError as error:
             self.unread.append(f"{name}: {error.strerror}")
             return None
@@ -362,7 +281,7 @@ def _is_awake(bridge: str) -> bool:
 
 
 def _group_number(folder: str) -> int | None:
-    name = sysfs.link_name(f"{folder}/iommu_group")
+    name = sysfs.target_name(f"{folder}/iommu_group")
     if name is None:
         return None
     if not (name.isascii() and name.isdecimal()):

@@ -48,8 +48,8 @@ def text_or_none(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
         return None
 
 
-def link_name(link: str) -> str | None:
-    """The last part of what a link leads to; None if there is no link. Raises OSError."""
+def target_name(link: str) -> str | None:
+    """The last part of what a symbolic link leads to; None if there is no link. Raises OSError."""
     try:
         return os.path.basename(os.readlink(link))
     except FileNotFoundError:

@@ -37,15 +37,18 @@ def is_lack_of_threads(error: BaseException) -> bool:
     return type(error) is RuntimeError and str(error) == "can't start new thread"
 
 
-class _DaemonThreads(Executor):
-    """Runs each call on a thread of its own. Raises OSError where none can be had."""
+class DaemonThreads(Executor):
+    """Runs each call on a thread of its own, of this name. Raises OSError where none can be had."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def submit(self, function: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
+        """The future cannot be cancelled, since nothing stops a thread."""
         future: Future[_T] = Future()
+        future.set_running_or_notify_cancel()
 
         def work() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
             try:
                 result = function(*args, **kwargs)
             except BaseException as error:
@@ -53,11 +56,11 @@ class _DaemonThreads(Executor):
             else:
                 future.set_result(result)
 
-        start_thread("files", work)
+        start_thread(self._name, work)
         return future
 
 
-_threads = _DaemonThreads()
+_files = DaemonThreads("files")
 
 
 def on_thread(function: Callable[_P, _T]) -> Callable[_P, Awaitable[_T]]:
@@ -70,7 +73,7 @@ def on_thread(function: Callable[_P, _T]) -> Callable[_P, Awaitable[_T]]:
 
     @wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> Awaitable[_T]:
-        awaitable: Any = run(*args, executor=_threads, **kwargs)
+        awaitable: Any = run(*args, executor=_files, **kwargs)
         return awaitable  # type: ignore[no-any-return]
 
     return call

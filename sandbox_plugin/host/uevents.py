@@ -11,9 +11,11 @@ import asyncio
 import errno
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
+
+from sandbox_plugin.trouble import Trouble
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -25,6 +27,14 @@ _MESSAGE_BYTES = 16384
 _SUBSYSTEMS = frozenset({"pci", "vfio", "vfio-dev", "drivers", "module", "class", "mdev", "iommu"})
 
 
+def open_netlink() -> socket.socket:
+    """A socket that gets the kernel's messages. Raises OSError."""
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    netlink = socket.socket(socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT)
+    netlink.bind((0, _KERNEL_GROUP))
+    return netlink
+
+
 @dataclass(kw_only=True)
 class UeventSource:
     """Calls `on_change` for each message that may concern a device, and `on_aer(pci_address, error_event)` before it
@@ -32,50 +42,50 @@ class UeventSource:
 
     on_change: Callable[[], None]
     on_aer: Callable[[str, str], None]
+    open_socket: Callable[[], socket.socket] = open_netlink
     retry: float = 60.0
     """Seconds before a socket that could not be had is tried again."""
-    _failing: bool = False
+    _trouble: Trouble = field(default_factory=Trouble)
 
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
             try:
-                await self._listen()
+                with self.open_socket() as netlink:
+                    await self._listen(netlink)
             except OSError as error:
-                if not self._failing:
-                    reason = f"{error.strerror or error}; until that works, changes are found by inotify and the timer"
+                why = error.strerror or str(error)
+                if self._trouble.update(why):
+                    reason = f"{why}; until that works, changes are found by inotify and the timer"
                     log.warning("no kernel events", reason=reason)
-                self._failing = True
                 await asyncio.sleep(self.retry)
 
-    async def _listen(self) -> None:
+    async def _listen(self, netlink: socket.socket) -> None:
         """Reads messages until the socket fails. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        with socket.socket(socket.AF_NETLINK, kind, _NETLINK_KOBJECT_UEVENT) as netlink:
-            netlink.bind((0, _KERNEL_GROUP))
-            self._failing = False
-            broken: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(netlink, self._drain, netlink, broken)
-            try:
-                self.on_change()  # for what happened before we listened
-                await broken
-            finally:
-                loop.remove_reader(netlink)
+        self._trouble.update(None)
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(netlink, readable.set)
+        try:
+            self.on_change()  # for what happened before we listened
+            while True:
+                await readable.wait()
+                readable.clear()
+                self._drain(netlink)
+        finally:
+            loop.remove_reader(netlink)
 
-    def _drain(self, netlink: socket.socket, broken: asyncio.Future[None]) -> None:
+    def _drain(self, netlink: socket.socket) -> None:
+        """Takes all messages that have come. Raises OSError."""
         while True:
             try:
                 message, _, _, sender = netlink.recvmsg(_MESSAGE_BYTES)
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno == errno.ENOBUFS:  # some messages were lost: all the more reason to look
-                    self.on_change()
-                    continue
-                if not broken.done():
-                    broken.set_exception(error)
-                return
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.on_change()  # some messages were lost: all the more reason to look
+                continue
             if sender[0] == 0:  # from the kernel: a process may send to this group too
                 self._take(parse_uevent(message))
 

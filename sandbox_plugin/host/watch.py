@@ -11,6 +11,7 @@ import errno
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,21 +21,23 @@ from watchfiles import awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.threads import is_lack_of_threads, on_thread
+from sandbox_plugin.host.threads import DaemonThreads, is_lack_of_threads
 from sandbox_plugin.model import is_vfio_driver
 from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble, Troubles, first_failure
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
+_threads = DaemonThreads("folders")
 
 OnChange = Callable[[], None]
 Folders = Callable[[], Sequence[Path]]
 """Finds out which folders there are; on a thread, so it may read files."""
-Targets = dict[Path, tuple[int, int] | str]
-"""What to watch, with device and inode numbers, which tell a new folder from the one that was there before, or why
-it cannot be watched."""
+FolderId = tuple[int, int]
+"""Device and inode number: they tell a new folder from the one that was there before."""
+Targets = dict[Path, FolderId | str]
+"""What to watch, or why it cannot be watched."""
 
-_RECHECK = 5.0
+_CONFIRM = 5.0
 """Seconds between checks that the watched folders are still the ones at these paths."""
 _CHURN_MS = 100
 """How long changes that follow each other without a pause are gathered: watchfiles' own 1600 would make "at once" so
@@ -62,8 +65,8 @@ class FolderWatcher:
     """Seconds before a watch that could not be had is tried again."""
     patience: float = 2.0
     """Seconds that the folders of a group get to answer."""
-    _looks: dict[OnChange, asyncio.Future[Targets]] = field(default_factory=dict)
-    """The latest look at each group. One that hangs is not begun again: its thread hangs as well."""
+    _searches: dict[OnChange, Future[Targets]] = field(default_factory=dict)
+    """The latest search for the folders of each group. While one hangs no other is begun: it would hang as well."""
     _named: dict[OnChange, list[str]] = field(default_factory=dict)
     """The folders of each group, as they were found last."""
     _trouble: Trouble = field(default_factory=Trouble)
@@ -74,30 +77,26 @@ class FolderWatcher:
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
-            trouble = None
             try:
                 await self._watch_once()
-            except* (OSError, RuntimeError) as errors:
-                trouble, faults = errors.split(_is_trouble)
-                if trouble is None or faults is not None:
+            except (OSError, RuntimeError, ExceptionGroup) as error:
+                failure = first_failure(error)  # awatch wraps some of them
+                if not _is_trouble(failure):
                     raise
-                why = str(first_failure(trouble))
-                if self._trouble.update(why):
-                    _say_unwatched((name for named in self._named.values() for name in named), why)
-            if trouble is not None:  # not above: Python 3.11.2 makes a group of a cancellation within `except*`
-                _go_on_unless_cancelled()
+                if self._trouble.update(str(failure)):
+                    _say_unwatched((name for named in self._named.values() for name in named), str(failure))
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
         """Watches until one of the folders has been replaced."""
         found = await self._find()
         # The kernel has one watch for each folder, and watchfiles calls it by one name, however many it has.
-        names: dict[tuple[int, int], str] = {}
+        names: dict[FolderId, str] = {}
         waiting: dict[str, set[OnChange]] = defaultdict(set)
         for on_change, targets in found.items():
-            for path, identity in targets.items():
-                if isinstance(identity, tuple):
-                    waiting[names.setdefault(identity, str(path))].add(on_change)
+            for path, folder_id in targets.items():
+                if isinstance(folder_id, tuple):
+                    waiting[names.setdefault(folder_id, str(path))].add(on_change)
         stop, changed = asyncio.Event(), asyncio.Event()
         watch = awatch(
             *waiting,
@@ -108,46 +107,45 @@ class FolderWatcher:
             rust_timeout=0,
             stop_event=stop,
         )
-        async with aclosing(watch) as batches, asyncio.TaskGroup() as group:
-            # It begins when awatch waits, and so has made the watch.
-            group.create_task(self._confirm(found, changed, stop))
-            async for changes in batches:
-                places = {place for _, path in changes for place in (path, os.path.dirname(path))}
-                for on_change in set[OnChange]().union(*(waiting.get(place, ()) for place in places)):
-                    on_change()
-                changed.set()
+        # It begins when awatch waits, and so has made the watch. Not in a TaskGroup: before Python 3.13 one that is
+        # cancelled while it fails forgets that.
+        confirming = asyncio.create_task(self._confirm(found, changed, stop))
+        try:
+            async with aclosing(watch) as batches:
+                async for changes in batches:
+                    places = {place for _, path in changes for place in (path, os.path.dirname(path))}
+                    for on_change in set[OnChange]().union(*(waiting.get(place, ()) for place in places)):
+                        on_change()
+                    changed.set()
+            await confirming
+        finally:
+            confirming.cancel()
+            await asyncio.gather(confirming, return_exceptions=True)
 
     async def _confirm(self, found: Mapping[OnChange, Targets], changed: asyncio.Event, stop: asyncio.Event) -> None:
         """Ends the watch when other folders are to be watched.
 
         Sees to what happened between the choice of the folders and the watch, too, which tells only what comes later.
         """
-        for on_change in self.groups:
-            on_change()
-        while await self._find() == found:
-            await happens(changed, within=_RECHECK)
-            changed.clear()
-            self._trouble.update(None)  # not earlier: a thread for the watch may not have been had
-        stop.set()
+        try:
+            for on_change in self.groups:
+                on_change()
+            while await self._find() == found:
+                await happens(changed, within=_CONFIRM)
+                changed.clear()
+                self._trouble.update(None)  # not earlier: a thread for the watch may not have been had
+        finally:
+            stop.set()
 
     async def _find(self) -> dict[OnChange, Targets]:
         """What to watch now. Groups that do not answer are missing. Raises OSError where no thread can be had."""
         begun = {}
-        for on_change, folders in self.groups.items():
-            if on_change not in self._looks or self._looks[on_change].done():
-                begun[on_change] = asyncio.ensure_future(on_thread(self._look)(on_change, folders))
-        self._looks |= begun
+        for on_change in self.groups:
+            if on_change not in self._searches or self._searches[on_change].done():
+                begun[on_change] = self._searches[on_change] = _threads.submit(self._search, on_change)
         if begun:
-            await asyncio.wait(begun.values(), timeout=self.patience)
-        answered = {on_change: look for on_change, look in begun.items() if look.done()}
-        failures = [error for look in answered.values() if (error := look.exception()) is not None]
-        if failures:
-            raise failures[0]
-        found = {on_change: look.result() for on_change, look in answered.items()}
-        self._say_left_out(found)
-        return found
-
-    def _say_left_out(self, found: Mapping[OnChange, Targets]) -> None:
+            await asyncio.wait(map(asyncio.wrap_future, begun.values()), timeout=self.patience)
+        found = {on_change: search.result() for on_change, search in begun.items() if search.done()}
         left_out: dict[tuple[str, ...], str] = {
             (str(path),): why for targets in found.values() for path, why in targets.items() if isinstance(why, str)
         }
@@ -155,15 +153,16 @@ class FolderWatcher:
             left_out[tuple(self._named.get(on_change, ()))] = f"no answer in {self.patience:g} s"
         for folders, why in self._left_out.update(left_out).items():
             _say_unwatched(folders, why)
+        return found
 
-    def _look(self, on_change: OnChange, folders: Folders) -> Targets:
+    def _search(self, on_change: OnChange) -> Targets:
         """What to watch for one group. For a thread: a folder on a dead mount does not answer."""
         targets: Targets = {}
-        named = [folder.absolute() for folder in folders()]  # as watchfiles names what changed
+        named = [folder.absolute() for folder in self.groups[on_change]()]  # as watchfiles names what changed
         self._named[on_change] = [str(folder) for folder in named]
         for folder in named:
             for path in (folder, folder.parent):
-                while (found := _look_at(path)) is None and path != path.parent:
+                while (found := _identify(path)) is None and path != path.parent:
                     path = path.parent
                 targets[path] = found or "it is not there"
         return targets
@@ -174,19 +173,12 @@ def _say_unwatched(folders: Iterable[str], why: str) -> None:
     log.warning("folders not watched", path=list(folders), reason=reason)
 
 
-def _go_on_unless_cancelled() -> None:
-    """A TaskGroup that is cancelled while it fails forgets it, before Python 3.13."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
-
-
 def _is_trouble(error: BaseException) -> bool:
     """Whether there can be no watch: for want of watches, descriptors or a thread."""
     return isinstance(error, OSError | WatchfilesRustInternalError) or is_lack_of_threads(error)
 
 
-def _look_at(path: Path) -> tuple[int, int] | str | None:
+def _identify(path: Path) -> FolderId | str | None:
     """Which folder is there now, or why it cannot be watched; None: there is none."""
     try:
         os.statvfs(path)  # asks the file system, while stat may be answered from a cache: a watch on a dead mount would
@@ -199,7 +191,7 @@ def _look_at(path: Path) -> tuple[int, int] | str | None:
         str(path).encode()
     except UnicodeEncodeError:
         return "its name is not UTF-8"
-    return status.st_dev, status.st_ino
+    return (status.st_dev, status.st_ino)
 
 
 def host_folders(paths: HostPaths) -> list[Path]:

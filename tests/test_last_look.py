@@ -1,0 +1,252 @@
+"""The last look at devices before they are given to a pod."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MakeNode
+from loop import LIMIT, run
+from mediated import Mediated
+from names import AUDIO, GEFORCE, T4
+from trials import wait_until
+
+from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.host import last_look
+from sandbox_plugin.host.last_look import LastLook, objection
+from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.scan import scan_now
+from sandbox_plugin.inventory.devices import find_devices
+from sandbox_plugin.inventory.rules import Rules
+from sandbox_plugin.model import Device
+
+PATIENCE = 0.5
+"""Seconds; long against the time that a look takes, also on a busy machine."""
+SILENCE = "sysfs does not answer"
+GRACE_GPU = "0009:01:00.0"
+
+
+def device_of(node: FakeNode, address: str) -> Device:
+    """As a scan finds it now."""
+    found = find_devices(scan_now(HostPaths(node.root)), Rules())
+    return next(d for d in found.devices if address in [p.address for p in d.placements])
+
+
+@pytest.fixture
+def workstation(fake_node: MakeNode) -> FakeNode:
+    """A node with group nodes."""
+    return fake_node("workstation")
+
+
+@pytest.fixture
+def grace(fake_node: MakeNode) -> FakeNode:
+    """A node with cdevs."""
+    return fake_node("gh200")
+
+
+def against(node: FakeNode, device: Device) -> str | None:
+    found = objection(HostPaths(node.root), device)
+    return None if found is None else found.why
+
+
+def remove_node(node: FakeNode) -> None:
+    (node.root / "sys/class/vfio/13").unlink()
+
+
+def put_to_sleep_dead(node: FakeNode) -> None:
+    node.sicken(T4, cold=True)
+    node.set_attribute(T4, "power/runtime_status", "active")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda node: node.bind(AUDIO, "snd_hda_intel"), None),  # not viable, but that is another matter
+        (lambda node: node.bind(T4, "nvidia"), f"{T4} is bound to nvidia now"),
+        (lambda node: node.unbind(T4), f"{T4} is bound to no driver now"),
+        (lambda node: node.remove(T4), f"{T4}: vendor is missing "),
+        (remove_node, "/dev/vfio/13 is gone"),
+        (lambda node: node.sicken(T4), f"{T4} does not answer on the PCI bus now (link speed Unknown, width 63)"),
+        (put_to_sleep_dead, f"{T4} does not answer on the PCI bus now (the kernel has set it to D3cold although"),
+        (lambda node: node.set_enable(T4, 1), f"{T4} in its IOMMU group 13 is in use (enable is 1) by a VM that has"),
+    ],
+)
+def test_a_device_that_a_vm_could_not_open_now_may_not_be_given_away(
+    workstation: FakeNode, change: Callable[[FakeNode], None], why: str | None
+) -> None:
+    device = device_of(workstation, T4)
+    assert against(workstation, device) is None
+    change(workstation)
+    found = against(workstation, device)
+    assert found == why if why is None else found is not None and found.startswith(why)
+
+
+def test_every_function_of_the_device_counts(workstation: FakeNode) -> None:
+    geforce, t4 = device_of(workstation, GEFORCE), device_of(workstation, T4)
+    both = replace(geforce, placements=(*geforce.placements, *t4.placements))
+    workstation.bind(T4, "nvidia")
+    assert against(workstation, both) == f"{T4} is bound to nvidia now"
+
+
+def test_a_cdev_counts_only_as_it_was_seen(grace: FakeNode) -> None:
+    device = device_of(grace, GRACE_GPU)
+    assert (device.node, against(grace, device)) == ("/dev/vfio/devices/vfio0", None)
+    other = replace(device, node="/dev/vfio/devices/vfio3")
+    assert against(grace, other) == "/dev/vfio/devices/vfio3 is gone"
+    (was,) = device.placements
+    before = replace(device, placements=(replace(was, binding=(was.binding or 0) + 1),))
+    assert against(grace, before) == f"{GRACE_GPU} was bound again, or made again with another type"
+    (grace.folder(GRACE_GPU) / "nvidia").mkdir()
+    for vgpu_type, allowed in (("0", False), ("1155", True)):
+        (grace.folder(GRACE_GPU) / "nvidia/current_vgpu_type").write_text(f"{vgpu_type}\n")
+        assert (against(grace, device) is None) is allowed, "every open of one without a type fails"
+    (grace.folder(GRACE_GPU) / "vfio-dev/vfio0/dev").unlink()
+    assert against(grace, device) == "/dev/vfio/devices/vfio0 is gone"
+
+
+def test_a_mediated_device_is_looked_for_where_it_is(workstation: FakeNode) -> None:
+    workstation.bind(T4, "nvidia")
+    vgpus = Mediated(workstation, T4)
+    uuid = vgpus.add(1, "nvidia-222", "GRID T4-1Q", 70)
+    device = device_of(workstation, uuid)
+    assert against(workstation, device) is None
+    vgpus.remove(uuid)
+    assert against(workstation, device) is not None
+
+
+def test_a_device_of_whose_group_a_vm_has_another_function_may_not_be_given_away(workstation: FakeNode) -> None:
+    device = device_of(workstation, GEFORCE)
+    paths = HostPaths(workstation.root)
+    workstation.set_enable(AUDIO, 1)
+    found = objection(paths, device)
+    assert found is not None
+    assert found.in_use == {AUDIO}
+    workstation.unbind(AUDIO)
+    assert objection(paths, device) is not None, "it is the VM's until that lets go"
+    workstation.set_enable(AUDIO, 0)
+    workstation.bind(AUDIO, "snd_hda_intel")
+    workstation.set_attribute(AUDIO, "enable", "1")
+    assert objection(paths, device) is None, "the host's driver has it"
+
+
+def test_a_device_that_sleeps_is_not_woken_by_the_look(workstation: FakeNode) -> None:
+    device = device_of(workstation, T4)
+    workstation.sicken(T4, cold=True)
+    workstation.set_attribute(T4, "power/runtime_status", "suspended")
+    for name in ("current_link_speed", "current_link_width"):
+        (workstation.folder(T4) / name).unlink()
+        os.mkfifo(workstation.folder(T4) / name)
+    assert against(workstation, device) is None
+
+
+# Several looks
+
+
+class Bench:
+    """A last look at a node's devices, of which some hang until `answer`."""
+
+    def __init__(self, node: FakeNode, *hanging: str, patience: float = PATIENCE) -> None:
+        self.refusals = 0
+        self._look = LastLook(HostPaths(node.root), patience, on_refusal=self._refused)
+        self._traps = [node.folder(address) / "vendor" for address in hanging]
+        self._vendors = [trap.read_text() for trap in self._traps]
+        for trap in self._traps:
+            trap.unlink()
+            os.mkfifo(trap)
+
+    async def __call__(self, *devices: Device) -> dict[str, str]:
+        return {device_id: found.why for device_id, found in (await self._look(devices)).items()}
+
+    def answer(self) -> None:
+        """Whatever hangs is read."""
+        for trap, vendor in zip(self._traps, self._vendors, strict=True):
+            with trap.open("w") as fifo:
+                _replace(trap, vendor)
+                fifo.write(vendor)
+
+    def _refused(self) -> None:
+        self.refusals += 1
+
+
+def _replace(file: Path, content: str) -> None:
+    plain = file.with_name("plain")
+    plain.write_text(content)
+    plain.replace(file)
+
+
+def looks() -> Sequence[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "last-look"]
+
+
+def test_what_is_against_a_device_stands_at_its_id_and_asks_for_a_scan(workstation: FakeNode) -> None:
+    geforce, t4 = device_of(workstation, GEFORCE), device_of(workstation, T4)
+    look = Bench(workstation, patience=LIMIT)
+    assert run(look(geforce, t4)) == {}
+    assert look.refusals == 0
+    workstation.bind(T4, "nvidia")
+    assert run(look(geforce, t4)) == {"13": f"{T4} is bound to nvidia now"}
+    assert look.refusals == 1
+
+
+def test_a_device_that_hangs_is_refused_and_costs_one_thread_however_often_it_is_asked_for(
+    workstation: FakeNode,
+) -> None:
+    geforce, t4 = device_of(workstation, GEFORCE), device_of(workstation, T4)
+    look = Bench(workstation, T4)
+
+    async def work() -> None:
+        assert list(await asyncio.gather(look(geforce, t4), look(t4))) == [{"13": SILENCE}] * 2
+        again = asyncio.create_task(look(t4))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert again.done(), "one that is known to hang is not waited for"
+        assert again.result() == {"13": SILENCE}
+        await asyncio.to_thread(wait_until, lambda: len(looks()) == 1, "one thread for the device that hangs")
+        # The number may be another device's by now: that one is looked at.
+        assert await look(replace(geforce, id=t4.id, node=t4.node)) == {}
+        look.answer()
+        await asyncio.to_thread(wait_until, lambda: not looks(), "the look that hung has ended")
+        workstation.bind(T4, "nvidia")
+        assert await look(t4) == {"13": f"{T4} is bound to nvidia now"}, "a late answer is not given"
+
+    run(work())
+
+
+def test_a_want_of_descriptors_or_threads_is_against_giving_away_for_as_long_as_it_lasts(
+    workstation: FakeNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t4 = device_of(workstation, T4)
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def work() -> None:
+        look = Bench(workstation, patience=LIMIT)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            assert await look(t4) == {"13": "it cannot be looked at: can't start new thread"}
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            assert await look(t4) == {"13": "it cannot be looked at: Too many open files"}
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert await look(t4) == {}
+
+    run(work())
+
+
+def test_a_fault_of_our_own_in_a_look_is_raised(workstation: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise LookupError("a fault of our own")
+
+    t4 = device_of(workstation, T4)
+    monkeypatch.setattr(last_look, "read_function", fail)
+    with pytest.raises(LookupError, match="a fault of our own"):
+        run(Bench(workstation, patience=LIMIT)(t4))
