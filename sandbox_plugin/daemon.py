@@ -11,7 +11,6 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -20,14 +19,13 @@ from pathlib import Path
 
 import structlog
 
-from sandbox_plugin.cdi.foreign import ForeignSpecWatch
+from sandbox_plugin.cdi.foreign import watch_foreign_specs
 from sandbox_plugin.cdi.stale import read_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Consumer, Settings
 from sandbox_plugin.ending import Ending, Parts
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import Recheck
-from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
 from sandbox_plugin.inventory.naming import ModelNames
@@ -51,7 +49,7 @@ _CDI_RECHECK = 5.0
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
 _FOLDER_PATIENCE = 1.0
-"""Seconds that a CDI folder gets to say where it is, or what is in it; on a dead mount it never does."""
+"""Seconds that a CDI folder gets to say what is in it; on a dead mount it never does."""
 
 
 async def run(settings: Settings, ending: Ending) -> None:
@@ -110,12 +108,9 @@ async def run(settings: Settings, ending: Ending) -> None:
         if needs_cdi:
             watched[cdi_writer.look] = lambda: [settings.cdi_dir]
             # Each folder for itself: the others must not wait for one on a dead mount.
-            foreign: list[ForeignSpecWatch] = []
-            for folder in await cdi_folders(settings):
-                recheck = min(settings.health_interval, _CDI_RECHECK)
-                foreign.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(foreign)))
-                group.create_task(foreign[-1].run())
-                watched[foreign[-1].look] = partial(list, [folder])
+            for foreign in await watch_foreign_specs(settings, recheck=cdi_writer.recheck):
+                group.create_task(foreign.run())
+                watched[foreign.look] = partial(list, [foreign.folder])
         # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
         group.create_task(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
 
@@ -128,22 +123,6 @@ async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str]
     with suppress(TimeoutError):
         async with asyncio.timeout(_FOLDER_PATIENCE):
             registry.learn(former=await read_former(folder, is_ours))
-
-
-async def cdi_folders(settings: Settings) -> tuple[Path, ...]:
-    """All folders that Kata reads specs from: ours, and the host's two; each once, whatever it is called."""
-    folders = (settings.cdi_dir, settings.host_root / "var/run/cdi", settings.host_root / "etc/cdi")
-    real = await asyncio.gather(*map(_real_path, folders))
-    return tuple(dict(zip(reversed(real), reversed(folders), strict=True)).values())[::-1]
-
-
-async def _real_path(folder: Path) -> str:
-    """Where a folder is when all links are followed, or what it is called where that does not answer."""
-    try:
-        async with asyncio.timeout(_FOLDER_PATIENCE):
-            return await on_thread(os.path.realpath)(folder)
-    except (OSError, TimeoutError):
-        return str(folder)
 
 
 async def serve(

@@ -45,7 +45,7 @@ from trials import (
 )
 from truth import Truth
 
-from sandbox_plugin.cdi.owner import MARK
+from sandbox_plugin.cdi.render import MARK
 
 RESTARTS = int(os.environ.get("KUBELET_RESTARTS", "10"))
 

@@ -1,7 +1,7 @@
 """Other people's specs that fail every Kata pod, and other people who write our spec: what is said of them, and when.
 
-Which files a look finds is asked of real folders; the rest is told by the real process. Verdicts on single specs are
-in test_cdi_lint.py.
+Which files are found is asked of real folders; the rest is told by the real process. Verdicts on single specs are in
+test_cdi_lint.py.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from names import PGPU
 from specs import as_text, device, document
 from trials import QUICK, wait_until
 
-from sandbox_plugin.cdi import files
-from sandbox_plugin.cdi.foreign import look_at_specs
+from sandbox_plugin.cdi.foreign import cdi_folders, read_specs
 from sandbox_plugin.cdi.lint import lint
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.daemon import cdi_folders
 
 OURS = "nvidia.com-pgpu.yaml"
 GOOD, NO_DEVICES = as_text(document()), as_text(document(devices=[]))
@@ -45,8 +43,6 @@ TREES: dict[str, tuple[dict[str, str], str | None]] = {
     "an ending of another case": ({"x.YAML": "a"}, "x.YAML"),
     "another ending": ({"x.yml": "a"}, None),
     "a folder that is named like a spec": ({"dir.yaml/b.yaml": "b"}, None),
-    "one device behind a link to a folder": ({"../far/b.yaml": "a", "dir": "-> ../far"}, "dir/b.yaml"),
-    "links that lead back": ({"sub/back": "-> ..", "sub/again": "-> .."}, None),
     "a link to a spec of the folder": ({"b.yaml": "-> a.yaml"}, "b.yaml"),
     "a dangling link": ({"b.json": "-> nowhere"}, "b.json"),
     "a link to itself": ({"b.json": "-> b.json"}, "b.json"),
@@ -58,7 +54,7 @@ Path -> the name of the one device of a good spec, `-> TARGET` for a link, or no
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_a_folder_is_bad_when_either_library_refuses_it_whatever_its_sub_folders_links_and_endings(
+def test_a_folder_is_bad_when_either_library_refuses_it_whatever_its_sub_folders_and_endings(
     tmp_path: Path, name: str
 ) -> None:
     entries, bad = TREES[name]
@@ -70,26 +66,19 @@ def test_a_folder_is_bad_when_either_library_refuses_it_whatever_its_sub_folders
             path.symlink_to(what.removeprefix("-> "))
         else:
             path.write_bytes(as_text(document(devices=[device(what)])) if what else b"{")
-    specs = look_at_specs(folder, {})
-    assert look_at_specs(folder, specs) == specs
-    assert lint({file: seen.reading for file, seen in specs.items()}).keys() == ({folder / bad} if bad else set())
+    specs = read_specs(folder, {})
+    assert read_specs(folder, specs) == specs
+    assert lint({file: known.says for file, known in specs.items()}).keys() == ({folder / bad} if bad else set())
 
 
-def test_a_spec_that_has_not_changed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spec_that_has_not_changed_is_not_read_again(tmp_path: Path) -> None:
     for name in ("a.yaml", "b.yaml"):
         (tmp_path / name).write_bytes(as_text(document(devices=[device(name[0])])))
-    before = look_at_specs(tmp_path, {})
-    read: list[Path] = []
-
-    def note(file: Path, limit: int) -> bytes:
-        read.append(file)
-        return b""
-
-    monkeypatch.setattr(files, "read", note)
+    before = read_specs(tmp_path, {})
     (tmp_path / "b.yaml").write_bytes(b"something else")
-    now = look_at_specs(tmp_path, before)
-    assert read == [tmp_path / "b.yaml"]
-    assert now[tmp_path / "a.yaml"] == before[tmp_path / "a.yaml"]
+    now = read_specs(tmp_path, before)
+    assert now[tmp_path / "a.yaml"] is before[tmp_path / "a.yaml"]
+    assert now[tmp_path / "b.yaml"].says.wrong
 
 
 @pytest.mark.parametrize("name", ["scandir", "stat"])
@@ -104,7 +93,7 @@ def test_for_want_of_descriptors_or_memory_nothing_is_said_of_a_folder(
     with monkeypatch.context() as patched:
         patched.setattr(os, name, refuse)
         with pytest.raises(OSError, match="Too many open files"):
-            look_at_specs(tmp_path, {})
+            read_specs(tmp_path, {})
 
 
 def test_the_folders_are_those_that_kata_reads_and_ours_each_once(tmp_path: Path) -> None:
@@ -123,14 +112,8 @@ def folders_of(settings: Settings) -> set[Path]:
     return set(asyncio.run(cdi_folders(settings)))
 
 
-def test_a_folder_that_leads_to_itself_or_does_not_answer_goes_by_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "etc").mkdir()
-    (tmp_path / "etc/cdi").symlink_to("cdi")
+def test_a_folder_that_does_not_answer_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(cdi_dir=tmp_path / "ours").on_fake_host(tmp_path)
-    wanted = {tmp_path / "ours", tmp_path / "var/run/cdi", tmp_path / "etc/cdi"}
-    assert folders_of(settings) == wanted
     released = threading.Event()
     real = os.path.realpath
 
@@ -139,28 +122,9 @@ def test_a_folder_that_leads_to_itself_or_does_not_answer_goes_by_its_name(
 
     monkeypatch.setattr(os.path, "realpath", hang)
     try:
-        assert folders_of(settings) == wanted
-        assert not released.is_set()
+        assert folders_of(settings) == {tmp_path / "ours", tmp_path / "var/run/cdi", tmp_path / "etc/cdi"}
     finally:
         released.set()
-
-
-def test_a_link_to_half_the_host_is_followed_so_far_and_no_further(tmp_path: Path) -> None:
-    host, folder = tmp_path / "host", tmp_path / "cdi"
-    for name in ("a", "b"):
-        (host / name).mkdir(parents=True)
-        for number in range(6_000):
-            (host / name / str(number)).touch()
-    folder.mkdir()
-    (folder / "all").symlink_to(host)
-    (folder / "bad.yaml").write_text("cdiVersion: 9.9.9\n")
-    found = look_at_specs(folder, {})
-    assert found.keys() == {folder, folder / "bad.yaml"}
-    assert found[folder].reading.unread == (
-        "there is more in it and its sub-folders than the 10000 entries that are looked at"
-    )
-    assert found[folder / "bad.yaml"].reading.wrong
-    assert look_at_specs(folder, found) == found
 
 
 # The real process
@@ -280,7 +244,7 @@ def reference_spec(**nodes: str) -> bytes:
 def test_against_another_writer_of_our_spec_ours_wins_and_the_fight_is_named_once_and_no_loop(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
-    plugin = daemon(fake_node("workstation"), QUICK)
+    plugin = daemon(fake_node("workstation"))
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
     ours, theirs = places.cdi / OURS, reference_spec(**{"0": "/dev/vfio/11"})
     wanted = ours.read_bytes()
@@ -310,7 +274,7 @@ def test_against_another_writer_of_our_spec_ours_wins_and_the_fight_is_named_onc
     seconds = time.monotonic() - started
     assert (first["level"], named["level"]) == ("warning", "error")
     assert "kata-manager" in named["action"]
-    assert rounds <= seconds / 0.2 + 2, "a loop of writing"
+    assert rounds <= seconds / 0.25 + 2, "a loop of writing"
     wait_until(lambda: ours.read_bytes() == wanted, "the last word is ours")
     assert len(plugin.events("cdi spec of another writer replaced", since=since)) == 1
     assert len(plugin.events("another writer keeps writing our cdi spec", since=since)) == 1
