@@ -49,10 +49,8 @@ def _head(resource: str) -> str:
 
 
 def _entry(device: Device) -> str:
-    lines = (
-        f"  - name: {json.dumps(device.id)}",
-        "    containerEdits:",
-        "      deviceNodes:",
-        f"        - path: {json.dumps(device.node)}",
-    )
-    return "".join(f"{line}\n" for line in lines)
+    return f"""  - name: {json.dumps(device.id)}
+    containerEdits:
+      deviceNodes:
+        - path: {json.dumps(device.node)}
+"""
