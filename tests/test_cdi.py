@@ -10,6 +10,7 @@ import asyncio
 import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -33,7 +34,7 @@ from trials import QUICK, tampered, wait_until
 
 from sandbox_plugin.cdi import files, stale
 from sandbox_plugin.cdi.owner import ownership
-from sandbox_plugin.cdi.render import MARK, render_spec, render_specs
+from sandbox_plugin.cdi.render import MARK, ids_in_spec, render_spec, render_specs
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.daemon import learn_former
 from sandbox_plugin.fake.node import FakeNode
@@ -150,6 +151,14 @@ def test_a_device_whose_node_is_gone_leaves_the_spec_and_without_any_there_is_no
     assert read_spec(render_specs(offering(lost, made(PGPU, 5)))[PGPU]).devices.keys() == {"5"}
 
 
+def test_only_what_stands_in_a_spec_of_ours_with_a_node_that_exists_counts_as_in_it() -> None:
+    content = render_spec(PGPU, [made(PGPU, number) for number in (1, 2, 3)]).encode()
+    now = [made(PGPU, 1), made(PGPU, 2, node="/dev/vfio/2"), made(PGPU, 3, node_exists=False), made(PGPU, 4)]
+    assert ids_in_spec(content, PGPU, now) == {"1"}
+    assert ids_in_spec(content, NVSWITCH, now) == set()
+    assert ids_in_spec(content.removeprefix(MARK.encode()), PGPU, now) == set()
+
+
 @pytest.mark.parametrize("resource", ["true.com/null", "a.b-c/d-d", "null.e5/on"])
 def test_names_and_ids_that_look_like_something_else_in_yaml_stay_text(resource: str) -> None:
     spec = read_spec(render_spec(resource, [made(resource, number) for number in (0, 10, 1 << 40)]))
@@ -235,11 +244,14 @@ def with_gpus(*numbers: int) -> HostFacts:
 
 
 @in_loop
-async def test_without_a_device_there_is_no_file_and_not_even_a_folder(tmp_path: Path) -> None:
+async def test_without_a_device_there_is_not_even_a_folder_and_with_one_a_spec_that_all_may_read(
+    tmp_path: Path,
+) -> None:
     async with bench(tmp_path / "cdi") as at:
         await at.show(with_gpus())
         assert not (tmp_path / "cdi").exists()
         await at.show(with_gpus(3))
+        assert stat.S_IMODE((tmp_path / "cdi" / OURS).stat().st_mode) == 0o644
         assert read_folder(tmp_path / "cdi") == {f"{PGPU}=3": ("/dev/vfio/devices/vfio3",)}
 
 

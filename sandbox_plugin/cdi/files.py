@@ -1,4 +1,4 @@
-"""Small files: read again only when they have changed, read without waiting, replaced whole.
+"""Small files: read again only when they have changed, replaced whole.
 
 What the writer and the watch over foreign specs both need. A call may hang on a dead mount: these run on threads.
 """
@@ -52,9 +52,9 @@ def read(file: Path, before: Known[_T] | None, understand: Callable[[bytes], _T]
     stamp = _stamp_of(status)
     if before is not None and before.stamp == stamp:
         return before
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode):  # a pipe would hold us up
         raise OSError(errno.EINVAL, "Not a regular file", str(file))
-    with open(file, "rb", opener=_without_waiting) as opened:
+    with open(file, "rb") as opened:
         return Known(stamp, understand(opened.read(LARGEST + 1)))
 
 
@@ -112,10 +112,6 @@ async def finish(work: Callable[[], _T], on_silence: Callable[[], None]) -> _T:
 
 def _stamp_of(status: os.stat_result) -> Stamp:
     return (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that takes the file's place has no writer
 
 
 def _ignore(task: asyncio.Future[_T]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 _Base: type[yaml.BaseLoader] = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-"""The one that uses libyaml, which PyYAML's wheels have: it is ten times as fast."""
+"""The one that uses libyaml, which PyYAML's wheels have: it is many times as fast."""
 
 LARGEST = 1 << 18
 """Bytes: a larger text is not parsed, since that would take seconds. Specs of real tools have a tenth of that."""
