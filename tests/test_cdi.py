@@ -393,32 +393,38 @@ def refusing(number: int) -> Callable[..., None]:
 async def test_a_folder_that_cannot_be_written_is_tried_again_and_nothing_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bench(tmp_path) as at:
+    async with bench(tmp_path, recheck=3600) as at:
         with monkeypatch.context() as patched, structlog.testing.capture_logs() as logs:
             patched.setattr(os, "replace", refusing(errno.EROFS))
-            await at.show(with_gpus(3))
+            at.registry.observe(with_gpus(3))
             await at.rounds(2)
             reason, detail = at.reason("3")
             assert reason is Reason.NOT_IN_CDI
             assert "Read-only file system" in detail
             assert names_in(tmp_path) == set()
             assert [log["reason"] for log in logs] == [detail], "said once"
-        await at.rounds(2)
+        await at.rounds(1)
         assert at.reason("3")[0] in (None, Reason.SETTLING)
         assert read_folder(tmp_path).keys() == {f"{PGPU}=3"}
 
 
+RIVAL = as_text(document(kind=PGPU, devices=[device("3", deviceNodes=[{"path": "/dev/vfio/devices/vfio4"}])]))
+
+
+@pytest.mark.parametrize("rival", [RIVAL, None], ids=["overwritten", "removed"])
 @in_loop
-async def test_while_somebody_elses_spec_cannot_be_replaced_no_device_counts_as_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_while_a_spec_that_is_not_ours_any_more_cannot_be_replaced_no_device_counts_as_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rival: bytes | None
 ) -> None:
     async with bench(tmp_path) as at:
         await at.show(with_gpus(3))
         assert at.reason("3") == (None, "")
         with monkeypatch.context() as patched:
             patched.setattr(os, "replace", refusing(errno.EROFS))
-            rival = device("3", deviceNodes=[{"path": "/dev/vfio/devices/vfio4"}])
-            (tmp_path / OURS).write_bytes(as_text(document(kind=PGPU, devices=[rival])))
+            if rival is None:
+                (tmp_path / OURS).unlink()
+            else:
+                (tmp_path / OURS).write_bytes(rival)
             await at.rounds(2)
             assert at.reason("3")[0] is Reason.NOT_IN_CDI
         await at.rounds(3)
