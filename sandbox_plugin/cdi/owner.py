@@ -1,18 +1,16 @@
-"""Whose a CDI spec is: pure, from the bytes of a file to who may replace it.
+"""Who may replace the file that has the name of one of our CDI specs: pure, from its bytes.
 
-A file under the name of one of our specs may be replaced when it has our mark, when its kind is our resource's (the
-reference plugin and kata-manager write such files), or when it is an unfinished or broken rest: empty, not valid YAML,
-or a mapping without a `kind`. Anything else belongs to another program and stays.
+It may be replaced when it has our mark, when its kind is our resource's (the reference plugin and kata-manager write
+such files), or when it is an unfinished or broken rest: empty, not valid YAML, or a mapping without a `kind`. Anything
+else belongs to another program and stays.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sandbox_plugin.cdi.render import is_marked
 from sandbox_plugin.cdi.text import NotRead, NotYaml, load
-
-MARK = "# Written by sandbox-plugin, which replaces this file whenever the node's devices change.\n"
-_MARK_START = b"# Written by sandbox-plugin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,11 +19,6 @@ class Ownership:
 
     may_replace: bool
     why: str
-
-
-def is_marked(content: bytes) -> bool:
-    """Whether this plugin wrote this spec, now or when it ran before, even if the write was cut off within the mark."""
-    return content.startswith(_MARK_START) or (content != b"" and _MARK_START.startswith(content))
 
 
 def ownership(content: bytes, resource: str) -> Ownership:
@@ -50,13 +43,3 @@ def ownership(content: bytes, resource: str) -> Ownership:
     if resource.startswith(str(kind)) and content.endswith(str(kind).encode()):
         return Ownership(may_replace=True, why="it is unfinished: it breaks off within its kind")
     return Ownership(may_replace=False, why=f"kind {str(kind)[:80]}")
-
-
-def stated_kind(content: bytes) -> str | None:
-    """The kind of a spec, whatever else is wrong with it; None: it has none, or cannot be read."""
-    try:
-        spec = load(content)
-    except (NotYaml, NotRead):
-        return None
-    kind = spec.get("kind") if isinstance(spec, dict) else None
-    return kind if isinstance(kind, str) else None

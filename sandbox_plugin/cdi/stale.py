@@ -10,22 +10,33 @@ name than specs of its kind have: its devices could be in a second spec of the f
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import structlog
+
 from sandbox_plugin.cdi import files
+from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.cdi.lint import read_spec
-from sandbox_plugin.cdi.owner import is_marked, stated_kind
-from sandbox_plugin.cdi.text import LARGEST
+from sandbox_plugin.cdi.render import is_marked
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.names import cdi_file_name
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.trouble import Troubles
 
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+_PATIENCE = 1.0
+"""Seconds that the folder gets at the start to say what is in it; on a dead mount it never does."""
 _VFIO_NODE = re.compile(r"/dev/vfio/(devices/vfio)?[0-9]+")
 """A device's own node: the reference plugin puts /dev/vfio/vfio beside it."""
 
@@ -40,13 +51,82 @@ class StaleSpec:
     """Device name -> its VFIO node."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A file that is not wanted, as it was when it was read."""
+Unwanted = Mapping[str, Known[StaleSpec | None]]
+"""Name -> what is in it, of the specs in the folder that no resource wants. None: it is somebody else's."""
 
-    stamp: files.Stamp
-    spec: StaleSpec | None
-    """None: it is somebody else's."""
+
+@dataclass(kw_only=True)
+class StaleSpecs:
+    """Those in one folder: tells the registry what they say, and removes each when no pod can need it any more."""
+
+    folder: Path
+    registry: Registry
+    is_ours: Callable[[str], bool]
+    """Whether we may serve a resource of this name."""
+    on_silence: Callable[[], None]
+    """Called when the folder does not answer."""
+    _unwanted: Unwanted = field(default_factory=dict)
+    _free_since: Mapping[str, float] = field(default_factory=dict)
+    """As in `free_since`."""
+    _former: Mapping[DeviceKey, str] | None = None
+    """What the registry was told."""
+    _kept: Troubles[Path] = field(default_factory=Troubles)
+    """Why each is kept."""
+    _troubles: Troubles[Path] = field(default_factory=Troubles)
+    """By spec, or for the folder as a whole."""
+
+    @property
+    def has_trouble(self) -> bool:
+        return bool(self._troubles.now)
+
+    async def clear(self, inventory: Inventory, wanted: Set[str]) -> None:
+        """Looks at all specs but the `wanted` ones, by name, and removes those that no pod can need."""
+        trouble: dict[Path, str] = {}
+        look = partial(find_unwanted, self.folder, wanted, self.is_ours, self._unwanted)
+        try:
+            self._unwanted = await files.finish(look, self.on_silence)
+        except OSError as error:
+            trouble[self.folder] = f"stale CDI specs cannot be looked for: {error.strerror}"
+        else:
+            for name in self._choose(inventory):
+                file = self.folder / name
+                try:
+                    if await files.finish(partial(files.remove, file, self._unwanted[name].stamp), self.on_silence):
+                        log.info("stale cdi spec removed", path=str(file))
+                except OSError as error:
+                    trouble[file] = f"this stale CDI spec cannot be removed: {error.strerror}"
+        for path, why in self._troubles.update(trouble).items():
+            log.error("cdi trouble", path=str(path), reason=why)
+
+    def _choose(self, inventory: Inventory) -> list[str]:
+        """Those that are to go. Tells the registry what the others say, and the log why these are kept."""
+        stale = {name: known.says for name, known in self._unwanted.items() if known.says is not None}
+        holdings, has_pod_resources = self.registry.holdings, self.registry.has_pod_resources
+        kinds = {spec.kind for spec in stale.values() if spec.kind is not None}
+        self._free_since = free_since(self._free_since, kinds, holdings)
+        kept: dict[str, str] = {}
+        for name, spec in stale.items():
+            why = why_kept(spec, inventory, holdings, self._free_since, has_pod_resources=has_pod_resources)
+            if why is not None:
+                kept[name] = why
+        for path, why in self._kept.update({self.folder / name: why for name, why in kept.items()}).items():
+            log.info("stale cdi spec kept", path=str(path), reason=why)
+        former = _former(stale[name] for name in kept)
+        if former != self._former:
+            self._former = former
+            self.registry.learn(former=former)
+        return [name for name in stale if name not in kept]
+
+
+async def learn_former(folder: Path, registry: Registry, is_ours: Callable[[str], bool]) -> None:
+    """Tells the registry which nodes pods may hold under names that are not offered any more.
+
+    To be known, like their holders, before anything is offered. A folder that does not answer tells nothing; the CDI
+    writer says later that it is silent.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            registry.learn(former=await read_former(folder, is_ours))
 
 
 async def read_former(folder: Path, is_ours: Callable[[str], bool]) -> dict[DeviceKey, str]:
@@ -55,15 +135,39 @@ async def read_former(folder: Path, is_ours: Callable[[str], bool]) -> dict[Devi
     Writes nothing. What cannot be read counts as not there. May take for ever, on a dead mount; it can be cancelled.
     """
     try:
-        seen = await look_for_stale(folder, frozenset(), is_ours, {})
+        unwanted = await on_thread(find_unwanted)(folder, frozenset(), is_ours, {})
     except OSError:
         return {}
-    return former(each.spec for each in seen.values() if each.spec is not None)
+    return _former(known.says for known in unwanted.values() if known.says is not None)
 
 
-def former(specs: Iterable[StaleSpec]) -> dict[DeviceKey, str]:
-    """Device -> its node, of these specs."""
+def _former(specs: Iterable[StaleSpec]) -> dict[DeviceKey, str]:
     return {(spec.kind, name): node for spec in specs if spec.kind is not None for name, node in spec.nodes.items()}
+
+
+# What is stale
+
+
+def find_unwanted(folder: Path, wanted: Set[str], is_ours: Callable[[str], bool], before: Unwanted) -> Unwanted:
+    """What is in the folder now that is not `wanted`. For a thread.
+
+    Raises OSError when the folder cannot be read, or this process lacks something.
+    """
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found = {}
+    for name in sorted(set(names) - wanted):
+        if not name.endswith(".yaml"):
+            continue
+        try:
+            found[name] = files.read(folder / name, before.get(name), partial(read_stale, name, is_ours=is_ours))
+        except OSError as error:
+            if error.errno in files.NO_RESOURCES:
+                raise
+            continue  # a folder, say: what cannot be read is not known to be ours
+    return found
 
 
 def read_stale(name: str, content: bytes, is_ours: Callable[[str], bool]) -> StaleSpec | None:
@@ -71,15 +175,15 @@ def read_stale(name: str, content: bytes, is_ours: Callable[[str], bool]) -> Sta
 
     Ours is what this plugin wrote, and what has the name and the kind of a resource that we may serve.
     """
-    kind = stated_kind(content)
-    if kind is not None and name != cdi_file_name(kind):
-        kind = None
+    reading = read_spec(content)
+    kind = reading.kind if reading.kind is not None and name == cdi_file_name(reading.kind) else None
     if not is_marked(content) and not (kind is not None and is_ours(kind)):
         return None
-    if kind is None or not (devices := read_spec(content).devices):
+    if kind is None or not reading.devices:
         return StaleSpec()
     nodes = {
-        device.partition("=")[2]: next(filter(_VFIO_NODE.fullmatch, paths), None) for device, paths in devices.items()
+        device.partition("=")[2]: next(filter(_VFIO_NODE.fullmatch, paths), None)
+        for device, paths in reading.devices.items()
     }
     return StaleSpec(kind=kind, nodes={name: node for name, node in nodes.items() if node is not None})
 
@@ -133,64 +237,3 @@ def why_kept(
     if holdings.asked_at - since < RETIRE:
         return f"PodResources has not shown for {RETIRE:g} s yet that no pod holds a device of it"
     return None
-
-
-# What happens on threads
-
-
-@on_thread
-def look_for_stale(
-    folder: Path, wanted: Set[str], is_ours: Callable[[str], bool], before: Mapping[str, Seen]
-) -> dict[str, Seen]:
-    """Name -> what is in it, of each spec in the folder that is not `wanted`; what has not changed is not read again.
-
-    Raises OSError when the folder cannot be read, or this process lacks something.
-    """
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    seen = {}
-    for name in sorted(set(names) - wanted):
-        if not name.endswith(".yaml"):
-            continue
-        try:
-            seen[name] = _look_at(folder / name, before.get(name), is_ours)
-        except OSError as error:
-            if error.errno in files.NO_RESOURCES:
-                raise
-            continue  # a folder, say: what cannot be read is not known to be ours
-    return seen
-
-
-def _look_at(file: Path, before: Seen | None, is_ours: Callable[[str], bool]) -> Seen:
-    stamp = files.stamp_of(os.stat(file))
-    if before is not None and before.stamp == stamp:
-        return before
-    return Seen(stamp=stamp, spec=read_stale(file.name, files.read(file, LARGEST + 1), is_ours))
-
-
-@dataclass(kw_only=True)
-class Removal:
-    """How it went to remove stale specs."""
-
-    removed: list[Path] = field(default_factory=list)
-    stuck: dict[Path, str | None] = field(default_factory=dict)
-    """Those that could not be removed, and why."""
-
-
-@on_thread
-def remove(folder: Path, stale: Mapping[str, files.Stamp]) -> Removal:
-    """Removes the files of these names, except those that are not what was seen any more."""
-    outcome = Removal()
-    for name, stamp in stale.items():
-        file = folder / name
-        try:
-            if files.stamp_of(os.stat(file)) == stamp:
-                file.unlink()
-                outcome.removed.append(file)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            outcome.stuck[file] = error.strerror
-    return outcome

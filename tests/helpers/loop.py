@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 LIMIT = 60.0
 """Seconds that a test's work in a loop may take before the test fails: only machines under load need them."""
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -19,3 +21,13 @@ def run(work: Coroutine[Any, Any, _T]) -> _T:
             return await work
 
     return asyncio.run(bounded())
+
+
+def in_loop(test: Callable[_P, Coroutine[Any, Any, None]]) -> Callable[_P, None]:
+    """Makes a coroutine a test. It fails when it takes longer than `LIMIT`."""
+
+    @wraps(test)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        run(test(*args, **kwargs))
+
+    return call
