@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from sandbox_plugin.host import bus, sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.pci_function import FunctionUnreadable, read_function
+from sandbox_plugin.host.pci_function import FunctionUnreadable, is_a_vms, read_function
 from sandbox_plugin.host.sweep import SILENCE
 from sandbox_plugin.host.threads import DaemonThreads
 from sandbox_plugin.model import Device, Objection, PciFunction, Placement, group_of_node, node_of_cdev
@@ -76,12 +76,14 @@ def objection(paths: HostPaths, device: Device) -> Objection | None:
     placements = {placement.address: placement for placement in device.placements}
     used = set()
     try:
-        for address in dict.fromkeys((*placements, *device.group_functions)):
+        for address, placement in placements.items():
             function = read_function(paths, address)
-            if address in placements and (why := _why_unfit(paths, device, placements[address], function)):
+            if why := _why_unfit(paths, device, placement, function):
                 return Objection(why=why)
             if function.enable == 1:
                 used.add(address)
+        # Of its mates no more than that is read: they may hang, or be gone.
+        used |= {other for other in device.group_functions if other not in placements and is_a_vms(paths, other)}
     except FunctionUnreadable as error:
         return Objection(why=f"{address}: {error}")
     except sysfs.OutOfResources as error:

@@ -79,6 +79,18 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
         raise FunctionUnreadable(str(error)) from None
 
 
+def is_a_vms(paths: HostPaths, address: str) -> bool:
+    """Whether a function is enabled, and no host driver has it. Raises `sysfs.OutOfResources`."""
+    folder = f"{paths.pci_devices}/{address}"
+    if sysfs.text_or_none(f"{folder}/enable") != "1":
+        return False
+    try:
+        driver = sysfs.target_name(f"{folder}/driver")
+    except OSError:
+        return True
+    return driver is None or is_vfio_driver(driver) or _vfio_dev(folder) is not None
+
+
 def _read_pci_function(paths: HostPaths, address: str, before: PciFunction | None) -> PciFunction:
     """As `read_function`. Raises OSError and ValueError."""
     folder = f"{paths.pci_devices}/{address}"
