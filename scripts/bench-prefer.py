@@ -102,7 +102,7 @@ def servicer(devices: Mapping[str, Device], policy: Policy) -> DevicePluginServi
         policy=policy,
         consumer=Consumer.KATA,
         stream=nullcontext,
-        why_not=nothing,
+        recheck=nothing,
     )
 
 

@@ -35,12 +35,12 @@ from grpclib import GRPCError
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
-from sandbox_plugin.kubelet.servicer import DevicePluginServicer, LastLook
+from sandbox_plugin.kubelet.servicer import DevicePluginServicer, Recheck
 from sandbox_plugin.names import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.rpc.client import NoAnswerError, call
-from sandbox_plugin.rpc.server import PluginServer
+from sandbox_plugin.rpc.server import UnixServer
 from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"
@@ -114,7 +114,7 @@ class Endpoint:
     registry: Registry
     policy: Policy
     consumer: Consumer
-    why_not: LastLook
+    recheck: Recheck
     """As in `DevicePluginServicer`."""
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
@@ -154,14 +154,9 @@ class Endpoint:
         listener, own = await self._listen()
         self._own = own
         try:
-            server = PluginServer(listener, self._service)
-            server.start()
-            try:
+            with UnixServer(listener, lambda: [self._service()]):
                 yield
-            finally:
-                server.end()
         finally:
-            listener.close()
             sockets.remove(self.path, own)
 
     async def _listen(self) -> tuple[socket.socket, sockets.Identity]:
@@ -171,7 +166,7 @@ class Endpoint:
             try:
                 return sockets.listen_at(self.path)
             except OSError as error:
-                self._complain(f"cannot listen at {error.filename or self.path}: {error.strerror or error}")
+                self._complain(f"cannot listen at {self.path}: {error.strerror or error}")
             await self._pause(partial(self._is_new, kubelet))
 
     def _service(self) -> DevicePluginServicer:
@@ -185,7 +180,7 @@ class Endpoint:
             policy=self.policy,
             consumer=self.consumer,
             stream=lambda: self._stream(registration),
-            why_not=self.why_not,
+            recheck=self.recheck,
         )
 
     @contextmanager

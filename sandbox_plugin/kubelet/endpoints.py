@@ -10,7 +10,7 @@ import structlog
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.ending import Ending, Parts
 from sandbox_plugin.kubelet.endpoint import Endpoint
-from sandbox_plugin.kubelet.servicer import LastLook
+from sandbox_plugin.kubelet.servicer import Recheck
 from sandbox_plugin.registry import Registry
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -29,7 +29,7 @@ class Endpoints:
     settings: Settings
     registry: Registry
     ending: Ending
-    why_not: LastLook
+    recheck: Recheck
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Endpoints:
             registry=self.registry,
             policy=self.settings.allocation_policy,
             consumer=self.settings.consumer,
-            why_not=self.why_not,
+            recheck=self.recheck,
         )
         self._running[resource] = _Running(endpoint=endpoint, task=group.create_task(endpoint.run(), name=resource))
 
