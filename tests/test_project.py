@@ -33,7 +33,7 @@ WANTED = {
 def read_lock(name: str) -> dict[str, tuple[str, frozenset[str]]]:
     """Package -> its version and the hashes of its files. Fails for a line that is no pin with hashes."""
     text = re.sub(r"#.*", "", (ROOT / f"requirements/{name}.txt").read_text()).replace("\\\n", " ")
-    lock = {}
+    lock: dict[str, tuple[str, frozenset[str]]] = {}
     for line in filter(None, map(str.strip, text.splitlines())):
         pin = re.fullmatch(r"([\w.-]+)==([\w.+!]+)((?:\s+--hash=sha256:[0-9a-f]{64})+)", line)
         assert pin is not None, f"names a place to get it from, or has no hash: {line}"
