@@ -45,7 +45,7 @@ _QUICK, _UNHURRIED = 0.01, 0.05
 _LAST_LOOK_PATIENCE = 0.08
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
 which is to come within 0.1 s."""
-_CDI_RECHECK = 5.0
+_CDI_INTERVAL = 5.0
 """Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0
 """Seconds that PodResources gets before the first scan: who holds what should be known before anything is offered."""
@@ -76,7 +76,7 @@ class Daemon:
             folder=settings.cdi_dir,
             registry=self._registry,
             is_ours=self._rules.may_be_ours,
-            recheck=min(settings.health_interval, _CDI_RECHECK),
+            interval=min(settings.health_interval, _CDI_INTERVAL),
         )
 
     async def run(self, shutdown: Shutdown) -> None:
@@ -110,7 +110,7 @@ class Daemon:
             if self._needs_cdi:
                 watched[self._cdi_writer.look] = lambda: [self._settings.cdi_dir]
                 # Each folder for itself: the others must not wait for one on a dead mount.
-                for foreign in await watch_foreign_specs(self._settings, recheck=self._cdi_writer.recheck):
+                for foreign in await watch_foreign_specs(self._settings, interval=self._cdi_writer.interval):
                     start(foreign.run())
                     watched[foreign.look] = partial(list, [foreign.folder])
             # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.

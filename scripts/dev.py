@@ -17,23 +17,17 @@ and its syntax is old enough for an older Python to get as far as saying that it
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 import venv
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 OLDEST_PYTHON = (3, 11)
-OLDEST_PIP = (22, 3)  # the first with `pip --python`
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -46,6 +40,7 @@ LOCKS = {
     "tools": ["requirements/dev.txt"],  # holds all of the program's at the same versions
     "fuzz": ["requirements/dev.txt", "requirements/fuzz.txt"],
 }
+PROJECT = "pyproject.toml"
 CHECKS = [
     ["ruff", "check", "."],
     ["ruff", "format", "--check", "."],
@@ -68,141 +63,78 @@ def say(text: str) -> None:
 
 def environment() -> dict[str, str]:
     """For child processes: .venv first on the PATH, and nothing that leads Python or pip past .venv."""
-    misleading = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"}
+    misleading = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER"}
     env = {name: value for name, value in os.environ.items() if name not in misleading}
-    env["VIRTUAL_ENV"] = str(VENV)
-    env["PATH"] = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])
-    env.update(PIP_USER="0", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
-    return env
+    path = os.pathsep.join([str(BIN), os.environ.get("PATH", os.defpath)])
+    return {**env, "VIRTUAL_ENV": str(VENV), "PATH": path, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 
-@contextlib.contextmanager
-def one_at_a_time() -> Iterator[None]:
-    """Two commands started together in one checkout: the second waits, and then finds the work done."""
-    with open(ROOT / ".venv.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another setup of this checkout")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def digest(file: str) -> str:
+    return hashlib.sha256((ROOT / file).read_bytes()).hexdigest()
 
 
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def lock_digest(lock: str) -> str:
-    return digest((ROOT / lock).read_text())
-
-
-def project_digest() -> str:
-    """Of the part of pyproject.toml that decides how the project itself is installed."""
-    import tomllib  # not there before 3.11, and by now the version has been checked
-
-    tables = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    parts = [tables["build-system"], tables["project"], tables["tool"]["hatch"]]
-    return digest(json.dumps(parts, sort_keys=True))
-
-
-def base() -> list[str]:
+def base() -> str:
     """What an environment cannot outlive: its Python, and the place of the checkout (its scripts name it)."""
-    return [sys.base_prefix, "{}.{}".format(*sys.version_info), str(ROOT)]
-
-
-def read_state() -> dict[str, Any]:
-    try:
-        state: dict[str, Any] = json.loads(STATE.read_text())
-    except FileNotFoundError:
-        return {}
-    return state
-
-
-def write_state(state: dict[str, Any]) -> None:
-    new = STATE.with_suffix(".new")
-    new.write_text(json.dumps(state, indent=1))
-    new.replace(STATE)
-
-
-def is_current(state: dict[str, Any]) -> bool:
-    """Whether .venv can be kept. Not when a lock has changed: it may have dropped a package."""
-    return (
-        state.get("base") == base()
-        and (BIN / "python").exists()
-        and all((ROOT / lock).exists() and lock_digest(lock) == old for lock, old in state["locks"].items())
-    )
-
-
-def make_venv() -> dict[str, Any]:
-    if VENV.exists() and not STATE.exists():
-        raise SetupError(f"{VENV} was not made by this script: move it away, or remove it")
-    if VENV.exists():
-        # The mark goes last, so that what a killed run leaves behind is still known as ours.
-        for entry in VENV.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry != STATE:
-                entry.unlink()
-    else:
-        VENV.mkdir()
-    state: dict[str, Any] = {"base": base(), "locks": {}, "project": None}
-    write_state({**state, "base": None})
-    say("making .venv with Python {}.{}.{}".format(*sys.version_info))
-    venv.EnvBuilder(with_pip=False, symlinks=True).create(VENV)
-    write_state(state)
-    return state
-
-
-def pip() -> list[str]:
-    """A pip that installs into .venv: the machine's, or else the one that the standard library carries."""
-    command = [sys.executable, "-m", "pip"]
-    found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False, cwd=ROOT)
-    version = re.match(r"pip (\d+)\.(\d+)", found.stdout)
-    if version and (int(version[1]), int(version[2])) >= OLDEST_PIP:
-        return [*command, "--python", str(BIN / "python")]
-    own = [str(BIN / "python"), "-m", "ensurepip"]
-    if subprocess.run(own, capture_output=True, check=False, env=environment()).returncode == 0:
-        return [str(BIN / "python"), "-m", "pip"]
-    raise SetupError(
-        f"{sys.executable} has no pip of version {OLDEST_PIP[0]}.{OLDEST_PIP[1]} or newer "
-        "(on Debian and Ubuntu: apt-get install python3-pip)"
-    )
-
-
-def install(what: str, arguments: list[str]) -> None:
-    """Run `pip install`, silent but for errors.
-
-    Raises:
-        SetupError: pip failed; it has said why.
-    """
-    say(f"installing {what}")
-    started = time.monotonic()
-    command = [*pip(), "install", "-qq", "--no-warn-script-location", *arguments]
-    if subprocess.run(command, check=False, cwd=ROOT, env=environment()).returncode != 0:
-        raise SetupError(f"pip could not install {what}: its reason is above")
-    say(f"installed {what} in {time.monotonic() - started:.0f} s")
+    return "{} {}.{} {}".format(sys.base_prefix, *sys.version_info[:2], ROOT)
 
 
 def ensure(need: str) -> None:
     """Make `.venv` hold what `need` (a key of LOCKS) asks for; at once when it already does."""
-    with one_at_a_time():
-        state = read_state()
-        if not is_current(state):
-            state = make_venv()
-        held = state["locks"]
-        if need == "program" and set(LOCKS["tools"]) <= set(held):
+    with open(ROOT / ".venv.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two that are started together the second finds the work done
+        installed = read_state() or make_venv()
+        if need == "program" and LOCKS["tools"][0] in installed:
             need = "tools"
-        if not set(LOCKS[need]) <= set(held):
-            for lock in LOCKS[need]:
+        for file in LOCKS[need]:
+            if file not in installed:
                 # Wheels only: no code of a package runs while it is installed.
-                install(lock, ["--require-hashes", "--only-binary=:all:", "-r", lock])
-                held[lock] = lock_digest(lock)
-                write_state(state)
-        if state["project"] != project_digest():
+                install(file, ["--require-hashes", "--only-binary=:all:", "-r", file])
+                write_state(installed, file)
+        if installed.get(PROJECT) != digest(PROJECT):
             # The build backend is in the lock, so this asks no index for anything.
             install("this project (editable)", ["--no-index", "--no-deps", "--no-build-isolation", "-e", "."])
-            state["project"] = project_digest()
-            write_state(state)
+            write_state(installed, PROJECT)
+
+
+def read_state() -> dict[str, str]:
+    """File -> its digest when it was installed; "base" is what the environment was made with.
+
+    Empty if .venv cannot be kept: a lock that has changed may have dropped a package.
+    """
+    if not STATE.exists() or not (BIN / "python").exists():
+        return {}
+    state: dict[str, str] = json.loads(STATE.read_text())
+    is_current = state["base"] == base() and all(
+        (ROOT / lock).exists() and digest(lock) == state[lock] for lock in state.keys() - {"base", PROJECT}
+    )
+    return state if is_current else {}
+
+
+def write_state(state: dict[str, str], file: str) -> None:
+    """Notes that this file has been installed, too."""
+    state[file] = digest(file)
+    STATE.write_text(json.dumps(state, indent=1))
+
+
+def make_venv() -> dict[str, str]:
+    if VENV.exists() and not STATE.exists():
+        raise SetupError(f"{VENV} was not made by this script: move it away, or remove it")
+    if VENV.exists():
+        shutil.rmtree(VENV)
+    say("making .venv with Python {}.{}.{}".format(*sys.version_info))
+    venv.EnvBuilder(with_pip=False, symlinks=True).create(VENV)
+    state = {"base": base()}
+    STATE.write_text(json.dumps(state))
+    return state
+
+
+def install(what: str, arguments: list[str]) -> None:
+    """Run `pip install`, silent but for errors. Raises SetupError when pip fails; it has said why."""
+    say(f"installing {what}")
+    pip = [sys.executable, "-m", "pip", "--python", str(BIN / "python")]
+    command = [*pip, "install", "-qq", "--no-warn-script-location", *arguments]
+    if subprocess.run(command, check=False, cwd=ROOT, env=environment()).returncode != 0:
+        raise SetupError(f"pip could not install {what}: its reason is above (pip 22.3 or newer is needed)")
 
 
 def run(commands: list[list[str]]) -> int:

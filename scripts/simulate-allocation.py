@@ -12,7 +12,7 @@ all policies serve the same VMs at the same times, and differ only in the GPUs t
     lowest           the kubelet without preferred allocation, as if it took the lowest free number
     random           the kubelet without preferred allocation as it is: any free GPUs
 
-The same arguments give the same figures. The nodes are presets of the fake node, read as the daemon reads a host.
+The figures are the same each time. The nodes are presets of the fake node, read as the daemon reads a host.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ MIX = {1: 0.4, 2: 0.3, 4: 0.25, 8: 0.05}
 POLICIES = ("packed", "spread", "lowest", "random")
 
 ARRIVALS, SEED = 20_000, 1
+"""VMs that come in each replay; where the random numbers begin."""
 
 Choose = Callable[[tuple[str, ...], int, Random], tuple[str, ...]]
 """From the free IDs, in order, a VM's own."""
@@ -83,25 +84,23 @@ Results = Mapping[tuple[str, float, str], Outcome]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--arrivals", type=int, default=ARRIVALS, help="VMs that come in each replay")
-    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--svg", type=Path, help="also draw the plot into this file")
     args = parser.parse_args()
-    results = simulate(LOADS, args.arrivals, args.seed)
+    results = simulate(LOADS)
     print(tables(results))
     if args.svg:
         args.svg.write_text(plot(results))
 
 
-def simulate(loads: Sequence[float] = (TABLE_LOAD,), count: int = ARRIVALS, seed: int = SEED) -> Results:
+def simulate(loads: Sequence[float]) -> Results:
     """Each load of each node has random numbers of its own, so its figures do not depend on the other loads."""
     results = {}
     for preset in NODES:
         devices = gpus_of(preset)
         for load in loads:
-            vms = arrivals(len(devices), load, count, Random(f"{seed} {preset} {load}"))
+            vms = arrivals(len(devices), load, Random(f"{SEED} {preset} {load}"))
             for policy in POLICIES:
-                results[preset, load, policy] = replay(devices, vms, policy, Random(seed))
+                results[preset, load, policy] = replay(devices, vms, policy, Random(SEED))
     return results
 
 
@@ -114,11 +113,11 @@ def gpus_of(preset: str) -> dict[str, Device]:
     return {d.id: d for d in inventory.resources["nvidia.com/pgpu"]}
 
 
-def arrivals(gpus: int, load: float, count: int, random: Random) -> list[Vm]:
-    """The VMs that fit, of so many that come."""
+def arrivals(gpus: int, load: float, random: Random) -> list[Vm]:
+    """The VMs that fit, of all that come."""
     per_stay = load * gpus / sum(size * share for size, share in MIX.items())
     now, free, leaving, served = 0.0, gpus, list[tuple[float, int]](), []
-    for _ in range(count):
+    for _ in range(ARRIVALS):
         now += random.expovariate(per_stay)
         while leaving and leaving[0][0] <= now:
             free += heapq.heappop(leaving)[1]

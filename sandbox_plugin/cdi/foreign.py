@@ -41,13 +41,13 @@ _TO_DO = {
 
 @dataclass(kw_only=True)
 class ForeignSpecWatch:
-    """Looks at all specs in one CDI folder and logs what is wrong: at start, when told to, and every `recheck` seconds.
+    """Looks at all specs in one CDI folder: at start, when told to, and every `interval` seconds. Logs what is wrong.
 
     Each folder has a watch of its own: one that does not answer must not hide what is in the other.
     """
 
     folder: Path
-    recheck: float = 5.0
+    interval: float = 5.0
     others: Sequence[ForeignSpecWatch] = ()
     """Those of other folders: of a device that is there too, this folder's spec is named."""
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
@@ -67,7 +67,7 @@ class ForeignSpecWatch:
             with suppress(OSError):  # for want of descriptors: next time
                 known = await on_thread(read_specs)(self.folder, known)
                 self._report({file: each.says for file, each in known.items()})
-            if await happens(self._bell, within=self.recheck):
+            if await happens(self._bell, within=self.interval):
                 await asyncio.sleep(_SETTLE)
 
     def _report(self, readings: Mapping[Path, Reading]) -> None:
@@ -89,11 +89,11 @@ class ForeignSpecWatch:
             log.info("bad cdi spec is gone", path=str(file))
 
 
-async def watch_foreign_specs(settings: Settings, recheck: float) -> list[ForeignSpecWatch]:
+async def watch_foreign_specs(settings: Settings, interval: float) -> list[ForeignSpecWatch]:
     """A watch for each of the folders that Kata reads specs from."""
     watches: list[ForeignSpecWatch] = []
     for folder in await cdi_folders(settings):
-        watches.append(ForeignSpecWatch(folder=folder, recheck=recheck, others=tuple(watches)))
+        watches.append(ForeignSpecWatch(folder=folder, interval=interval, others=tuple(watches)))
     return watches
 
 

@@ -44,13 +44,13 @@ class CdiWriter:
     """Keeps the specs in `folder` equal to the registry's inventory, and tells the registry what is on disk.
 
     `is_ours(resource)` says whether a resource name is one that we may serve. What somebody else removed or overwrote
-    comes back when `look` is called, and at the latest after `recheck` seconds.
+    comes back when `look` is called, and at the latest after `interval` seconds.
     """
 
     folder: Path
     registry: Registry
     is_ours: Callable[[str], bool]
-    recheck: float = 5.0
+    interval: float = 5.0
     _stale: StaleSpecs = field(init=False)
     _due: asyncio.Event = field(default_factory=asyncio.Event)
     _folder_changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,7 +81,7 @@ class CdiWriter:
                 if inventory.version:
                     await self._sync(inventory)
                 has_trouble = self._troubles.now or self._stale.has_trouble
-                await happens(self._due, within=min(self.recheck, _RETRY) if has_trouble else self.recheck)
+                await happens(self._due, within=min(self.interval, _RETRY) if has_trouble else self.interval)
 
     async def _follow_inventory(self) -> None:
         inventory = self.registry.current

@@ -24,13 +24,16 @@ _IOMMUFD_NODE = "/dev/iommu"
 def answer(consumer: Consumer, resource: str, devices: Sequence[Device]) -> v1beta1.ContainerAllocateResponse:
     """The answer for one container that gets these devices, in this order."""
     if consumer is Consumer.KUBEVIRT:
-        return v1beta1.ContainerAllocateResponse(
-            envs=kubevirt_variables(resource, devices), devices=_specs(kubevirt_nodes(devices))
-        )
-    return v1beta1.ContainerAllocateResponse(devices=_specs([device.node for device in devices]))
+        variables, nodes = _kubevirt_variables(resource, devices), _kubevirt_nodes(devices)
+    else:
+        variables, nodes = {}, [device.node for device in devices]
+    return v1beta1.ContainerAllocateResponse(
+        envs=variables,
+        devices=[v1beta1.DeviceSpec(container_path=node, host_path=node, permissions=_PERMISSIONS) for node in nodes],
+    )
 
 
-def kubevirt_variables(resource: str, devices: Sequence[Device]) -> dict[str, str]:
+def _kubevirt_variables(resource: str, devices: Sequence[Device]) -> dict[str, str]:
     """`PCI_RESOURCE_NVIDIA_COM_PGPU=0000:1b:00.0,...`: exactly one address for each device, in the devices' order.
 
     virt-launcher takes one address for each GPU of the VM; with one too many or too few all later ones would shift. Of
@@ -43,7 +46,7 @@ def kubevirt_variables(resource: str, devices: Sequence[Device]) -> dict[str, st
     return {f"{prefix}_{suffix}": ",".join(listed) for prefix, listed in addresses.items()}
 
 
-def kubevirt_nodes(devices: Sequence[Device]) -> list[str]:
+def _kubevirt_nodes(devices: Sequence[Device]) -> list[str]:
     """Every node that libvirt may open for these devices, each once.
 
     On a kernel with cdevs those are the cdevs with /dev/iommu, and the group nodes with /dev/vfio/vfio as well: which
@@ -56,7 +59,3 @@ def kubevirt_nodes(devices: Sequence[Device]) -> list[str]:
         if device.group_node is not None:
             nodes |= dict.fromkeys((device.group_node, _CONTAINER_NODE))
     return list(nodes)
-
-
-def _specs(nodes: Sequence[str]) -> list[v1beta1.DeviceSpec]:
-    return [v1beta1.DeviceSpec(container_path=node, host_path=node, permissions=_PERMISSIONS) for node in nodes]

@@ -40,7 +40,7 @@ from sandbox_plugin.names import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.rpc.client import NoAnswerError, call
-from sandbox_plugin.rpc.server import PluginServer
+from sandbox_plugin.rpc.server import UnixServer
 from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"
@@ -51,7 +51,7 @@ _STREAM_TIMEOUT = 10.0
 """Seconds in which the kubelet opens ListAndWatch after it answered Register."""
 _SETTLED = 5.0
 """Seconds after which a registration has held, and its loss is worth another attempt at once."""
-_RECHECK = 5.0
+_INTERVAL = 5.0
 """Seconds between looks at the sockets that no event asked for."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -130,7 +130,7 @@ class Endpoint:
     registry: Registry
     policy: Policy
     consumer: Consumer
-    why_not: LastLook
+    last_look: LastLook
     """As in `DevicePluginServicer`."""
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
@@ -183,14 +183,9 @@ class Endpoint:
         listener, own = await self._listen()
         self._own = own
         try:
-            server = PluginServer(listener, self._service)
-            server.start()
-            try:
+            with UnixServer(listener, lambda: [self._service()]):
                 yield
-            finally:
-                server.end()
         finally:
-            listener.close()
             sockets.remove(self.path, own)
 
     async def _listen(self) -> tuple[socket.socket, sockets.Identity]:
@@ -200,7 +195,7 @@ class Endpoint:
             try:
                 return sockets.listen_at(self.path)
             except OSError as error:
-                self._complain(f"cannot listen at {error.filename or self.path}: {error.strerror or error}")
+                self._complain(f"cannot listen at {self.path}: {error.strerror or error}")
             await self._pause(partial(self._is_new, kubelet))
 
     def _service(self) -> DevicePluginServicer:
@@ -214,7 +209,7 @@ class Endpoint:
             policy=self.policy,
             consumer=self.consumer,
             stream=lambda: self._stream(registration),
-            why_not=self.why_not,
+            last_look=self.last_look,
         )
 
     @contextmanager
@@ -291,7 +286,7 @@ class Endpoint:
     async def _hold(self) -> State:
         """Waits until the registration is lost, and says why."""
         while (reason := self._why_lost()) is None:
-            await self._wait(lambda: self._why_lost() is not None, _RECHECK)
+            await self._wait(lambda: self._why_lost() is not None, _INTERVAL)
         self._losses += 1
         log.warning("registration lost", resource=self.resource, reason=reason)
         return State.LOST

@@ -28,7 +28,7 @@ class Endpoints:
 
     settings: Settings
     registry: Registry
-    why_not: LastLook
+    last_look: LastLook
     """As in `Endpoint`."""
     _running: dict[str, _Running] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Endpoints:
             registry=self.registry,
             policy=self.settings.allocation_policy,
             consumer=self.settings.consumer,
-            why_not=self.why_not,
+            last_look=self.last_look,
         )
         self._running[resource] = _Running(endpoint=endpoint, task=shutdown.watch(group.create_task(endpoint.run())))
 

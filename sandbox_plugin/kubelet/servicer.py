@@ -1,44 +1,39 @@
-"""The device plugin service of one resource: pure readers of the registry.
+"""The device plugin service of one resource.
 
-Every call takes one snapshot and answers from it. Nothing here knows sockets or registration; that streams open and
-end is what the endpoint must know, and it wraps each in `stream`.
+Every call takes one snapshot of the registry and answers from it; Allocate enters what it gives. Nothing here knows
+sockets or registration. That streams open and end is what the endpoint must know: it wraps each in `stream`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, aclosing
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
-import betterproto
 import structlog
 from grpclib import GRPCError, Status
-from grpclib.server import Stream
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
-from sandbox_plugin.inventory.state import Inventory
-from sandbox_plugin.inventory.topology import Place, places_by_id
 from sandbox_plugin.kubelet.answers import answer
 from sandbox_plugin.model import Device, Objection
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.rpc.codec import MalformedMessage, check
+from sandbox_plugin.rpc.server import PromptStreams
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 """The only words the kubelet knows (pkg/apis/deviceplugin/v1beta1/constants.go)."""
 
-
 LastLook = Callable[[Sequence[Device]], Awaitable[Mapping[str, Objection]]]
-"""Looks at devices once more: device ID -> what speaks against giving it away now. Answers soon."""
+"""Checks devices on the host once more, before they are given: device ID -> what speaks against giving it now. Takes
+well under a second."""
 
 
 @dataclass(kw_only=True)
-class DevicePluginServicer(v1beta1.DevicePluginBase):
+class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
     """Serves one resource. Each ListAndWatch stream lives inside `stream()`."""
 
     resource: str
@@ -46,9 +41,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     policy: Policy
     consumer: Consumer
     stream: Callable[[], AbstractContextManager[None]]
-    why_not: LastLook
-    _places: tuple[int, Mapping[str, Place]] | None = field(default=None, init=False)
-    """The version of the inventory that was last asked about, and the places of its devices."""
+    last_look: LastLook
 
     async def get_device_plugin_options(self, empty: v1beta1.Empty) -> v1beta1.DevicePluginOptions:
         return v1beta1.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
@@ -74,11 +67,7 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         self, request: v1beta1.PreferredAllocationRequest
     ) -> v1beta1.PreferredAllocationResponse:
         """One answer for each container. An error rejects the pod, so only a question without any answer gets one."""
-        self._check(request)
-        inventory = self.registry.current
-        devices = {d.id: d for d in inventory.resources.get(self.resource, ())}
-        if self._places is None or self._places[0] != inventory.version:
-            self._places = inventory.version, places_by_id(devices.values())
+        devices = {d.id: d for d in self.registry.current.resources.get(self.resource, ())}
         answers = []
         for asked in request.container_requests:
             about = {"available": asked.available_device_i_ds, "must_include": asked.must_include_device_i_ds}
@@ -90,7 +79,6 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
                     must_include=asked.must_include_device_i_ds,
                     size=asked.allocation_size,
                     policy=self.policy,
-                    place_of=self._places[1],
                 )
             except InvalidRequest as error:
                 raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
@@ -101,16 +89,18 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
     async def allocate(self, request: v1beta1.AllocateRequest) -> v1beta1.AllocateResponse:
         """One answer for each container, or an error and nothing given.
 
-        The devices are looked at once more, shortly, since all pod admission of the node waits. After that nothing is
-        awaited between the last check and the grant: of two Allocates for one group the second sees the first.
+        The devices are checked on the host once more, and shortly, since all pod admission of the node waits. After
+        that nothing is awaited until the grant: of two Allocates for one group the second sees the first.
         """
-        self._check(request)
         asked = [container.devices_ids for container in request.container_requests]
         log.debug("allocate asked", resource=self.resource, devices=asked)
-        chosen = self._choose(self.registry.current, asked)
+        chosen = self._choose(asked)
         looked_at = self.registry.now()
-        await self._look(chosen)
-        chosen = self._choose(self.registry.current, asked)
+        against = await self.last_look(chosen)
+        if in_use := {(self.resource, i): found.in_use for i, found in against.items() if found.in_use}:
+            self.registry.learn(busy=in_use)
+        self._refuse(chosen, {i: found.why for i, found in against.items()})
+        chosen = self._choose(asked)
         by_id = {d.id: d for d in chosen}
         response = v1beta1.AllocateResponse(
             container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
@@ -125,23 +115,8 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
         """Not asked for by our options; answered all the same."""
         return v1beta1.PreStartContainerResponse()
 
-    async def _call_rpc_handler_server_stream(self, handler: Any, stream: Stream[Any, Any], request: Any) -> None:
-        """As betterproto's own, but a stream that ends while something is sent over it ends `list_and_watch` at once.
-
-        betterproto leaves the generator to the garbage collector, and `stream()` would not end before that comes by.
-        """
-        async with aclosing(handler(request)) as answers:
-            async for answered in answers:
-                await stream.send_message(answered)
-
-    def _check(self, request: betterproto.Message) -> None:
-        try:
-            check(request)
-        except MalformedMessage as error:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
-
-    def _choose(self, inventory: Inventory, asked: Sequence[Sequence[str]]) -> list[Device]:
-        """The devices that these containers ask for, if all of them can be had. Raises GRPCError."""
+    def _choose(self, asked: Sequence[Sequence[str]]) -> list[Device]:
+        """The devices that these containers ask for, if all of them can be had now. Raises GRPCError."""
         if not asked or not all(asked):
             raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: a container requests no devices")
         counts = Counter(device_id for ids in asked for device_id in ids)
@@ -149,25 +124,17 @@ class DevicePluginServicer(v1beta1.DevicePluginBase):
             raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice[0][:80]!r} is requested twice")
         chosen = []
         for device_id in counts:
-            device = inventory.device(self.resource, device_id)
+            device = self.registry.current.device(self.resource, device_id)
             if device is None:
                 raise GRPCError(Status.NOT_FOUND, f"{self.resource}: unknown device {device_id[:80]!r}")
             chosen.append(device)
         self._refuse(chosen, {d.id: str(d.health) for d in chosen if not d.health.healthy})
         return chosen
 
-    async def _look(self, devices: Sequence[Device]) -> None:
-        """Looks at the devices once more. Raises GRPCError for one that a VM could not open now."""
-        against = await self.why_not(devices)
-        busy = {(self.resource, device_id): objection.in_use for device_id, objection in against.items()}
-        if any(busy.values()):
-            self.registry.learn(busy={key: addresses for key, addresses in busy.items() if addresses})
-        self._refuse(devices, {device_id: objection.why for device_id, objection in against.items()})
-
-    def _refuse(self, devices: Sequence[Device], ill: Mapping[str, str]) -> None:
-        """Raises GRPCError for the first of these devices of which `ill` says why it cannot be had."""
+    def _refuse(self, devices: Sequence[Device], reasons: Mapping[str, str]) -> None:
+        """Raises GRPCError for the first of these devices that has a reason, by ID, not to be given."""
         for device in devices:
-            if why := ill.get(device.id):
+            if why := reasons.get(device.id):
                 about = {"resource": self.resource, "device": device.id, "pci_address": device.address}
                 log.warning("allocation refused", **about, reason=why)
                 where = f"{self.resource}: device {device.id} ({device.address})"

@@ -1,7 +1,7 @@
-"""Whether a message that was parsed is what its type says.
+"""Messages that others sent: parsed, and checked to be what their type says.
 
 betterproto takes what the wire says over what the .proto says: a number where a message or a string belongs is handed
-on as a number. What reads foreign messages checks them here first.
+on as a number. And of bytes that are not a message at all it raises whatever it stumbles over.
 """
 
 from __future__ import annotations
@@ -15,28 +15,38 @@ import betterproto
 from grpclib import GRPCError, Status
 from grpclib.encoding.proto import ProtoCodec
 
+_LONGEST_REASON = 300
+"""Characters. It is put into a log line, or into a header of the answer."""
+
 
 class MalformedMessage(ValueError):
-    """The message names the field that is wrong."""
+    """Says which message, and what is wrong with it."""
 
 
 class MessageCodec(ProtoCodec):
-    """Bytes that are not a message at all are the fault of who sent them: GRPCError with INVALID_ARGUMENT.
+    """grpclib's own, but `decode` raises `MalformedMessage` for all that is not a whole message of its type."""
 
-    betterproto raises whatever it stumbles over, which grpclib's server would answer with UNKNOWN and a traceback in
-    the log.
-    """
+    def decode(self, data: bytes, message_type: Any) -> Any:
+        try:
+            message: Any = super().decode(data, message_type)
+            _check(message)
+        except Exception as error:
+            raise MalformedMessage(f"not a valid {message_type.__name__}: {error}"[:_LONGEST_REASON]) from None
+        return message
+
+
+class RequestCodec(MessageCodec):
+    """For a server. A malformed request is the caller's fault: grpclib would answer UNKNOWN, and log a traceback."""
 
     def decode(self, data: bytes, message_type: Any) -> Any:
         try:
             return super().decode(data, message_type)
-        except Exception as error:
-            why = f"not a valid {message_type.__name__}: {error}"
-            raise GRPCError(Status.INVALID_ARGUMENT, why[:300]) from None
+        except MalformedMessage as error:
+            raise GRPCError(Status.INVALID_ARGUMENT, str(error)) from None
 
 
-def check(message: betterproto.Message) -> None:
-    """Raises `MalformedMessage` unless every field, all the way down, has the type that it is declared with."""
+def _check(message: betterproto.Message) -> None:
+    """Raises TypeError unless every field, all the way down, has the type that it is declared with."""
     for name, declared in _types(type(message)).items():
         _check_value(getattr(message, name), declared, f"{type(message).__name__}.{name}")
 
@@ -63,10 +73,10 @@ def _check_value(value: Any, declared: Any, where: str) -> None:
             _check_value(key, arguments[0], where)
             _check_value(item, arguments[1], where)
     elif isinstance(_expect(value, declared, where), betterproto.Message):
-        check(value)
+        _check(value)
 
 
 def _expect(value: Any, kind: type, where: str) -> Any:
     if not isinstance(value, kind):
-        raise MalformedMessage(f"{where} is not of type {kind.__name__}")
+        raise TypeError(f"{where} is not of type {kind.__name__}")
     return value

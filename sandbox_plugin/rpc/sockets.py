@@ -1,7 +1,8 @@
-"""The unix socket of one endpoint: made without a moment in which others may use it, removed only if it is ours."""
+"""The file of a unix socket: made without a moment in which others may use it, removed only if it is ours."""
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -37,12 +38,12 @@ def listen_at(path: Path) -> tuple[socket.socket, Identity]:
             os.unlink(path)
         listener.bind(str(path))
         bound = identity(path)
-        if bound is None:
-            raise FileNotFoundError(2, "the socket vanished while it was made", str(path))
+        if bound is None:  # a kubelet that starts removes all sockets
+            raise FileNotFoundError(errno.ENOENT, "the socket vanished while it was made")
         listener.listen(128)
-    except OSError as error:
+    except OSError:
         listener.close()
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+        raise
     return listener, bound
 
 

@@ -16,10 +16,8 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import atheris
-import betterproto
 import structlog
 
 with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
@@ -40,7 +38,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
     from sandbox_plugin.registry import Registry
-    from sandbox_plugin.rpc.codec import MalformedMessage
+    from sandbox_plugin.rpc.codec import MalformedMessage, MessageCodec, RequestCodec
 
 ADDRESS = "0000:01:00.0"
 ATTRIBUTES = (
@@ -109,47 +107,30 @@ def config(_: Path) -> Callable[[bytes], None]:
 def messages(_: Path) -> Callable[[bytes], None]:
     """Any request gets an answer or a status, and any answer of PodResources is understood or refused."""
     servicer = asyncio.run(_servicer())
+    requests, answers = RequestCodec(), MessageCodec()
 
     def one(data: bytes) -> None:
         kind, body = data[:1], data[1:]
-        if kind < b"\x55" and (asked := _parsed(v1beta1.PreferredAllocationRequest(), body)):
-            _try(lambda: asyncio.run(servicer.get_preferred_allocation(asked)))
-        elif kind < b"\xaa" and (request := _parsed(v1beta1.AllocateRequest(), body)):
-            _try(lambda: asyncio.run(servicer.allocate(request)))
-        elif answer := _parsed(v1.ListPodResourcesResponse(), body):
-            _try(lambda: holdings(answer, 0.0, complete=True))
+        with suppress(GRPCError, MalformedMessage):
+            if kind < b"\x55":
+                asked = requests.decode(body, v1beta1.PreferredAllocationRequest)
+                asyncio.run(servicer.get_preferred_allocation(asked))
+            elif kind < b"\xaa":
+                asyncio.run(servicer.allocate(requests.decode(body, v1beta1.AllocateRequest)))
+            else:
+                holdings(answers.decode(body, v1.ListPodResourcesResponse), 0.0, complete=True)
 
     return one
 
 
-_Message = TypeVar("_Message", bound=betterproto.Message)
-
-
-def _parsed(message: _Message, data: bytes) -> _Message | None:
-    """None for what is not a message: betterproto raises whatever it likes then, and `MessageCodec` says so."""
-    try:
-        return message.parse(data)
-    except Exception:
-        return None
-
-
-def _try(act: Callable[[], object]) -> None:
-    with suppress(GRPCError, MalformedMessage):
-        act()
-
-
-def uevent(_: Path) -> Callable[[bytes], None]:
+def uevent(_: Path) -> Callable[[bytes], object]:
     """Any datagram is an event or none."""
-    return lambda data: _ignore(parse_uevent(data))
+    return parse_uevent
 
 
-def cdi(_: Path) -> Callable[[bytes], None]:
+def cdi(_: Path) -> Callable[[bytes], object]:
     """Any file that others put into the CDI folder is a spec, or is said to be wrong; and it is ours or not."""
-    return lambda data: _ignore((read_spec(data), read_stale("nvidia.com-pgpu.yaml", data, lambda _: True)))
-
-
-def _ignore(_: object) -> None:
-    return
+    return lambda data: (read_spec(data), read_stale("nvidia.com-pgpu.yaml", data, lambda _: True))
 
 
 async def _servicer() -> DevicePluginServicer:
@@ -179,14 +160,20 @@ async def _servicer() -> DevicePluginServicer:
         policy=Policy.PACKED,
         consumer=Consumer.KUBEVIRT,
         stream=nullcontext,
-        why_not=fine,
+        last_look=fine,
     )
 
 
-TARGETS = {"sysfs": sysfs, "config": config, "messages": messages, "uevent": uevent, "cdi": cdi}
+TARGETS: dict[str, Callable[[Path], Callable[[bytes], object]]] = {
+    "sysfs": sysfs,
+    "config": config,
+    "messages": messages,
+    "uevent": uevent,
+    "cdi": cdi,
+}
 
 
-def planted(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
+def planted(run: Callable[[bytes], object]) -> Callable[[bytes], None]:
     """The same with a fault in it."""
 
     def one(data: bytes) -> None:

@@ -11,7 +11,7 @@ DEAD = Health(reason=Reason.GONE, detail="taken out for a test")
 
 
 async def nothing_against(devices: Sequence[Device]) -> Mapping[str, Objection]:
-    """The `why_not` of an endpoint whose devices are all well."""
+    """The `last_look` of an endpoint whose devices are all well."""
     return {}
 
 
