@@ -30,7 +30,7 @@ from names import AUDIO, GEFORCE, T4
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.fake import models
-from sandbox_plugin.fake.hardware import At, NumaNode, Preset, RootBus
+from sandbox_plugin.fake.hardware import At, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import WITH_CDEVS
 from sandbox_plugin.inventory.naming import ModelNames
@@ -138,7 +138,7 @@ def test_addresses_and_names_are_printed_as_they_are_whatever_is_in_them(
             for address in EVERYWHERE
         ),
     )
-    preset = Preset(summary="", kernel=WITH_CDEVS, nodes=(NumaNode(number=0, cpulist="0"),), buses=(bus,))
+    preset = Preset(summary="", kernel=WITH_CDEVS, buses=(bus,))
     node = FakeNode.create(places.top / "node", preset)
     monkeypatch.setattr(ModelNames, "load", lambda: ModelNames({(models.T4.vendor, models.T4.device): NAME}))
 
