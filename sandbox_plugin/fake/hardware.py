@@ -64,7 +64,7 @@ class Kernel:
     """What differs between kernels, as far as passthrough shows it."""
 
     cdevs: bool
-    """Built with IOMMUFD and VFIO cdevs: /dev/vfio/devices/vfioN exists."""
+    """Built with IOMMUFD and VFIO cdevs: /dev/iommu and /dev/vfio/devices/vfioN exist."""
     first_group: int = 40
     """Lowest IOMMU group number of this machine.
 

@@ -79,23 +79,18 @@ class FakeNode:
             if preset not in PRESETS:
                 raise FakeNodeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
             preset = PRESETS[preset]
-        was_there = root.exists()
-        if was_there and not root.is_dir():
+        if root.exists() and not root.is_dir():
             raise FakeNodeError(f"{root} is not a folder")
-        if was_there and os.listdir(root):
+        if root.exists() and os.listdir(root):
             raise FakeNodeError(f"{root} is not empty: a fake node is made in a folder of its own")
         node = cls(root, preset.kernel)
         try:
             node._build(preset)
-        except BaseException as error:
-            for name in os.listdir(root) if root.is_dir() else ():
-                shutil.rmtree(root / name, ignore_errors=True)
-            if not was_there:
-                with suppress(OSError):
-                    root.rmdir()
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, str(root)) from None
-            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(root)) from None
+        finally:
+            if not (root / _STATE / "kernel.json").exists():  # the last file of a whole tree
+                shutil.rmtree(root, ignore_errors=True)
         return node
 
     @classmethod

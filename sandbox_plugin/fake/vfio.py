@@ -38,6 +38,8 @@ class Vfio:
         self.write_majors(loaded=True)
         os.makedirs(f"{self.root}/dev/vfio")
         create_file(f"{self.root}/dev/vfio/vfio", "")
+        if self.kernel.cdevs:
+            create_file(f"{self.root}/dev/iommu", "")
 
     def write_majors(self, *, loaded: bool) -> None:
         """/proc/devices: `vfio` for groups (drivers/vfio/group.c), `vfio-dev` for cdevs where there are any."""
