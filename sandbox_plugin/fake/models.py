@@ -47,55 +47,42 @@ def _nvidia(
 
 
 _GRAPHICS, _3D_CONTROLLER = 0x030000, 0x030200
+_GEN_3, _GEN_4, _GEN_5 = _link("8.0", 16), _link("16.0", 16), _link("32.0", 16)
+_CARD = (0x1458, 0x4014)
+"""Gigabyte's GeForce GTX 1660 Super: the subsystem of all its functions."""
 _HOPPER_BARS = (_mem64(0, 16 * _MIB), _mem64(2, 128 * _GIB), _mem64(4, 32 * _MIB))
+_BLACKWELL_BARS = (_mem64(0, 64 * _MIB), _mem64(2, 128 * _GIB), _mem64(4, 32 * _MIB))
+_ADA_BARS = (_mem32(0, 16 * _MIB), _mem64(1, 64 * _GIB), _mem64(3, 32 * _MIB))
 _TURING_BARS = (_mem32(0, 16 * _MIB), _mem64(1, 256 * _MIB), _mem64(3, 32 * _MIB))
+_GEFORCE_BARS = (*_TURING_BARS, _ports(5, 128), _mem32(6, 512 * _KIB))
+_USB_BARS = (_mem64(0, 256 * _KIB), _mem64(3, 64 * _KIB))
 
 # NVIDIA's GPUs, with the other functions of their cards, and switches
 
-H100_SXM5 = _nvidia(0x2330, _3D_CONTROLLER, (0x10DE, 0x16C1), _HOPPER_BARS, _link("32.0", 16))
-GH200 = _nvidia(0x2342, _3D_CONTROLLER, (0x10DE, 0x16EB), _HOPPER_BARS, _link("32.0", 16))
-RTX_PRO_6000 = _nvidia(
-    0x2BB5,
-    _3D_CONTROLLER,
-    (0, 0),
-    (_mem64(0, 64 * _MIB), _mem64(2, 128 * _GIB), _mem64(4, 32 * _MIB)),
-    _link("32.0", 16),
-)
-L40S = _nvidia(
-    0x26B9,
-    _3D_CONTROLLER,
-    (0x10DE, 0x1851),
-    (_mem32(0, 16 * _MIB), _mem64(1, 64 * _GIB), _mem64(3, 32 * _MIB)),
-    _link("16.0", 16),
-)
-T4 = _nvidia(0x1EB8, _3D_CONTROLLER, (0x10DE, 0x12A2), _TURING_BARS, _link("8.0", 16))
-GTX_1660_SUPER = _nvidia(
-    0x21C4,
-    _GRAPHICS,
-    (0x1458, 0x4014),
-    (*_TURING_BARS, _ports(5, 128), _mem32(6, 512 * _KIB)),
-    _link("8.0", 16),
-)
-GTX_1660_AUDIO = _nvidia(0x1AEB, 0x040300, (0x1458, 0x4014), (_mem32(0, 16 * _KIB),), _link("8.0", 16), "snd_hda_intel")
-GTX_1660_USB = _nvidia(
-    0x1AEC, 0x0C0330, (0x1458, 0x4014), (_mem64(0, 256 * _KIB), _mem64(3, 64 * _KIB)), _link("8.0", 16), "xhci_hcd"
-)
-GTX_1660_USB_C = _nvidia(0x1AED, 0x0C8000, (0x1458, 0x4014), (_mem32(0, 4 * _KIB),), _link("8.0", 16), "nvidia-gpu")
+H100_SXM5 = _nvidia(0x2330, _3D_CONTROLLER, (0x10DE, 0x16C1), _HOPPER_BARS, _GEN_5)
+GH200 = _nvidia(0x2342, _3D_CONTROLLER, (0x10DE, 0x16EB), _HOPPER_BARS, _GEN_5)
+RTX_PRO_6000 = _nvidia(0x2BB5, _3D_CONTROLLER, (0, 0), _BLACKWELL_BARS, _GEN_5)
+L40S = _nvidia(0x26B9, _3D_CONTROLLER, (0x10DE, 0x1851), _ADA_BARS, _GEN_4)
+T4 = _nvidia(0x1EB8, _3D_CONTROLLER, (0x10DE, 0x12A2), _TURING_BARS, _GEN_3)
+GTX_1660_SUPER = _nvidia(0x21C4, _GRAPHICS, _CARD, _GEFORCE_BARS, _GEN_3)
+GTX_1660_AUDIO = _nvidia(0x1AEB, 0x040300, _CARD, (_mem32(0, 16 * _KIB),), _GEN_3, "snd_hda_intel")
+GTX_1660_USB = _nvidia(0x1AEC, 0x0C0330, _CARD, _USB_BARS, _GEN_3, "xhci_hcd")
+GTX_1660_USB_C = _nvidia(0x1AED, 0x0C8000, _CARD, (_mem32(0, 4 * _KIB),), _GEN_3, "nvidia-gpu")
 NVSWITCH3 = _nvidia(0x22A3, 0x068000, (0x10DE, 0x1796), (_mem32(0, 32 * _MIB),), _link("16.0", 2), "nvidia-nvswitch")
 
 # Bridges
 
-XEON_ROOT_PORT = _bridge(0x8086, 0x352A, _link("32.0", 16), revision=0x04)
+XEON_ROOT_PORT = _bridge(0x8086, 0x352A, _GEN_5, revision=0x04)
 XEON_PCH_ROOT_PORT = _bridge(0x8086, 0x1BB8, _link("8.0", 4), revision=0x11)
 """Which root port the NVSwitches' hub hangs on is not known."""
-CONNECTX7_SWITCH = _bridge(0x15B3, 0x1979, _link("32.0", 16))
+CONNECTX7_SWITCH = _bridge(0x15B3, 0x1979, _GEN_5)
 NVSWITCH3_HUB = _bridge(0x11F8, 0x4128, _link("16.0", 4))
-PEX89000 = _bridge(0x1000, 0xC030, _link("32.0", 16))
-COFFEE_LAKE_ROOT_PORT = _bridge(0x8086, 0x1901, _link("8.0", 16), revision=0x0D)
+PEX89000 = _bridge(0x1000, 0xC030, _GEN_5)
+COFFEE_LAKE_ROOT_PORT = _bridge(0x8086, 0x1901, _GEN_3, revision=0x0D)
 Z390_ROOT_PORT = _bridge(0x8086, 0xA340, _link("8.0", 4), revision=0xF0)
-GRACE_ROOT_PORT = _bridge(0x10DE, 0x22B1, _link("32.0", 16))
-EPYC_ROOT_PORT = _bridge(0x1022, 0x1483, _link("16.0", 16))
-GENOA_ROOT_PORT = _bridge(0x1022, 0x14AB, _link("32.0", 16))
+GRACE_ROOT_PORT = _bridge(0x10DE, 0x22B1, _GEN_5)
+EPYC_ROOT_PORT = _bridge(0x1022, 0x1483, _GEN_4)
+GENOA_ROOT_PORT = _bridge(0x1022, 0x14AB, _GEN_5)
 AST1150 = Model(vendor=0x1A03, device=0x1150, class_code=0x060400, revision=0x04, link=_link("5.0", 1))
 """PCIe to conventional PCI: what is behind it shares its IOMMU group."""
 
@@ -117,7 +104,7 @@ CONNECTX7 = Model(
     class_code=0x020700,
     subsystem=(0x15B3, 0x0041),
     bars=(_mem64(0, 32 * _MIB),),
-    link=_link("32.0", 16),
+    link=_GEN_5,
     host_driver="mlx5_core",
 )
 X710 = Model(

@@ -386,7 +386,7 @@ class FakeNode:
         return is_open or address in self._held_numbers()
 
     def _held_numbers(self) -> dict[str, int]:
-        """Address -> N of the vfioN of each function that a VM holds since before its unbind: not free until it lets go."""
+        """Address -> N of the vfioN of what was unbound while a VM holds it: not free until the VM lets go."""
         return {address: number_in(self._state("held", address), 10) for address in listed(self._state("held"))}
 
     def _refuse_if_not_viable(self, folder: str) -> None:
