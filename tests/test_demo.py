@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import io
 import os
@@ -13,7 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,6 @@ import pytest
 from daemon import ROOT, Places, clean_environment, run_command
 from kubelet import TIMEOUT
 from trials import wait_until
-
-from sandbox_plugin.cli import demo as command
-from sandbox_plugin.fake.story import Story, Told
 
 STEPS = 8
 TIMED = 7
@@ -95,53 +91,31 @@ def on_terminal(
             process.wait()
 
 
-def processes_in(folder: Path) -> list[int]:
+def daemons_in(folder: Path) -> list[int]:
     """Processes with this folder on their command line."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if str(folder).encode() in line:
+        with suppress(OSError):
+            if entry.name.isdecimal() and str(folder).encode() in (entry / "cmdline").read_bytes():
                 found.append(int(entry.name))
     return found
 
 
+def assert_nothing_is_left(places: Places) -> None:
+    assert list(places.top.iterdir()) == []
+    assert daemons_in(places.top) == []
+
+
 BOTH = "nvidia.com/nvswitch: 4 of 4, nvidia.com/pgpu: 8 of 8 healthy"
 GPUS = "nvidia.com/pgpu: {} of {} healthy"
+SEVEN_OF_8, ALL_8, ONE_OF_2, ALL_2 = GPUS.format(7, 8), GPUS.format(8, 8), GPUS.format(1, 2), GPUS.format(2, 2)
+NONE_OF_1, ALL_1 = GPUS.format(0, 1), GPUS.format(1, 1)
+TOOK_4, TOOK_11, TOOK_0 = "it gets 4, 5, 6, 7 on NUMA node 0", "it gets 11", "it gets 0 on NUMA node 0"
+AGAIN = "{} can be given out again"
 OUTCOMES = {
-    "hgx-h100": [
-        BOTH,
-        "it gets 4, 5, 6, 7 on NUMA node 0",
-        GPUS.format(7, 8),
-        GPUS.format(8, 8),
-        BOTH,
-        GPUS.format(7, 8),
-        GPUS.format(8, 8),
-        "4, 5, 6, 7 can be given out again",
-    ],
-    "workstation": [
-        GPUS.format(2, 2),
-        "it gets 11",
-        GPUS.format(1, 2),
-        GPUS.format(2, 2),
-        GPUS.format(2, 2),
-        GPUS.format(1, 2),
-        GPUS.format(2, 2),
-        "11 can be given out again",
-    ],
-    "gh200": [
-        GPUS.format(1, 1),
-        "it gets 0 on NUMA node 0",
-        GPUS.format(1, 1),
-        "0 can be given out again",
-        GPUS.format(0, 1),
-        GPUS.format(1, 1),
-        GPUS.format(0, 1),
-        GPUS.format(1, 1),
-    ],
+    "hgx-h100": [BOTH, TOOK_4, SEVEN_OF_8, ALL_8, BOTH, SEVEN_OF_8, ALL_8, AGAIN.format("4, 5, 6, 7")],
+    "workstation": [ALL_2, TOOK_11, ONE_OF_2, ALL_2, ALL_2, ONE_OF_2, ALL_2, AGAIN.format("11")],
+    "gh200": [ALL_1, TOOK_0, ALL_1, AGAIN.format("0"), NONE_OF_1, ALL_1, NONE_OF_1, ALL_1],  # the pod ends early
 }
 
 
@@ -160,25 +134,7 @@ def test_without_a_terminal_the_story_is_told_once_with_times_and_outcomes(prese
     times, outcomes = told_in(told)
     assert len(times) == TIMED
     assert outcomes == OUTCOMES[preset]
-    assert list(places.top.iterdir()) == []
-    assert processes_in(places.top) == []
-
-
-def test_the_times_that_are_printed_are_those_that_were_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    class Measured(Story):
-        async def chapters(self) -> AsyncIterator[Told]:
-            for seconds in (0.0214, 0.9, 2.96, 12.0, None):
-                yield Told(title="", why="", result="seen", seconds=seconds)
-
-    story = Measured.__new__(Measured)
-    asyncio.run(command.tell("gh200", story))
-    assert re.findall(r"^ {4}(.*?) +seen$", capsys.readouterr().out, re.MULTILINE) == [
-        "   21 ms",
-        "  900 ms",
-        "   3.0 s",
-        "  12.0 s",
-        "",
-    ]
+    assert_nothing_is_left(places)
 
 
 def test_on_a_terminal_that_cannot_draw_the_story_is_told_in_plain_lines(places: Places) -> None:
@@ -194,15 +150,14 @@ def test_on_a_terminal_it_shows_the_devices_the_story_and_the_log_until_ctrl_c(
     places: Places, lines: int, columns: int
 ) -> None:
     with on_terminal(places.top, lines=lines, columns=columns) as terminal:
-        chapter = ("A pod asks for 4", "it gets 4, 5, 6, 7 on NUMA node 0")  # its first line and its last
-        allocated = ("[4] [5] [6] [7]", *chapter, "allocated: nvidia.com/pgpu 7")  # something of each part
-        shown = next(screen for screen in terminal.screens if all(part in screen for part in allocated))
+        # Something of each part: the devices, the first and the last line of a chapter, the daemon's log.
+        parts = ("[4] [5] [6] [7]", "A pod asks for 4", TOOK_4, "allocated: nvidia.com/pgpu 7")
+        shown = next(screen for screen in terminal.screens if all(part in screen for part in parts))
         assert shown.rstrip().endswith("╯"), "the screen is longer than the terminal"
         terminal.process.send_signal(signal.SIGINT)
         assert list(terminal.screens)
         assert terminal.process.wait(timeout=TIMEOUT) == 0
-    assert list(places.top.iterdir()) == []
-    assert processes_in(places.top) == []
+    assert_nothing_is_left(places)
 
 
 def test_a_terminal_that_is_closed_ends_it_and_leaves_nothing(places: Places) -> None:
@@ -210,52 +165,25 @@ def test_a_terminal_that_is_closed_ends_it_and_leaves_nothing(places: Places) ->
         next(screen for screen in terminal.screens if "nvidia.com/pgpu" in screen)
         terminal.shown.close()
         assert terminal.process.wait(timeout=TIMEOUT) in (0, 1)  # 1 if writing fails before the signal comes
-    assert list(places.top.iterdir()) == []
-    assert processes_in(places.top) == []
+    assert_nothing_is_left(places)
 
 
-def test_sigterm_in_the_middle_leaves_nothing_behind(places: Places) -> None:
+def test_signals_in_the_middle_leave_nothing_also_one_that_comes_while_the_daemon_ends(places: Places) -> None:
     process = demo(places.top)
     assert process.stdout is not None
     while "A pod asks" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    (daemon,) = daemons_in(places.top)
+    os.kill(daemon, signal.SIGSTOP)
+    try:
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: has_pending(daemon, signal.SIGTERM), "the daemon is asked to end")
+        process.send_signal(signal.SIGINT)
+    finally:
+        os.kill(daemon, signal.SIGCONT)
     process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
-    assert list(places.top.iterdir()) == []
-    assert processes_in(places.top) == []
-
-
-def test_a_signal_while_the_demo_waits_for_its_daemon_to_end_leaves_no_daemon(places: Places) -> None:
-    statuses = []
-
-    async def fail() -> None:
-        demo = asyncio.current_task()
-        assert demo is not None
-
-        async def signal_comes(pid: int) -> None:
-            asked = asyncio.to_thread(
-                wait_until, lambda: has_pending(pid, signal.SIGTERM), "the daemon is asked to end"
-            )
-            try:
-                await asked
-                demo.cancel()
-                await asyncio.sleep(0.1)  # the demo could leave now
-            finally:
-                os.kill(pid, signal.SIGCONT)
-
-        async with asyncio.TaskGroup() as group:
-            try:
-                async with command.running_daemon(places.top) as daemon:
-                    os.kill(daemon.process.pid, signal.SIGSTOP)
-                    group.create_task(signal_comes(daemon.process.pid))
-                    raise BrokenPipeError
-            finally:
-                statuses.append(daemon.process.returncode)
-
-    with pytest.raises(BaseExceptionGroup):
-        asyncio.run(fail())
-    assert None not in statuses
+    assert_nothing_is_left(places)
 
 
 def has_pending(pid: int, number: signal.Signals) -> bool:

@@ -32,7 +32,7 @@ from sandbox_plugin.config.file import parse_config
 from sandbox_plugin.config.settings import ResourceRule, Settings
 from sandbox_plugin.fake import models
 from sandbox_plugin.fake.files import create_link
-from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, NumaNode, Preset, RootBus
+from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import GROUPS_ONLY, PRESETS, WITH_CDEVS
 from sandbox_plugin.inventory.devices import Found, find_devices
@@ -293,7 +293,7 @@ def carry(node: FakeNode, carrier: str, *addresses: str) -> None:
     """The kernel makes virtual functions: they are there, linked, before any driver takes them."""
     for number, address in enumerate(addresses):
         parent = node.folder(carrier).parent.name
-        node.add(FunctionSpec(address=address, model=replace(models.T4, sriov=None), parent=parent))
+        node.add(FunctionSpec(address=address, model=models.T4, parent=parent))
         create_link(f"{node.folder(address)}/physfn", str(node.folder(carrier)))
         create_link(f"{node.folder(carrier)}/virtfn{number}", str(node.folder(address)))
 
@@ -455,7 +455,6 @@ def server(kernel: Kernel) -> Preset:
     return Preset(
         summary="a card of each kind",
         kernel=kernel,
-        nodes=(NumaNode(number=0, cpulist="0-63"),),
         buses=(RootBus(name="pci0000:40", numa_node=0, functions=(At("40:00.0", models.EPYC_HOST_BRIDGE), *ports)),),
     )
 

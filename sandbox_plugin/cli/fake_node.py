@@ -15,8 +15,8 @@ from rich.console import RenderableType
 
 from sandbox_plugin.cli.tables import add_row, print_unfolded, table
 from sandbox_plugin.config.settings import UsageError
-from sandbox_plugin.fake.attributes import OFF_THE_BUS
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
+from sandbox_plugin.fake.pci import OFF_THE_BUS
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.model import PciFunction

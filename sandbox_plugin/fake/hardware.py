@@ -5,13 +5,12 @@ Apart from `models` and `presets`, so that those are data alone, and from `node`
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
 from sandbox_plugin.model import Bar
-
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,17 +20,6 @@ class Link:
     speed: str
     """E.g. `32.0 GT/s PCIe` (pci_speed_string in drivers/pci/probe.c)."""
     width: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sriov:
-    """What `sriov_*` of a physical function says. Its virtual functions' BARs are left unassigned unless given."""
-
-    total_vfs: int
-    offset: int
-    vf_device: int
-    vf_bars: tuple[Bar, ...] = ()
-    """Of one virtual function."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,17 +35,10 @@ class Model:
     """Subsystem vendor and device."""
     bars: tuple[Bar, ...] = ()
     """Index 6 is the expansion ROM."""
-    max_link: Link | None = None
-    """None: not a PCIe device, or one inside the root complex, without a link."""
-    aer: bool = False
-    """Whether it has the Advanced Error Reporting capability, so `aer_dev_*`."""
-    sriov: Sriov | None = None
+    link: Link | None = None
+    """The best that it can; None: not a PCIe device, or one inside the root complex, without a link."""
     host_driver: str | None = None
     """The driver that claims such a function by itself when it appears."""
-
-    @property
-    def is_bridge(self) -> bool:
-        return self.class_code >> 8 == 0x0604
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,27 +64,14 @@ class Kernel:
     """What differs between kernels, as far as passthrough shows it."""
 
     cdevs: bool
-    """Built with IOMMUFD and VFIO cdevs: /dev/vfio/devices/vfioN and /dev/iommu exist."""
-    group_major: int
-    """Device major of /dev/vfio/GROUP."""
-    cdev_major: int
-    """Device major of /dev/vfio/devices/vfioN; without meaning where there are no cdevs."""
-    iommu: str
-    """Name of the IOMMU in `class/iommu`."""
-    first_group: int
+    """Built with IOMMUFD and VFIO cdevs: /dev/iommu and /dev/vfio/devices/vfioN exist."""
+    first_group: int = 40
     """Lowest IOMMU group number of this machine.
 
     On a real one it is 0. Here groups start above any vfioN, so that taking one number for the other shows.
     """
     vfio_loaded: bool = True
     """Whether vfio is loaded at the start; binding to a vfio driver loads it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumaNode:
-    number: int
-    cpulist: str
-    """E.g. `0-55,112-167`; empty for a node that has memory alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +84,10 @@ class At:
     below: tuple[At, ...] = ()
     vfio: str | None = None
     """The vfio driver bound to it; None: the model's own host driver."""
-    group: int | str | None = None
-    """IOMMU group: a number, a label that functions of one group share, or None for a group of its own."""
+    group: str | None = None
+    """A label that the functions of one IOMMU group share; None: a group of its own."""
     link: Link | None = None
+    """As in `FunctionSpec`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +99,10 @@ class RootBus:
     functions: tuple[At, ...]
     numa_node: int = -1
 
+    @property
+    def domain(self) -> str:
+        return self.name.removeprefix("pci").partition(":")[0]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
@@ -138,46 +111,29 @@ class Preset:
     summary: str
     """One line for people."""
     kernel: Kernel
-    nodes: tuple[NumaNode, ...]
     buses: tuple[RootBus, ...]
 
     def functions(self) -> tuple[FunctionSpec, ...]:
         """All functions in the order in which a kernel finds them, groups numbered in that order."""
-        places = [(bus, parent, at) for bus in self.buses for parent, at in _walk(bus.name, bus.functions)]
-        taken = {at.group for _, _, at in places if isinstance(at.group, int)}
-        free = (number for number in count(self.kernel.first_group) if number not in taken)
-        labels: dict[str, int] = {}
-
-        def number(group: int | str | None) -> int:
-            if isinstance(group, int):
-                return group
-            if group is None:
-                return next(free)
-            if group not in labels:
-                labels[group] = next(free)
-            return labels[group]
-
+        free = count(self.kernel.first_group)
+        labelled: dict[str, int] = defaultdict(lambda: next(free))
         return tuple(
             FunctionSpec(
-                address=_address(bus, at),
+                address=f"{bus.domain}:{at.place}",
                 model=at.model,
                 parent=parent,
                 driver=at.vfio or at.model.host_driver,
-                iommu_group=number(at.group),
+                iommu_group=next(free) if at.group is None else labelled[at.group],
                 numa_node=bus.numa_node,
                 link=at.link,
             )
-            for bus, parent, at in places
+            for bus in self.buses
+            for parent, at in _walk(bus.domain, bus.name, bus.functions)
         )
 
 
-def _walk(parent: str, functions: Sequence[At]) -> Iterator[tuple[str, At]]:
+def _walk(domain: str, parent: str, functions: Sequence[At]) -> Iterator[tuple[str, At]]:
     """Every function with the name of what it hangs below, depth first."""
-    domain = parent.removeprefix("pci").partition(":")[0]
     for at in functions:
         yield parent, at
-        yield from _walk(f"{domain}:{at.place}", at.below)
-
-
-def _address(bus: RootBus, at: At) -> str:
-    return f"{bus.name.removeprefix('pci').partition(':')[0]}:{at.place}"
+        yield from _walk(domain, f"{domain}:{at.place}", at.below)

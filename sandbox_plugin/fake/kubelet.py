@@ -3,13 +3,12 @@
 At start it deletes every socket in its folder and makes kubelet.sock. Register is answered only after it has dialled
 the plugin and asked for its options; then it holds ListAndWatch. The newest registration of a resource counts, and when
 any stream of a resource ends, that registration is dropped (pkg/kubelet/cm/devicemanager/plugin/v1beta1).
-Allocations, with the plugin's answers, outlive a restart, as the real one's checkpoint does.
+Allocations outlive a restart, as the real one's checkpoint does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -44,12 +43,11 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """Devices of one resource that a pod holds, and what the plugin answered for them."""
+    """Devices of one resource that a pod holds."""
 
     pod: str
     resource: str
     ids: tuple[str, ...]
-    answer: v1beta1.ContainerAllocateResponse
 
 
 @dataclass(eq=False, kw_only=True)
@@ -59,8 +57,8 @@ class _Plugin:
     resource: str
     channel: Channel
     devices: dict[str, Listed] = field(default_factory=dict)
-    listed_at: float | None = None
-    """Monotonic seconds of the newest message; None: none yet."""
+    listed_at: float = 0.0
+    """Monotonic seconds of the newest message; 0: none yet."""
 
     @property
     def stub(self) -> v1beta1.DevicePluginStub:
@@ -100,45 +98,31 @@ class FakeKubelet:
 
     # Its life
 
-    @property
-    def socket(self) -> Path:
-        return self.folder / "kubelet.sock"
-
     async def start(self) -> None:
         """Makes the folder, deletes every socket in it, and serves."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.iterdir():
             if stat.S_ISSOCK(path.lstat().st_mode):
                 path.unlink()
-        await self._serve(_Registration(self), self.socket)
+        await self._serve(_Registration(self), self.folder / "kubelet.sock")
         if self._pod_resources is not None:
-            self._pod_resources.parent.mkdir(parents=True, exist_ok=True)
             self._pod_resources.unlink(missing_ok=True)
             await self._serve(_PodResources(self), self._pod_resources)
 
     async def stop(self) -> None:
-        """Ends every connection. The sockets are removed; allocations stay for the next start."""
-        servers, self._servers = self._servers, []
-        streams, self._streams = self._streams, set()
-        for task in streams:
+        """Ends every connection. Allocations stay for the next start."""
+        for task in self._streams:
             task.cancel()
-        if streams:
-            await asyncio.wait(streams)
+        if self._streams:
+            await asyncio.wait(self._streams)
         for plugin in self._plugins.values():
             plugin.channel.close()
         self._plugins.clear()
-        for server in servers:
+        while self._servers:
+            server = self._servers.pop()
             server.close()
             await server.wait_closed()
-        self.socket.unlink(missing_ok=True)
-        if self._pod_resources is not None:
-            self._pod_resources.unlink(missing_ok=True)
         self._ring()
-
-    async def restart(self) -> None:
-        """Stops and starts: every socket in the folder is gone in between."""
-        await self.stop()
-        await self.start()
 
     async def _serve(self, servicer: v1beta1.RegistrationBase | v1.PodResourcesListerBase, path: Path) -> None:
         server = Server([servicer])
@@ -149,7 +133,7 @@ class FakeKubelet:
 
     def resources(self) -> list[str]:
         """Resources that are registered and have been listed, sorted."""
-        return sorted(name for name, plugin in self._plugins.items() if plugin.listed_at is not None)
+        return sorted(name for name, plugin in self._plugins.items() if plugin.listed_at)
 
     def devices(self, resource: str) -> Mapping[str, Listed]:
         """The devices of a resource, by ID; none while it is not registered."""
@@ -161,11 +145,8 @@ class FakeKubelet:
         return {device.id for device in self.devices(resource).values() if device.healthy}
 
     def listed_at(self, resource: str) -> float:
-        """Monotonic seconds at which the newest list of the resource came. Raises KeyError when there is none."""
-        at = self._plugins[resource].listed_at
-        if at is None:
-            raise KeyError(resource)
-        return at
+        """Monotonic seconds at which the newest list of the resource came."""
+        return self._plugins[resource].listed_at
 
     def holder(self, resource: str, device_id: str) -> str | None:
         """The pod that holds a device."""
@@ -187,44 +168,33 @@ class FakeKubelet:
     # Pods
 
     async def admit(self, pod: str, resource: str, count: int) -> Allocation:
-        """Admits a pod that asks for `count` devices: GetPreferredAllocation, then Allocate. Raises AdmissionError."""
-        plugin = self._plugins.get(resource)
-        if plugin is None:
-            raise AdmissionError(f"{resource} is not registered")
-        free = [d for d in sorted(self.healthy(resource)) if self.holder(resource, d) is None]
-        if len(free) < count:
-            raise AdmissionError(f"{count} of {resource} are asked for, {len(free)} are free")
-        random.shuffle(free)  # the kubelet keeps them in a set, and picks without order
+        """Admits a pod that asks for `count` devices: GetPreferredAllocation, then Allocate. Raises AdmissionError.
+
+        So many must be free. What the plugin prefers is taken as it is.
+        """
+        stub = self._plugins[resource].stub
+        free = [device_id for device_id in self.healthy(resource) if self.holder(resource, device_id) is None]
+        asked = v1beta1.ContainerPreferredAllocationRequest(available_device_i_ds=free, allocation_size=count)
         try:
-            ids = await self._preferred(plugin, free, count)
+            preferred = await stub.get_preferred_allocation(
+                v1beta1.PreferredAllocationRequest(container_requests=[asked])
+            )
+            ids = preferred.container_responses[0].device_i_ds
             request = v1beta1.AllocateRequest(container_requests=[v1beta1.ContainerAllocateRequest(devices_ids=ids)])
-            (answer,) = (await plugin.stub.allocate(request)).container_responses
+            await stub.allocate(request)
         except (GRPCError, OSError, StreamTerminatedError) as error:
             raise AdmissionError(f"UnexpectedAdmissionError: {error}") from None
-        except ValueError:
-            raise AdmissionError("UnexpectedAdmissionError: not one answer for one container") from None
-        allocation = Allocation(pod=pod, resource=resource, ids=tuple(ids), answer=answer)
-        self.allocations.append(allocation)
-        return allocation
+        self.allocations.append(Allocation(pod=pod, resource=resource, ids=tuple(ids)))
+        return self.allocations[-1]
 
     def remove(self, pod: str) -> None:
         """The pod is gone. The plugin is not told: there is no Deallocate."""
         self.allocations = [a for a in self.allocations if a.pod != pod]
 
-    async def _preferred(self, plugin: _Plugin, free: list[str], count: int) -> list[str]:
-        """What the plugin prefers, cut to what is free and filled up at random, as the kubelet does."""
-        asked = v1beta1.ContainerPreferredAllocationRequest(available_device_i_ds=free, allocation_size=count)
-        request = v1beta1.PreferredAllocationRequest(container_requests=[asked])
-        answer = await plugin.stub.get_preferred_allocation(request)
-        preferred = [i for i in answer.container_responses[0].device_i_ds if i in free]
-        return [*preferred, *(i for i in free if i not in preferred)][:count]
-
     # The protocol
 
     async def register(self, request: v1beta1.RegisterRequest) -> v1beta1.Empty:
         """One Register call."""
-        if request.version != "v1beta1":
-            raise GRPCError(Status.UNKNOWN, f"version {request.version!r} is not supported")
         plugin = _Plugin(resource=request.resource_name, channel=Channel(path=str(self.folder / request.endpoint)))
         try:
             async with asyncio.timeout(_DIAL_TIMEOUT):
@@ -253,14 +223,6 @@ class FakeKubelet:
             current.channel.close()
         self._ring()
 
-    def pods(self) -> list[v1.PodResources]:
-        """What PodResources answers."""
-        pods: dict[str, list[v1.ContainerDevices]] = {}
-        for allocation in self.allocations:
-            devices = v1.ContainerDevices(resource_name=allocation.resource, device_ids=list(allocation.ids))
-            pods.setdefault(allocation.pod, []).append(devices)
-        return [_pod(name, devices) for name, devices in pods.items()]
-
 
 class _Registration(v1beta1.RegistrationBase):
     def __init__(self, kubelet: FakeKubelet) -> None:
@@ -275,25 +237,7 @@ class _PodResources(v1.PodResourcesListerBase):
         self._kubelet = kubelet
 
     async def list(self, list_pod_resources_request: v1.ListPodResourcesRequest) -> v1.ListPodResourcesResponse:
-        return v1.ListPodResourcesResponse(pod_resources=self._kubelet.pods())
-
-    async def get(self, get_pod_resources_request: v1.GetPodResourcesRequest) -> v1.GetPodResourcesResponse:
-        asked = (get_pod_resources_request.pod_namespace, get_pod_resources_request.pod_name)
-        for pod in self._kubelet.pods():
-            if (pod.namespace, pod.name) == asked:
-                return v1.GetPodResourcesResponse(pod_resources=pod)
-        raise GRPCError(Status.NOT_FOUND, f"no pod {'/'.join(asked)}")
-
-    async def get_allocatable_resources(
-        self, allocatable_resources_request: v1.AllocatableResourcesRequest
-    ) -> v1.AllocatableResourcesResponse:
-        kubelet = self._kubelet
-        return v1.AllocatableResourcesResponse(
-            devices=[
-                v1.ContainerDevices(resource_name=name, device_ids=sorted(kubelet.healthy(name)))
-                for name in kubelet.resources()
-            ]
-        )
+        return v1.ListPodResourcesResponse(pod_resources=[_pod(a) for a in self._kubelet.allocations])
 
 
 def _listed(device: v1beta1.Device) -> Listed:
@@ -301,8 +245,9 @@ def _listed(device: v1beta1.Device) -> Listed:
     return Listed(id=device.id, healthy=device.health == "Healthy", numa_nodes=numa_nodes)
 
 
-def _pod(name: str, devices: list[v1.ContainerDevices]) -> v1.PodResources:
-    namespace, _, pod = name.partition("/")
+def _pod(allocation: Allocation) -> v1.PodResources:
+    namespace, _, name = allocation.pod.partition("/")
+    devices = v1.ContainerDevices(resource_name=allocation.resource, device_ids=list(allocation.ids))
     return v1.PodResources(
-        name=pod, namespace=namespace, containers=[v1.ContainerResources(name="vm", devices=devices)]
+        name=name, namespace=namespace, containers=[v1.ContainerResources(name="vm", devices=[devices])]
     )

@@ -1,10 +1,11 @@
-"""A fake node: a folder with `sys`, `dev` and `proc` in it that looks like a host's, and verbs that change it.
+"""A fake node: a folder that looks to the daemon like a host's root, and verbs that change it.
 
 Each verb does to the tree what a kernel does to its own when hardware, or somebody who writes to sysfs, makes the
 same change, and in the same order, so that a reader who comes in the middle sees what it could see on a real host.
-All of it works as an ordinary user; device nodes are plain files. The tree is the only state. What a kernel knows
-and sysfs does not show lies apart in one hidden folder, `.fake-node`, whose presence also tells a fake tree from a
-real host's root.
+Of sysfs there is what the daemon or a test reads. All of it works as an ordinary user; device nodes are plain files.
+
+The tree is the only state. What a kernel knows and sysfs does not show lies apart in one hidden folder, `.fake-node`,
+whose presence also tells a fake tree from a real host's root.
 """
 
 from __future__ import annotations
@@ -13,30 +14,20 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sandbox_plugin.fake.attributes import GONE_CONFIG, NO_OVERRIDE, OFF_THE_BUS
-from sandbox_plugin.fake.files import (
-    create_file,
-    is_plain_file,
-    listed,
-    remove_if_empty,
-    remove_if_there,
-    replace_file,
-    text_of,
-)
+from sandbox_plugin.fake.files import create_file, is_plain_file, listed, replace_file, text_of
 from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
-from sandbox_plugin.fake.pci import Pci, addresses_in, driver_of, group_of, number_in
+from sandbox_plugin.fake.pci import OFF_THE_BUS, PCI_BRIDGE, Pci, addresses_in, driver_of, group_of, number_in
 from sandbox_plugin.fake.presets import PRESETS
-from sandbox_plugin.fake.vfio import Vfio, is_vfio_driver
-from sandbox_plugin.model import D3COLD, PciFunction, VfioDev
+from sandbox_plugin.fake.vfio import Vfio
+from sandbox_plugin.model import D3COLD, PciFunction, VfioDev, is_vfio_driver
 
 _STATE = ".fake-node"
 _HARMLESS_DRIVERS = ("pci-stub", "pcieport")
 """Host drivers that leave the DMA of their function's group alone (driver_managed_dma in struct pci_driver)."""
-_DRIVER_NAME = r"[A-Za-z0-9_-]+"
-_PCI_BRIDGE = 0x0604
 
 
 class FakeNodeError(ValueError):
@@ -49,7 +40,7 @@ class _Removed:
 
     parent: str
     """Folder it hung in, relative to sys/devices."""
-    mates: tuple[str, ...]
+    mates: list[str]
     """Functions that share its IOMMU group when they are there."""
     driver: str | None
     """The host driver that will claim it again; not a vfio driver, whose driver_override goes with the function."""
@@ -73,7 +64,7 @@ class FakeNode:
         top = os.path.abspath(root)
         self._hidden = f"{top}/{_STATE}"
         self._spare = f"{self._hidden}/spare"
-        self._pci = Pci(top, kernel, self._spare)
+        self._pci = Pci(top, kernel.first_group, self._spare)
         self._vfio = Vfio(top, kernel, self._spare)
 
     @classmethod
@@ -88,22 +79,18 @@ class FakeNode:
             if preset not in PRESETS:
                 raise FakeNodeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
             preset = PRESETS[preset]
-        if os.path.exists(root) and not os.path.isdir(root):
+        if root.exists() and not root.is_dir():
             raise FakeNodeError(f"{root} is not a folder")
-        if os.path.isdir(root) and os.listdir(root):
+        if root.exists() and os.listdir(root):
             raise FakeNodeError(f"{root} is not empty: a fake node is made in a folder of its own")
         node = cls(root, preset.kernel)
-        missing = [folder for folder in (root, *root.parents) if not os.path.lexists(folder)]
         try:
             node._build(preset)
-        except BaseException as error:
-            for name in listed(str(root)):
-                shutil.rmtree(root / name, ignore_errors=True)
-            for folder in missing:
-                remove_if_empty(str(folder))
-            if isinstance(error, OSError):
-                raise OSError(error.errno, error.strerror, str(root)) from None
-            raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(root)) from None
+        finally:
+            if not (root / _STATE / "kernel.json").exists():  # the last file of a whole tree
+                shutil.rmtree(root, ignore_errors=True)
         return node
 
     @classmethod
@@ -154,14 +141,14 @@ class FakeNode:
 
         As with driver_override and drivers_probe: links first, then, for a vfio driver, the group's node if it is the
         group's first, then vfioN, the lowest that is free, and its node. A vfio driver lets the idle function sleep;
-        any other enables it. The module, and vfio, are loaded if they were not.
+        any other enables it. The driver, and vfio, are loaded if they were not.
 
         Raises `FakeNodeError` for what is not a driver's name, when it has this driver already, when a VM still holds
         it, when a vfio driver should take a bridge (vfio_pci_core_register_device in
         drivers/vfio/pci/vfio_pci_core.c), and when a VM holds a group mate and the driver is a host's
         (iommu_device_use_default_domain in drivers/iommu/iommu.c).
         """
-        if not re.fullmatch(_DRIVER_NAME, driver):
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", driver):
             raise FakeNodeError(f"{driver!r} is not the name of a driver: allowed are letters, digits, `-` and `_`")
         folder = self._folder(address)
         bound = driver_of(folder)
@@ -169,20 +156,24 @@ class FakeNode:
             raise FakeNodeError(f"{address} is bound to {driver} already")
         if self._is_held(address, folder):
             raise FakeNodeError(f"{address} is held by a VM: its enable must be 0 first")
-        if is_vfio_driver(driver) and number_in(f"{folder}/class") >> 8 == _PCI_BRIDGE:
-            raise FakeNodeError(f"{address} is a bridge: vfio drivers take endpoints only (EINVAL)")
-        if not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
-            self._refuse_if_owned(folder)
+        if is_vfio_driver(driver):
+            if number_in(f"{folder}/class") >> 8 == PCI_BRIDGE:
+                raise FakeNodeError(f"{address} is a bridge: vfio drivers take endpoints only (EINVAL)")
+            if not self._vfio.is_loaded:
+                self._vfio.load()
+        elif driver not in _HARMLESS_DRIVERS:
+            for mate, member in self._pci.members(folder).items():
+                if self._is_held(mate, member):
+                    raise FakeNodeError(
+                        f"a VM holds the IOMMU group of {address} through {mate}: binding fails (EBUSY)"
+                    )
         if bound:
             self.unbind(address)
-        if is_vfio_driver(driver) and not self._vfio.loaded:
-            self._vfio.load()
         self._pci.add_driver(driver)
-        self._pci.write(folder, "driver_override", driver if is_vfio_driver(driver) else NO_OVERRIDE)
         self._pci.link_driver(folder, driver)
         if is_vfio_driver(driver):
             self._pci.sleep(folder)
-            self._vfio.register(folder, group_of(folder) or 0, self._held_numbers())
+            self._vfio.register(folder, group_of(folder) or 0, set(self._held_numbers().values()))
         else:
             self._pci.write(folder, "enable", "1")
 
@@ -212,18 +203,16 @@ class FakeNode:
         It is awake while a VM has it and asleep afterwards. Closing one that was unbound meanwhile lets the unbind come
         to its end. Raises `FakeNodeError` when a VM could not open it: the group is not viable (EPERM).
         """
-        if value not in (0, 1):
-            raise FakeNodeError(f"enable is 0 or 1, not {value}")
         folder = self._folder(address)
         has_vfio = is_vfio_driver(driver_of(folder))
         if value:
             if has_vfio:
                 self._refuse_if_not_viable(folder)
-                self._pci.wake(folder, "auto")
+                self._pci.wake(folder)
             self._pci.write(folder, "enable", "1")
             return
         self._pci.write(folder, "enable", "0")
-        if self._held_number(address) is not None:
+        if address in self._held_numbers():
             os.unlink(self._state("held", address))
             self._release(folder)
         elif has_vfio:
@@ -244,9 +233,11 @@ class FakeNode:
             self.set_enable(address, 0)
         if driver:
             self.unbind(address)
+        there = {mate for mate in self._pci.members(folder) if mate != address}
+        away = {gone for gone in self.removed() if address in self._remembered(gone).mates}
         remembered = _Removed(
             parent=os.path.relpath(os.path.dirname(folder), self._pci.devices),
-            mates=self._mates(address, folder),
+            mates=sorted(there | away),
             driver=None if is_vfio_driver(driver) else driver,
         )
         self._pci.disappear(folder)
@@ -264,8 +255,9 @@ class FakeNode:
         if address in self._pci.addresses():
             raise FakeNodeError(f"{address} is there already")
         if isinstance(function, FunctionSpec):
-            self._forget(address)
-            self._add_new(function if iommu_group is None else replace(function, iommu_group=iommu_group))
+            self._appear(function)
+            if function.driver:
+                self.bind(address, function.driver)
         elif address in self.removed():
             self._put_back(address, iommu_group)
         else:
@@ -276,18 +268,14 @@ class FakeNode:
     def sicken(self, address: str, *, cold: bool = False) -> None:
         """The device no longer answers, as after a power cut behind the driver's back; no event tells.
 
-        The link reads Unknown and 63, `config` all ones; the rest looks as ever. `cold`: the kernel has tried to change
-        its power state, read all ones, and takes it to be in D3cold since. It befalls all functions of the slot and
-        what hangs below them.
+        The link reads Unknown and 63; the rest looks as ever. `cold`: the kernel has tried to change its power state,
+        read all ones, and takes it to be in D3cold since. It befalls all functions of the slot and what hangs below
+        them.
         """
-        answers: dict[str, str | bytes] = {
-            "current_link_speed": f"{OFF_THE_BUS.speed}\n",
-            "current_link_width": f"{OFF_THE_BUS.width}\n",
-            "config": GONE_CONFIG,
-        }
+        answers = {"current_link_speed": OFF_THE_BUS.speed, "current_link_width": str(OFF_THE_BUS.width)}
         if cold:
-            answers["power_state"] = f"{D3COLD}\n"
-        for folder in self._pci.slot(self._folder_with_link(address)):
+            answers["power_state"] = D3COLD
+        for folder in self._slot_with_link(address):
             stash = self._state("sick", os.path.basename(folder))
             if os.path.isdir(stash):
                 continue
@@ -295,27 +283,22 @@ class FakeNode:
             for name, answer in answers.items():
                 if is_plain_file(f"{folder}/{name}"):
                     shutil.copy(f"{folder}/{name}", f"{stash}/{name}")
-                    replace_file(f"{folder}/{name}", answer, self._spare)
+                    self._pci.write(folder, name, answer)
 
     def heal(self, address: str) -> None:
         """The device, with all functions of its slot and what hangs below, answers again."""
-        for folder in self._pci.slot(self._folder_with_link(address)):
+        for folder in self._slot_with_link(address):
             self._heal(folder)
 
     def set_attribute(self, address: str, name: str, text: str | bytes) -> None:
         """Gives a file of the function, e.g. `numa_node` or `power/runtime_status`, a new content, sense or nonsense.
 
         A `str` that is not empty gets a newline at its end if it has none. A reader sees the old content or the new
-        one. Raises `FakeNodeError` for what is not a file in the function's own folder.
+        one.
         """
-        folder = self._folder(address)
-        path = os.path.normpath(f"{folder}/{name}")
-        inside = path.startswith(f"{folder}/") and os.path.isdir(os.path.dirname(path))
-        if not inside or os.path.islink(path) or os.path.isdir(path):
-            raise FakeNodeError(f"{address} has no attribute {name!r}")
         if isinstance(text, str) and text and not text.endswith("\n"):
             text += "\n"
-        replace_file(path, text, self._spare)
+        replace_file(f"{self._folder(address)}/{name}", text, self._spare)
 
     # How
 
@@ -323,26 +306,23 @@ class FakeNode:
         for name in ("removed", "held", "sick"):
             os.makedirs(self._state(name))
         os.makedirs(f"{self._pci.root}/dev")
-        self._pci.create(preset.nodes)
+        self._pci.create()
         self._vfio.write_majors(loaded=False)
         if preset.kernel.vfio_loaded:
             self._vfio.load()
             self._pci.add_driver("vfio-pci")
         specs = preset.functions()
-        space = self._pci.address_space()
         for spec in specs:  # the kernel has found them all before drivers come
-            folder = self._pci.create_function(spec, self._parent(spec), space)
-            self._pci.appear(folder, spec.iommu_group)
+            self._appear(spec)
         for spec in specs:
             if spec.driver:
                 self.bind(spec.address, spec.driver)
         create_file(f"{self._hidden}/kernel.json", json.dumps(asdict(self.kernel)))
 
-    def _add_new(self, spec: FunctionSpec) -> None:
-        folder = self._pci.create_function(spec, self._parent(spec), self._pci.address_space())
+    def _appear(self, spec: FunctionSpec) -> None:
+        parent = f"{self._pci.devices}/{spec.parent}" if spec.parent.startswith("pci") else self._folder(spec.parent)
+        folder = self._pci.create_function(spec, parent)
         self._pci.appear(folder, spec.iommu_group)
-        if spec.driver:
-            self.bind(spec.address, spec.driver)
 
     def _put_back(self, address: str, iommu_group: int | None) -> None:
         remembered = self._remembered(address)
@@ -355,10 +335,10 @@ class FakeNode:
         os.rename(self._state("removed", address), folder)
         os.unlink(self._state("removed", f"{address}.json"))
         self._heal(folder)
-        self._pci.write(folder, "driver_override", NO_OVERRIDE)
         self._pci.appear(folder, group)
         if remembered.driver:
-            self.bind(address, remembered.driver)
+            with suppress(FakeNodeError):  # its probe fails while a VM holds the group: it stays without a driver
+                self.bind(address, remembered.driver)
         for below in [a for a in self.removed() if self._remembered(a).parent == f"{remembered.parent}/{address}"]:
             self._put_back(below, None)
 
@@ -366,24 +346,18 @@ class FakeNode:
         """The end of an unbind from vfio, when nobody holds the function any more."""
         group = group_of(folder)
         in_vfio = any(
-            os.path.isdir(f"{member}/vfio-dev") or self._held_number(address) is not None
-            for address, member in self._pci.members(folder)
+            os.path.isdir(f"{member}/vfio-dev") or address in self._held_numbers()
+            for address, member in self._pci.members(folder).items()
         )
         if group is not None and not in_vfio:
             self._vfio.remove_group(group)
-        self._pci.wake(folder, "on")
+        self._pci.wake(folder)
 
     def _heal(self, folder: str) -> None:
         stash = self._state("sick", os.path.basename(folder))
         for name in listed(stash):
             os.replace(f"{stash}/{name}", f"{folder}/{name}")
-        remove_if_empty(stash)
-
-    def _forget(self, address: str) -> None:
-        """Another card is put where one was removed."""
-        for kind in ("removed", "sick"):
-            shutil.rmtree(self._state(kind, address), ignore_errors=True)
-        remove_if_there(self._state("removed", f"{address}.json"))
+        shutil.rmtree(stash, ignore_errors=True)
 
     # What is asked on the way
 
@@ -396,46 +370,27 @@ class FakeNode:
             raise FakeNodeError(f"there is no PCI function {address!r} in {self.root}")
         return folder
 
-    def _folder_with_link(self, address: str) -> str:
+    def _slot_with_link(self, address: str) -> list[str]:
+        """Folders of what a power cut at this function befalls."""
         folder = self._folder(address)
         if not os.path.lexists(f"{folder}/current_link_speed"):
             raise FakeNodeError(f"{address} has no PCIe link")
-        return folder
-
-    def _parent(self, spec: FunctionSpec) -> str:
-        return f"{self._pci.devices}/{spec.parent}" if spec.parent.startswith("pci") else self._folder(spec.parent)
-
-    def _mates(self, address: str, folder: str) -> tuple[str, ...]:
-        there = {mate for mate, _ in self._pci.members(folder)} - {address}
-        away = {gone for gone in self.removed() if address in self._remembered(gone).mates}
-        return tuple(sorted(there | away))
+        return self._pci.slot(folder)
 
     def _remembered(self, address: str) -> _Removed:
-        values = json.loads(text_of(self._state("removed", f"{address}.json")) or "{}")
-        return _Removed(parent=values["parent"], mates=tuple(values["mates"]), driver=values["driver"])
+        return _Removed(**json.loads(Path(self._state("removed", f"{address}.json")).read_text()))
 
     def _is_held(self, address: str, folder: str) -> bool:
         """Whether a VM has the function open, bound to vfio or unbound meanwhile."""
-        if self._held_number(address) is not None:
-            return True
-        return is_vfio_driver(driver_of(folder)) and number_in(f"{folder}/enable", 10) > 0
+        is_open = is_vfio_driver(driver_of(folder)) and number_in(f"{folder}/enable", 10) > 0
+        return is_open or address in self._held_numbers()
 
-    def _held_number(self, address: str) -> int | None:
-        """N of the vfioN of a function that was unbound while a VM holds it: not free until the VM lets go."""
-        text = text_of(self._state("held", address))
-        return None if text is None else int(text)
-
-    def _held_numbers(self) -> set[int]:
-        numbers = map(self._held_number, listed(self._state("held")))
-        return {number for number in numbers if number is not None}
-
-    def _refuse_if_owned(self, folder: str) -> None:
-        for mate, member in self._pci.members(folder):
-            if self._is_held(mate, member):
-                raise FakeNodeError(f"a VM holds IOMMU group {group_of(folder)} through {mate}: binding fails (EBUSY)")
+    def _held_numbers(self) -> dict[str, int]:
+        """Address -> N of the vfioN of what was unbound while a VM holds it: not free until the VM lets go."""
+        return {address: number_in(self._state("held", address), 10) for address in listed(self._state("held"))}
 
     def _refuse_if_not_viable(self, folder: str) -> None:
-        for mate, member in self._pci.members(folder):
+        for mate, member in self._pci.members(folder).items():
             driver = driver_of(member)
             if driver and not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
                 raise FakeNodeError(f"IOMMU group {group_of(folder)} is not viable (EPERM): {mate} has driver {driver}")

@@ -1,33 +1,38 @@
-"""The PCI part of a fake kernel: functions on their bus, in IOMMU groups, with drivers and device links.
+"""The PCI part of a fake kernel: functions on their bus, in IOMMU groups, with drivers.
 
 Apart from `node`, which decides what happens and in what order; here is how a tree shows each single step, and how
-it is read back.
+it is read back. Names and formats are those of Linux 6.12.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
-from sandbox_plugin.fake.attributes import AddressSpace, cpus_in, function_attributes, power_attributes
 from sandbox_plugin.fake.files import (
     create_file,
     create_link,
     is_plain_file,
     link_target,
     listed,
-    remove_if_there,
     replace_file,
     text_of,
 )
-from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, NumaNode
+from sandbox_plugin.fake.hardware import FunctionSpec, Link
+from sandbox_plugin.model import ROM, Bar
 
-_CONSUMER_CLASSES = (0x0403, 0x0C03, 0x0C80)
-"""Audio, USB and USB-C functions in a GPU's slot, whose power hangs on the GPU's (quirk_gpu_hda and its like in
-drivers/pci/quirks.c)."""
+OFF_THE_BUS = Link(speed="Unknown", width=63)
+"""What the link attributes of a device say that no longer answers: all bits of its registers read as 1."""
+PCI_BRIDGE = 0x0604
+"""Base class and subclass."""
+
+_IO, _MEM_64 = 0x100, 0x100000
+"""IORESOURCE_IO and IORESOURCE_MEM_64 of the kernel's include/linux/ioport.h."""
+_LINES = 13
+"""Lines of `resource`: 0 to 5 BARs, 6 ROM, 7 to 12 BARs of virtual functions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,10 @@ class Pci:
     """The bus in the tree below `root`. A function's folder is always the real one below sys/devices."""
 
     root: str
-    kernel: Kernel
+    first_group: int
+    """As in `Kernel`."""
     spare: str
     """A path for files that are not yet in place."""
-
-    # Reading
 
     @property
     def devices(self) -> str:
@@ -49,6 +53,12 @@ class Pci:
     def bus(self) -> str:
         return f"{self.root}/sys/bus/pci"
 
+    @property
+    def _groups(self) -> str:
+        return f"{self.root}/sys/kernel/iommu_groups"
+
+    # Reading
+
     def addresses(self) -> list[str]:
         return listed(f"{self.bus}/devices")
 
@@ -56,11 +66,10 @@ class Pci:
         """None if there is no such function."""
         return link_target(f"{self.bus}/devices/{address}") if address and "/" not in address else None
 
-    def members(self, folder: str) -> Iterator[tuple[str, str]]:
+    def members(self, folder: str) -> dict[str, str]:
         """Address and folder of every function in a function's IOMMU group, itself too."""
         devices = f"{self._groups}/{group_of(folder)}/devices"
-        for address in listed(devices):
-            yield address, link_target(f"{devices}/{address}") or ""
+        return {address: link_target(f"{devices}/{address}") or "" for address in listed(devices)}
 
     def slot(self, folder: str) -> list[str]:
         """Folders of all functions in the slot of a function, and of all below them."""
@@ -68,114 +77,59 @@ class Pci:
         in_slot = [f"{above}/{name}" for name in addresses_in(above) if name[:-1] == address[:-1]]
         return [found for function in in_slot for found in _tree(function)]
 
-    def address_space(self) -> AddressSpace:
-        """What the functions that are there leave free."""
-        space = AddressSpace()
-        for address in self.addresses():
-            space.skip(text_of(f"{self.folder(address)}/resource") or "")
-        return space
-
-    # Machine
-
-    def create(self, nodes: tuple[NumaNode, ...]) -> None:
-        """An empty bus, the NUMA nodes and the IOMMU."""
-        iommu = f"{self.devices}/virtual/iommu/{self.kernel.iommu}"
-        for folder in (f"{self.bus}/devices", f"{self.bus}/drivers", self._groups, self._class("iommu"), iommu):
-            os.makedirs(folder)
-        create_file(f"{self.bus}/drivers_autoprobe", "1\n", 0o644)
-        create_file(f"{self.bus}/drivers_probe", "", 0o200)
-        create_file(f"{self.bus}/rescan", "", 0o200)
-        create_link(f"{self._class('iommu')}/{self.kernel.iommu}", iommu)
-        folder = f"{self.devices}/system/node"
-        os.makedirs(folder)
-        every = ",".join(str(node.number) for node in nodes)
-        with_cpus = ",".join(str(node.number) for node in nodes if node.cpulist)
-        for name, text in (("online", every), ("possible", every), ("has_memory", every), ("has_cpu", with_cpus)):
-            create_file(f"{folder}/{name}", f"{text}\n")
-        for node in nodes:
-            os.mkdir(f"{folder}/node{node.number}")
-            create_file(f"{folder}/node{node.number}/cpulist", f"{node.cpulist}\n")
-            distances = " ".join("10" if other is node else "21" for other in nodes)
-            create_file(f"{folder}/node{node.number}/distance", f"{distances}\n")
-
     # Functions
 
-    def create_function(self, spec: FunctionSpec, parent: str, space: AddressSpace) -> str:
-        """The folder of a new function, which nothing leads to yet."""
+    def create(self) -> None:
+        """An empty bus."""
+        for folder in (f"{self.bus}/devices", f"{self.bus}/drivers", self._groups, self.devices):
+            os.makedirs(folder)
+
+    def create_function(self, spec: FunctionSpec, parent: str) -> str:
+        """The folder of a function that nothing leads to yet."""
         folder = f"{parent}/{spec.address}"
         os.makedirs(f"{folder}/power")
-        nodes = f"{self.devices}/system/node"
-        cpulists = {name: text_of(f"{nodes}/{name}/cpulist") or "" for name in listed(nodes) if name.startswith("node")}
-        cpus = cpus_in(cpulists.values())
-        near = cpulists.get(f"node{spec.numa_node}", f"0-{cpus - 1}")
-        for name, attribute in function_attributes(spec, space, near, cpus).items():
-            create_file(f"{folder}/{name}", attribute.content, attribute.mode)
-        create_link(f"{folder}/subsystem", self.bus)
-        create_link(f"{folder}/iommu", f"{self.devices}/virtual/iommu/{self.kernel.iommu}")
+        for name, text in _attributes(spec).items():
+            create_file(f"{folder}/{name}", f"{text}\n")
         return folder
 
     def appear(self, folder: str, iommu_group: int | None) -> None:
-        """The function gets known: to the bus first, then to the IOMMU, to a group of its own if none is given."""
+        """The function gets known: to the bus first, then to the IOMMU, in the lowest free group if none is given."""
         address = os.path.basename(folder)
         create_link(f"{self.bus}/devices/{address}", folder)
         if iommu_group is None:
-            taken = {int(name) for name in listed(self._groups)}
-            first = self.kernel.first_group
-            iommu_group = next(n for n in range(first, first + len(taken) + 1) if n not in taken)
+            taken = set(listed(self._groups))
+            iommu_group = next(number for number in count(self.first_group) if str(number) not in taken)
         group = f"{self._groups}/{iommu_group}"
         if not os.path.isdir(group):
             os.makedirs(f"{group}/devices")
             create_file(f"{group}/reserved_regions", "0x00000000fee00000 0x00000000feefffff msi\n")
-            create_file(f"{group}/type", "DMA-FQ\n", 0o644)
         create_link(f"{folder}/iommu_group", group)
         create_link(f"{group}/devices/{address}", folder)
-        self._link_consumers(folder)
 
     def disappear(self, folder: str) -> None:
         """The reverse: the folder is left, and nothing leads to it."""
         address = os.path.basename(folder)
-        self._unlink_consumers(folder)
         os.unlink(f"{self.bus}/devices/{address}")
         group = f"{self._groups}/{group_of(folder)}"
         os.unlink(f"{folder}/iommu_group")
         os.unlink(f"{group}/devices/{address}")
         if not listed(f"{group}/devices"):
-            os.rmdir(f"{group}/devices")
             shutil.rmtree(group)
 
-    # Drivers
+    # Drivers and attributes
 
     def add_driver(self, driver: str) -> None:
-        """What loading a driver's module makes appear; nothing if it is loaded."""
-        folder = f"{self.bus}/drivers/{driver}"
-        if os.path.isdir(folder):
-            return
-        os.mkdir(folder)
-        for name in ("bind", "new_id", "remove_id", "uevent", "unbind"):
-            create_file(f"{folder}/{name}", "", 0o200)
-        if driver == "pcieport":  # part of the kernel itself
-            return
-        module = f"{self.root}/sys/module/{driver.replace('-', '_')}"
-        os.makedirs(f"{module}/drivers")
-        create_link(f"{folder}/module", module)
-        create_link(f"{module}/drivers/pci:{driver}", folder)
-        if driver == "vfio-pci":
-            os.mkdir(f"{module}/parameters")
-            for name in ("disable_denylist", "disable_idle_d3", "enable_sriov", "nointxmask"):
-                create_file(f"{module}/parameters/{name}", "N\n")
+        """What loading a driver makes appear, if it is not loaded."""
+        os.makedirs(f"{self.bus}/drivers/{driver}", exist_ok=True)
 
     def link_driver(self, folder: str, driver: str) -> None:
         """The two links of driver_sysfs_add in drivers/base/dd.c, in its order."""
         create_link(f"{self.bus}/drivers/{driver}/{os.path.basename(folder)}", folder)
         create_link(f"{folder}/driver", f"{self.bus}/drivers/{driver}")
-        self._write_uevent(folder, driver)
 
     def unlink_driver(self, folder: str, driver: str) -> None:
-        remove_if_there(f"{self.bus}/drivers/{driver}/{os.path.basename(folder)}")
+        os.unlink(f"{self.bus}/drivers/{driver}/{os.path.basename(folder)}")
         os.unlink(f"{folder}/driver")
-        self._write_uevent(folder, None)
-
-    # Attributes
 
     def write(self, folder: str, name: str, text: str) -> None:
         """New content for an attribute, at once; what a test has put in place of a file (a FIFO) is left alone."""
@@ -185,71 +139,12 @@ class Pci:
 
     def sleep(self, folder: str) -> None:
         """Runtime suspend, as vfio-pci does to a function that nobody uses (without disable_idle_d3)."""
-        self._set_power(folder, "suspended", "auto")
+        self.write(folder, "power/runtime_status", "suspended")
         self.write(folder, "power_state", "D3hot")
 
-    def wake(self, folder: str, control: str) -> None:
+    def wake(self, folder: str) -> None:
         self.write(folder, "power_state", "D0")
-        self._set_power(folder, "active", control)
-
-    def _set_power(self, folder: str, status: str, control: str) -> None:
-        for name, attribute in power_attributes(status, control).items():
-            self.write(folder, name, str(attribute.content).strip())
-
-    def _write_uevent(self, folder: str, driver: str | None) -> None:
-        path = f"{folder}/uevent"
-        if is_plain_file(path):
-            lines = [line for line in (text_of(path) or "").splitlines() if not line.startswith("DRIVER=")]
-            self.write(folder, "uevent", "\n".join(([f"DRIVER={driver}"] if driver else []) + lines))
-
-    # Device links between a GPU and the other functions of its slot
-
-    def _link_consumers(self, folder: str) -> None:
-        """Makes those of which both ends are there now."""
-        above, address = os.path.split(folder)
-        supplier = f"{above}/{address[:-1]}0"
-        if not os.path.isdir(supplier) or number_in(f"{supplier}/class") >> 16 != 0x03:
-            return
-        for name in addresses_in(above):
-            consumer = f"{above}/{name}"
-            if name[:-1] == address[:-1] and number_in(f"{consumer}/class") >> 8 in _CONSUMER_CLASSES:
-                both_known = self.folder(name) and self.folder(os.path.basename(supplier))
-                if both_known and not os.path.lexists(f"{supplier}/consumer:pci:{name}"):
-                    self._add_device_link(supplier, consumer)
-
-    def _add_device_link(self, supplier: str, consumer: str) -> None:
-        """As device_link_add in drivers/base/core.c."""
-        name = f"pci:{os.path.basename(supplier)}--pci:{os.path.basename(consumer)}"
-        folder = f"{self.devices}/virtual/devlink/{name}"
-        os.makedirs(folder)
-        os.makedirs(self._class("devlink"), exist_ok=True)
-        for attribute, text in (("auto_remove_on", "never"), ("runtime_pm", "1"), ("sync_state_only", "0")):
-            create_file(f"{folder}/{attribute}", f"{text}\n")
-        create_link(f"{folder}/subsystem", self._class("devlink"))
-        create_link(f"{self._class('devlink')}/{name}", folder)
-        create_link(f"{folder}/supplier", supplier)
-        create_link(f"{folder}/consumer", consumer)
-        create_link(f"{supplier}/consumer:pci:{os.path.basename(consumer)}", folder)
-        create_link(f"{consumer}/supplier:pci:{os.path.basename(supplier)}", folder)
-
-    def _unlink_consumers(self, folder: str) -> None:
-        for name in listed(folder):
-            kind, _, other = name.partition(":pci:")
-            if kind in ("consumer", "supplier"):
-                link = link_target(f"{folder}/{name}") or ""
-                back = "supplier" if kind == "consumer" else "consumer"
-                os.unlink(f"{folder}/{name}")
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{os.path.dirname(folder)}/{other}/{back}:pci:{os.path.basename(folder)}")
-                os.unlink(f"{self._class('devlink')}/{os.path.basename(link)}")
-                shutil.rmtree(link)
-
-    @property
-    def _groups(self) -> str:
-        return f"{self.root}/sys/kernel/iommu_groups"
-
-    def _class(self, name: str) -> str:
-        return f"{self.root}/sys/class/{name}"
+        self.write(folder, "power/runtime_status", "active")
 
 
 def driver_of(folder: str) -> str | None:
@@ -279,3 +174,52 @@ def _tree(folder: str) -> Iterator[str]:
     yield folder
     for name in addresses_in(folder):
         yield from _tree(f"{folder}/{name}")
+
+
+def _attributes(spec: FunctionSpec) -> dict[str, str]:
+    """What somebody reads in the folder of a function that no driver is bound to, without the newlines at the ends."""
+    model = spec.model
+    attributes = {
+        "vendor": f"0x{model.vendor:04x}",
+        "device": f"0x{model.device:04x}",
+        "class": f"0x{model.class_code:06x}",
+        "revision": f"0x{model.revision:02x}",
+        "subsystem_vendor": f"0x{model.subsystem[0]:04x}",
+        "subsystem_device": f"0x{model.subsystem[1]:04x}",
+        "numa_node": str(spec.numa_node),
+        "resource": _resource(model.bars),
+        "enable": "0",
+        "power_state": "D0",
+        "power/runtime_status": "active",
+    }
+    if link := spec.link or model.link:
+        attributes |= {"current_link_speed": link.speed, "current_link_width": str(link.width)}
+        if model.class_code >> 8 != PCI_BRIDGE:
+            attributes |= {
+                "reset": "",
+                "reset_method": "flr bus",
+                "aer_dev_fatal": "Undefined 0\nDLP 0\nTOTAL_ERR_FATAL 0",
+            }
+    return attributes
+
+
+def _resource(bars: Sequence[Bar]) -> str:
+    """A line for each region, aligned to its own size, in a machine where this function is the only one."""
+    free = {_IO: 0x3000, 0: 0x9000_0000, _MEM_64: 0x2000_0000_0000}
+    lines = [f"0x{0:016x} 0x{0:016x} 0x{0:016x}"] * _LINES
+    for bar in bars:
+        flags = _flags(bar)
+        space = flags & (_IO | _MEM_64)
+        start = -(-free[space] // bar.size) * bar.size
+        free[space] = start + bar.size
+        lines[bar.index] = f"0x{start:016x} 0x{start + bar.size - 1:016x} 0x{flags:016x}"
+    return "\n".join(lines)
+
+
+def _flags(bar: Bar) -> int:
+    """IORESOURCE_* of the kernel's include/linux/ioport.h, with the low bits of the register itself."""
+    if bar.io:
+        return 0x40101
+    if bar.index == ROM:
+        return 0x46200
+    return 0x40200 | (0x2008 if bar.prefetchable else 0) | (_MEM_64 | 0x4 if bar.wide else 0)

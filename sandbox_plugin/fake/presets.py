@@ -11,11 +11,11 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from sandbox_plugin.fake import models
-from sandbox_plugin.fake.hardware import At, Kernel, Link, Model, NumaNode, Preset, RootBus
+from sandbox_plugin.fake.hardware import At, Kernel, Link, Model, Preset, RootBus
 
-WITH_CDEVS = Kernel(cdevs=True, group_major=254, cdev_major=253, iommu="dmar0", first_group=40)
+WITH_CDEVS = Kernel(cdevs=True)
 """Built with IOMMUFD and VFIO cdevs."""
-GROUPS_ONLY = Kernel(cdevs=False, group_major=245, cdev_major=0, iommu="dmar0", first_group=40)
+GROUPS_ONLY = Kernel(cdevs=False)
 """As Debian and most distributions build it."""
 
 
@@ -57,7 +57,6 @@ _NVSWITCH_BUS = RootBus(
 _HGX_H100 = Preset(
     summary="DGX H100: 8 H100 SXM5 over two sockets behind PCIe switches, 4 NVSwitches; kernel with VFIO cdevs",
     kernel=WITH_CDEVS,
-    nodes=(NumaNode(number=0, cpulist="0-55,112-167"), NumaNode(number=1, cpulist="56-111,168-223")),
     buses=(
         _NVSWITCH_BUS,
         _dgx_bus(0, "15", "16", "17", "18", "19", "1a", "1b"),
@@ -103,12 +102,9 @@ def _slots(numa_node: int, root: str, *gpus: str, model: Model) -> RootBus:
     )
 
 
-_TWO_EPYCS = (NumaNode(number=0, cpulist="0-63,128-191"), NumaNode(number=1, cpulist="64-127,192-255"))
-
 _RTX_PRO_6000 = Preset(
     summary="8 RTX PRO 6000 over two sockets, two on each PCIe switch; kernel with VFIO cdevs",
-    kernel=replace(WITH_CDEVS, iommu="ivhd0"),
-    nodes=_TWO_EPYCS,
+    kernel=WITH_CDEVS,
     buses=(
         _switched(0, "10", "11", "12", "16", "17", model=models.RTX_PRO_6000),
         _switched(0, "70", "71", "72", "75", "76", model=models.RTX_PRO_6000),
@@ -119,8 +115,7 @@ _RTX_PRO_6000 = Preset(
 
 _UNEVEN = Preset(
     summary="invented: 8 L40S, 3 on one socket and 5 on the other, in slots and on switches; kernel with VFIO cdevs",
-    kernel=replace(WITH_CDEVS, iommu="ivhd0"),
-    nodes=_TWO_EPYCS,
+    kernel=WITH_CDEVS,
     buses=(
         _slots(0, "20", "21", "22", model=models.L40S),
         _slots(0, "40", "41", model=models.L40S),
@@ -132,7 +127,6 @@ _UNEVEN = Preset(
 _WORKSTATION = Preset(
     summary="desktop: a GeForce GTX 1660 Super with audio, USB and USB-C in its group, and a T4; kernel without cdevs",
     kernel=replace(GROUPS_ONLY, first_group=10),
-    nodes=(NumaNode(number=0, cpulist="0-15"),),
     buses=(
         RootBus(
             name="pci0000:00",
@@ -158,8 +152,7 @@ _WORKSTATION = Preset(
 
 _GH200 = Preset(
     summary="Grace Hopper: a GH200 on nvgrace_gpu_vfio_pci in PCI domain 0009, and a NIC; kernel with VFIO cdevs",
-    kernel=replace(WITH_CDEVS, iommu="smmu3.0x0000000011000000", first_group=10),
-    nodes=(NumaNode(number=0, cpulist="0-71"), NumaNode(number=1, cpulist="")),
+    kernel=replace(WITH_CDEVS, first_group=10),
     buses=(
         RootBus(
             name="pci0000:00",
@@ -179,7 +172,6 @@ _GH200 = Preset(
 _EMPTY = Preset(
     summary="a server without a GPU: bridges, a NIC and the graphics of its management controller; vfio not loaded",
     kernel=replace(WITH_CDEVS, vfio_loaded=False),
-    nodes=(NumaNode(number=0, cpulist="0-63"),),
     buses=(
         RootBus(
             name="pci0000:40",

@@ -70,29 +70,26 @@ class Story:
             yield self.pod_ends("There is no Deallocate: the plugin learns it from PodResources.")
 
     async def devices_appear(self) -> Told:
-        bound = self._bound()
-        await self._until(lambda: len(self._healthy()) == len(bound), "the kubelet did not list the node's devices")
-        seen = max(self.kubelet.listed_at(resource) for resource in self.kubelet.resources())
-        return Told(
+        count = len(self._bound())
+        return await self._seen(
             title="The daemon starts on a node whose GPUs are bound to vfio.",
             why="It finds them in sysfs, writes their CDI specs, and only then registers them.",
-            result=self._counts(),
-            seconds=seen - self.started_at,
+            began=self.started_at,
+            seen=lambda: len(self._healthy()) == count,
         )
 
     async def pod_takes_gpus(self) -> Told:
-        there = len(self.kubelet.healthy(self._gpus))
-        count = max(1, min(4, there - 1))
+        count = max(1, min(4, len(self.kubelet.healthy(self._gpus)) - 1))
         cause = self.clock()
         try:
             allocation = await self.kubelet.admit(POD, self._gpus, count)
         except AdmissionError as error:
             raise StoryError(f"the pod was not admitted: {error}") from None
         seconds = self.clock() - cause
-        for address in self._addresses(allocation.ids):
-            self.node.set_enable(address, 1)
+        for device_id in allocation.ids:
+            self.node.set_enable(self._bound()[device_id], 1)
         devices = self.kubelet.devices(self._gpus)
-        nodes = sorted({node for i in allocation.ids for node in devices[i].numa_nodes})
+        nodes = sorted({node for device_id in allocation.ids for node in devices[device_id].numa_nodes})
         where = f" on NUMA node {', '.join(map(str, nodes))}" if nodes else ""
         choice = "The plugin prefers GPUs that are close together, and answers with their VFIO nodes."
         return Told(
@@ -104,68 +101,64 @@ class Story:
 
     async def gpu_falls_off_and_returns(self) -> AsyncIterator[Told]:
         device_id, address = self._spare()
-        seconds = await self._seen_after(
-            lambda: self.node.sicken(address), lambda: device_id not in self._healthy(), f"{address} stayed healthy"
-        )
-        yield Told(
+        began = self.clock()
+        self.node.sicken(address)
+        yield await self._seen(
             title=f"GPU {device_id} ({address}) falls off the PCI bus.",
             why=f"No event announces this; the daemon polls every {self.health_interval:g} s here.",
-            result=self._counts(self._gpus),
-            seconds=seconds,
+            began=began,
+            seen=lambda: device_id not in self._healthy(),
+            resource=self._gpus,
         )
-        seconds = await self._seen_after(
-            lambda: self.node.heal(address), lambda: device_id in self._healthy(), f"{address} did not come back"
-        )
-        yield Told(
+        began = self.clock()
+        self.node.heal(address)
+        yield await self._seen(
             title=f"GPU {device_id} answers again.",
             why="Healthy again after 2 s without trouble, so that an unstable GPU does not flap.",
-            result=self._counts(self._gpus),
-            seconds=seconds,
+            began=began,
+            seen=lambda: device_id in self._healthy(),
+            resource=self._gpus,
         )
 
     async def kubelet_restarts(self) -> Told:
         before = self._healthy()
         await self.kubelet.stop()
-        cause = self.clock()
+        began = self.clock()
         await self.kubelet.start()
-        await self._until(lambda: self._healthy() == before, "the plugin did not register again")
-        seen = max(self.kubelet.listed_at(resource) for resource in self.kubelet.resources())
-        return Told(
+        return await self._seen(
             title="The kubelet restarts, and deletes every socket in its folder.",
             why="The plugin notices by itself, serves again and registers again; the pod keeps its GPUs.",
-            result=self._counts(),
-            seconds=seen - cause,
+            began=began,
+            seen=lambda: self._healthy() == before,
         )
 
     async def gpu_is_rebound(self) -> AsyncIterator[Told]:
         device_id, address = self._spare()
         driver = self.node.function(address).driver or "vfio-pci"
-        seconds = await self._seen_after(
-            lambda: self.node.bind(address, "nvidia"),
-            lambda: device_id not in self._healthy(),
-            f"{address} stayed healthy",
-        )
-        yield Told(
+        began = self.clock()
+        self.node.bind(address, "nvidia")
+        yield await self._seen(
             title=f"Somebody binds GPU {device_id} ({address}) to the nvidia driver.",
             why="It stays listed, Unhealthy, until no pod has held it for a minute.",
-            result=self._counts(self._gpus),
-            seconds=seconds,
+            began=began,
+            seen=lambda: device_id not in self._healthy(),
+            resource=self._gpus,
         )
         count = len(self._healthy())
-        seconds = await self._seen_after(
-            lambda: self.node.bind(address, driver), lambda: len(self._healthy()) > count, f"{address} did not return"
-        )
-        yield Told(
+        began = self.clock()
+        self.node.bind(address, driver)
+        yield await self._seen(
             title=f"And back to {driver}.",
             why="A GPU that was bound a moment ago can be given out now; no restart is needed.",
-            result=self._counts(self._gpus),
-            seconds=seconds,
+            began=began,
+            seen=lambda: len(self._healthy()) > count,
+            resource=self._gpus,
         )
 
     def pod_ends(self, why: str) -> Told:
-        ids = [i for a in self.kubelet.allocations if a.pod == POD for i in a.ids]
-        for address in self._addresses(tuple(ids)):
-            self.node.set_enable(address, 0)
+        ids = [device_id for allocation in self.kubelet.allocations for device_id in allocation.ids]
+        for device_id in ids:
+            self.node.set_enable(self._bound()[device_id], 0)
         self.kubelet.remove(POD)
         return Told(
             title="The pod ends.",
@@ -183,51 +176,42 @@ class Story:
     def _healthy(self) -> set[str]:
         return {device for resource in self.kubelet.resources() for device in self.kubelet.healthy(resource)}
 
-    def _counts(self, *resources: str) -> str:
-        """How many devices are healthy, of these resources or of all."""
-        counts = (
-            f"{resource}: {len(self.kubelet.healthy(resource))} of {len(self.kubelet.devices(resource))}"
-            for resource in resources or self.kubelet.resources()
-        )
-        return f"{', '.join(counts)} healthy"
-
     def _bound(self) -> dict[str, str]:
         """Device ID -> PCI address of what is bound to a vfio driver and is a device of its own."""
         bound = {}
         for function in self.node.functions():
             if function.vfio is None or function.class_code not in (0x030000, 0x030200, 0x068000):
                 continue
-            number = function.vfio.number if function.vfio.cdev else function.iommu_group
+            number = function.vfio.number if self.node.kernel.cdevs else function.iommu_group
             bound[str(number)] = function.address
         return bound
 
-    def _addresses(self, ids: tuple[str, ...]) -> list[str]:
-        bound = self._bound()
-        return [bound[device_id] for device_id in ids if device_id in bound]
-
     def _free(self) -> list[str]:
         """GPUs that no pod holds."""
-        bound = self._bound()
         healthy = sorted(self.kubelet.healthy(self._gpus), key=int)
-        return [i for i in healthy if i in bound and self.kubelet.holder(self._gpus, i) is None]
+        return [device_id for device_id in healthy if self.kubelet.holder(self._gpus, device_id) is None]
 
     def _spare(self) -> tuple[str, str]:
         """The last GPU that no pod holds: its ID and its PCI address."""
-        free = self._free()
-        if not free:
-            raise StoryError("no GPU is healthy and free")
-        return free[-1], self._bound()[free[-1]]
+        device_id = self._free()[-1]
+        return device_id, self._bound()[device_id]
 
-    async def _seen_after(self, cause: Callable[[], None], seen: Callable[[], bool], failure: str) -> float:
-        """Seconds from the cause to the message in which the kubelet saw it."""
-        gpus = self._gpus
-        began = self.clock()
-        cause()
-        await self._until(seen, failure)
-        return self.kubelet.listed_at(gpus) - began
+    async def _seen(
+        self, *, title: str, why: str, began: float, seen: Callable[[], bool], resource: str | None = None
+    ) -> Told:
+        """Waits until the kubelet has seen what happened to this resource, or to all of them.
 
-    async def _until(self, predicate: Callable[[], bool], failure: str) -> None:
+        `began` is when it happened, by `clock`. Raises StoryError.
+        """
         try:
-            await self.kubelet.wait_for(predicate, PATIENCE)
+            await self.kubelet.wait_for(seen, PATIENCE)
         except TimeoutError:
-            raise StoryError(f"{failure} within {PATIENCE:g} s") from None
+            raise StoryError(f"the kubelet did not see within {PATIENCE:g} s: {title}") from None
+        resources = self.kubelet.resources() if resource is None else [resource]
+        counts = [f"{r}: {len(self.kubelet.healthy(r))} of {len(self.kubelet.devices(r))}" for r in resources]
+        return Told(
+            title=title,
+            why=why,
+            result=f"{', '.join(counts)} healthy",
+            seconds=max(map(self.kubelet.listed_at, resources)) - began,
+        )
