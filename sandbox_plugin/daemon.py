@@ -11,7 +11,6 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from dataclasses import asdict
 from functools import partial
@@ -116,12 +115,13 @@ class Daemon:
             # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
             start(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
 
-    async def _serve(self, shutdown: Shutdown) -> None:
-        """What two plugins on one node must not do at the same time."""
-        since = time.monotonic()
+    async def _serve(self, shutdown: Shutdown, since: float) -> None:
+        """What two plugins on one node must not do at the same time. `since`: when this one got the lock."""
         if self._registry.current.version:  # else it is asked before anything is offered
             await self._poller.ask(patience=_FIRST_ANSWER)
         self._registry.serve(since)
+        if self._poller.asked_at < since:
+            self._poller.hurry()
         async with asyncio.TaskGroup() as group:
             shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:

@@ -776,6 +776,7 @@ def test_asked_to_end_it_closes_its_streams_and_removes_its_sockets_and_keeps_it
 
 
 def test_asked_by_sigusr1_it_logs_what_it_is_doing_and_goes_on(hgx: Hgx) -> None:
+    hgx.daemon.wait_for("registered", resource=PGPU)
     asked = hgx.daemon.mark()
     os.kill(hgx.daemon.pid, signal.SIGUSR1)
     tasks = hgx.daemon.wait_for("tasks", since=asked)

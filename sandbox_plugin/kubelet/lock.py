@@ -11,6 +11,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,11 +60,14 @@ class NodeLock:
         """Something changed in the folder: perhaps the other one is gone."""
         self._bell.set()
 
-    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs `work` for as long as this plugin has the lock, each time it gets it. Runs until cancelled."""
+    async def run(self, work: Callable[[float], Coroutine[Any, Any, None]]) -> None:
+        """Runs `work` for as long as this plugin has the lock, each time it gets it. Runs until cancelled.
+
+        `work` is told since when this plugin has the lock, in monotonic seconds.
+        """
         while True:
             async with self.taken(), asyncio.TaskGroup() as group:
-                task = group.create_task(work())
+                task = group.create_task(work(time.monotonic()))
                 await self.lost()
                 task.cancel()
 
