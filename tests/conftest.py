@@ -12,6 +12,9 @@ from daemon import Daemon, Places
 from daemon import places as make_places
 from hypothesis import HealthCheck, settings
 from kubelet import GrpcKubelet
+from pods import PodResources
+from trials import wait_until_it_sees
+from truth import Truth
 
 from sandbox_plugin.fake.node import FakeNode
 
@@ -34,6 +37,17 @@ class StartDaemon(Protocol):
     """Starts the daemon on a node. At the end of the test it must end in order, as `Daemon.close` says."""
 
     def __call__(self, node: FakeNode | str, /, *flags: str, **environment: str) -> Daemon: ...
+
+
+class Serve(Protocol):
+    """Starts the daemon on a node, or on a new one of a preset, and waits until all is registered.
+
+    Returns the node, the daemon, and `agree`, which waits until the kubelet's view equals the node's.
+    """
+
+    def __call__(
+        self, node: FakeNode | str, /, *flags: str, **environment: str
+    ) -> tuple[FakeNode, Daemon, Callable[[], None]]: ...
 
 
 @pytest.fixture
@@ -68,3 +82,26 @@ def daemon(places: Places, absent_kubelet: GrpcKubelet) -> Iterator[StartDaemon]
     """Starts the daemon on a node: `daemon(node, "--gpu-alias=", NVSWITCH_ALIAS="")`. It ends before the kubelet."""
     with ExitStack() as stack:
         yield lambda node, /, *flags, **environment: stack.enter_context(Daemon(places, node, *flags, **environment))
+
+
+@pytest.fixture
+def serve(fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon) -> Serve:
+    """Starts the daemon and has it registered: `node, plugin, agree = serve("workstation")`."""
+
+    def begin(node: FakeNode | str, /, *flags: str, **environment: str) -> tuple[FakeNode, Daemon, Callable[[], None]]:
+        made = fake_node(node) if isinstance(node, str) else node
+        truth = Truth(made.root)
+        plugin = daemon(made, *flags, **environment)
+        wait_until_it_sees(kubelet, truth)
+        for resource in truth.read():
+            plugin.wait_for("registered", resource=resource)
+        return made, plugin, lambda: wait_until_it_sees(kubelet, truth)
+
+    return begin
+
+
+@pytest.fixture
+def pods(places: Places) -> Iterator[PodResources]:
+    """A PodResources that has not been started."""
+    with PodResources(places.top / "pod-resources/kubelet.sock") as made:
+        yield made

@@ -5,10 +5,7 @@ The rules themselves, and many more ways to break them, are in test_one_holder.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
-from conftest import MakeNode, StartDaemon
+from conftest import MakeNode, Serve, StartDaemon
 from daemon import Places
 from grpc import StatusCode
 from kubelet import GrpcKubelet, refusal
@@ -20,21 +17,12 @@ HOUR = 3600.0
 OTHER = "nvidia.com/other"
 
 
-@pytest.fixture
-def pods(places: Places) -> Iterator[PodResources]:
-    """A PodResources that has not been started."""
-    with PodResources(places.top / "pod-resources/kubelet.sock") as made:
-        yield made
-
-
 def test_a_node_that_a_pod_holds_under_the_old_alias_is_not_given_under_the_new_one(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+    serve: Serve, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
 ) -> None:
-    node = fake_node("workstation")
-    held, free = (str(node.function(address).iommu_group) for address in (GEFORCE, T4))
     pods.start(age=HOUR)
-    old = daemon(node, QUICK)
-    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held, free})
+    node, old, _ = serve("workstation", QUICK)
+    held, free = (str(node.function(address).iommu_group) for address in (GEFORCE, T4))
     kubelet.plugin(PGPU).allocate([held])
     pods.hold("vm", PGPU, held)
     old.terminate()
@@ -46,12 +34,10 @@ def test_a_node_that_a_pod_holds_under_the_old_alias_is_not_given_under_the_new_
 
 
 def test_a_plugin_that_takes_over_knows_what_the_other_one_gave(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+    serve: Serve, fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
 ) -> None:
-    node = pairs(fake_node, 1)
     pods.start(age=HOUR)
-    old = daemon(node, QUICK)
-    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"0", "1"})
+    node, old, _ = serve(pairs(fake_node, 1), QUICK)
     new = daemon(node, QUICK)
     new.wait_for("standing by")
     pods.wait_until_asked()
@@ -69,12 +55,10 @@ def test_a_plugin_that_takes_over_knows_what_the_other_one_gave(
 
 
 def test_a_gpu_that_a_vm_still_has_is_refused_and_unhealthy_until_that_lets_go(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+    serve: Serve, kubelet: GrpcKubelet
 ) -> None:
-    node = fake_node("workstation")
+    node, plugin, _ = serve("workstation", QUICK)
     t4 = str(node.function(T4).iommu_group)
-    plugin = daemon(node, QUICK)
-    kubelet.wait_for(lambda: t4 in kubelet.healthy(PGPU))
     kubelet.plugin(PGPU).allocate([t4])
     node.set_enable(T4, 1)
     refused = refusal(lambda: kubelet.plugin(PGPU).allocate([t4]))  # the kubelet says that the pod has ended
@@ -84,21 +68,6 @@ def test_a_gpu_that_a_vm_still_has_is_refused_and_unhealthy_until_that_lets_go(
     plugin.wait_for("device changed", device=t4, reason="in-use-elsewhere: ")
     node.set_enable(T4, 0)
     kubelet.wait_for(lambda: t4 in kubelet.healthy(PGPU))
-
-
-@pytest.mark.slow
-def test_while_somebody_elses_vm_uses_a_gpu_the_log_says_so_once(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
-) -> None:
-    node = fake_node("workstation")
-    t4 = str(node.function(T4).iommu_group)
-    node.set_enable(T4, 1)
-    pods.start(age=HOUR)
-    plugin = daemon(node, QUICK)
-    kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {t4})
-    pods.wait_until_asked(5, timeout=60)
-    assert len(plugin.events("device found", device=t4)) == 1
-    assert not plugin.events("device changed", device=t4)
 
 
 def test_two_resources_of_one_group_are_two_pods_for_all_that_allocate_tells(

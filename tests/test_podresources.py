@@ -72,29 +72,3 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
 
     run(body())
     assert INTERVAL == LEAST
-
-
-def test_what_is_waited_for_is_asked_again_after_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    questions: list[Path] = []
-
-    async def body() -> None:
-        asked_three_times = asyncio.Event()
-
-        async def list_pods(path: Path) -> v1.ListPodResourcesResponse:
-            questions.append(path)
-            if len(questions) == 3:
-                asked_three_times.set()
-            return v1.ListPodResourcesResponse()
-
-        monkeypatch.setattr(podresources, "list_pods", list_pods)
-        monkeypatch.setattr(podresources, "INTERVAL", 0.001)
-        registry = Registry(Rules(), requires_cdi=False)
-        registry.observe(host(gpu(A)))
-        registry.observe(HostFacts())
-        poller = HoldingsPoller(socket=old_socket(tmp_path / "kubelet.sock"), registry=registry)
-        async with asyncio.TaskGroup() as group:
-            task = group.create_task(poller.run())
-            await asked_three_times.wait()
-            task.cancel()
-
-    run(body())

@@ -5,11 +5,10 @@ The rules are tried out in test_advance.py, with times of its own choosing; here
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 
 import pytest
-from conftest import MakeNode, StartDaemon
+from conftest import MakeNode, Serve, StartDaemon
 from daemon import Places
 from kubelet import GrpcKubelet
 from names import GEFORCE, NVSWITCH, PGPU, T4
@@ -21,13 +20,6 @@ from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.kubelet.podresources import INTERVAL
 
 HOUR = 3600.0
-
-
-@pytest.fixture
-def pods(places: Places) -> Iterator[PodResources]:
-    """A PodResources that has not been started."""
-    with PodResources(places.top / "pod-resources/kubelet.sock") as made:
-        yield made
 
 
 def group_of(node: FakeNode, address: str) -> str:
@@ -51,7 +43,13 @@ def test_what_pods_hold_and_the_node_does_not_show_is_listed_unhealthy_from_the_
     assert found["reason"] == "gone: pod default/old holds it, but this node shows no such device"
 
 
-def test_what_is_in_use_although_no_pod_holds_it_is_unhealthy_until_a_pod_does(
+def test_who_holds_what_is_known_before_anything_is_offered(serve: Serve, pods: PodResources) -> None:
+    pods.start(age=HOUR)
+    _, plugin, _ = serve("workstation")
+    assert not plugin.events("device found", reason="holders-unknown")
+
+
+def test_what_is_in_use_although_no_pod_holds_it_is_unhealthy_until_a_pod_does_or_it_is_let_go(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
 ) -> None:
     node = fake_node("workstation")
@@ -62,23 +60,14 @@ def test_what_is_in_use_although_no_pod_holds_it_is_unhealthy_until_a_pod_does(
     pods.hold("vm", PGPU, held)
     plugin = daemon(node, QUICK)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held} and kubelet.unhealthy(PGPU) == {taken})
-    (found,) = plugin.events("device found", resource=PGPU, device=taken)
-    assert found["reason"] == f"in-use-elsewhere: {T4} is in use (enable is 1) although no pod holds it"
+    reason = f"in-use-elsewhere: {T4} is in use (enable is 1) although no pod holds it"
+    wait_until(lambda: plugin.events(resource=PGPU, device=taken, reason=reason), "the log says why")
     pods.hold("another", PGPU, taken)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held, taken})
-
-
-def test_it_is_well_again_when_whoever_used_it_lets_go(
-    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
-) -> None:
-    node = fake_node("workstation")
-    taken = group_of(node, T4)
-    node.set_enable(T4, 1)
-    pods.start(age=HOUR)
-    daemon(node, QUICK)
+    pods.release("another")
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {taken})
     node.set_enable(T4, 0)
-    kubelet.wait_for(lambda: taken in kubelet.healthy(PGPU))
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {held, taken})
 
 
 @pytest.mark.slow
@@ -137,19 +126,17 @@ def test_nor_by_a_daemon_that_has_just_started_too(
     plugin = daemon(node, QUICK)
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"99"})  # it has been asked, and what it does name counts
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {group_of(node, GEFORCE), group_of(node, T4)})
-    assert not plugin.events("device changed")
+    assert not plugin.events(reason="in-use-elsewhere")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * RETIRE)
 def test_the_last_device_of_a_resource_takes_its_stream_socket_and_spec_along_a_minute_after_its_pod(
-    places: Places, fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, pods: PodResources
+    serve: Serve, kubelet: GrpcKubelet, pods: PodResources, places: Places
 ) -> None:
-    node = fake_node("hgx-h100")
-    switches = [f.address for f in node.functions() if f.class_code == 0x068000]
     pods.start(age=HOUR)
-    plugin = daemon(node, QUICK)
-    kubelet.wait_for(lambda: len(kubelet.healthy(NVSWITCH)) == len(switches) and len(kubelet.healthy(PGPU)) == 8)
+    node, plugin, _ = serve("hgx-h100", QUICK)
+    switches = [f.address for f in node.functions() if f.class_code == 0x068000]
     one = min(kubelet.healthy(NVSWITCH))
     pods.hold("vm", NVSWITCH, one)
     for address in switches:

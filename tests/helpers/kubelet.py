@@ -21,10 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 import pytest
@@ -34,8 +35,6 @@ TIMEOUT = 30.0
 """Seconds that a test waits for what should come within a few milliseconds: only machines under load need them."""
 _DIAL_TIMEOUT = 10.0
 """Seconds that the kubelet dials a plugin."""
-_MESSAGE_LIMIT = 4 << 20
-"""Bytes of the longest message that the kubelet receives."""
 
 _DOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 _NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
@@ -91,8 +90,7 @@ class Plugin:
     def __init__(self, socket: Path | str) -> None:
         wire = load_wire()
         self._messages = wire.deviceplugin
-        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_receive_message_length", _MESSAGE_LIMIT)]
-        self._channel = grpc.insecure_channel(f"unix:{socket}", options=options)
+        self._channel = grpc.insecure_channel(f"unix:{socket}", options=[("grpc.use_local_subchannel_pool", 1)])
         self._stub = wire.deviceplugin_grpc.DevicePluginStub(self._channel)
 
     def close(self) -> None:
@@ -104,6 +102,7 @@ class Plugin:
         return self._stub.GetDevicePluginOptions(self._messages.Empty(), timeout=timeout, wait_for_ready=True)
 
     def list_and_watch(self) -> Any:
+        """The call, which is the stream of messages."""
         return self._stub.ListAndWatch(self._messages.Empty())
 
     def allocate(self, *containers: Sequence[str]) -> Any:
@@ -136,11 +135,16 @@ class Plugin:
 class Watch:
     """One ListAndWatch stream, read by a thread until it ends. `changed` is notified of everything that happens.
 
-    With `cut` it is ended after its first message.
+    `on_end` is called when it has ended. With `cut` it is ended after its first message.
     """
 
     def __init__(
-        self, plugin: Plugin, changed: threading.Condition, on_end: Callable[[], None], *, cut: bool = False
+        self,
+        plugin: Plugin,
+        changed: threading.Condition,
+        on_end: Callable[[], None] = lambda: None,
+        *,
+        cut: bool = False,
     ) -> None:
         self.received: list[Received] = []
         self.ended: str | None = None
@@ -206,12 +210,7 @@ class Registration:
     answered: bool = False
     """The answer is on its way."""
 
-    @property
-    def is_open(self) -> bool:
-        return self.watch is not None and self.watch.ended is None
 
-
-@dataclass
 class GrpcKubelet:
     """A kubelet with its folder.
 
@@ -223,21 +222,21 @@ class GrpcKubelet:
             answer = kubelet.plugin("nvidia.com/pgpu").allocate(["0", "1"])
     """
 
-    folder: Path
-    manners: Manners = Manners.POLITE
-    on_register: Callable[[str], None] | None = None
-    """Called with the resource when Register comes in, before anything else happens."""
-    registrations: list[Registration] = field(default_factory=list)
-    """Every one there ever was, restarts included, the oldest first."""
-    calls: int = 0
-    """Register calls that came in, answered or not."""
-    changed: threading.Condition = field(default_factory=threading.Condition)
-    _mapped: dict[str, Registration] = field(default_factory=dict)
-    """Resource -> the registration that counts."""
-    _watches: list[Watch] = field(default_factory=list)
-    _plugins: list[Plugin] = field(default_factory=list)
-    _server: grpc.Server | None = None
-    _pool: ThreadPoolExecutor | None = None
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manners = Manners.POLITE
+        self.on_register: Callable[[str], None] | None = None
+        """Called with the resource when Register comes in, before anything else happens."""
+        self.registrations: list[Registration] = []
+        """Every one there ever was, restarts included, the oldest first."""
+        self.calls = 0
+        """Register calls that came in, answered or not."""
+        self.changed = threading.Condition()
+        self._mapped: dict[str, Registration] = {}
+        """Resource -> the registration that counts."""
+        self._watches: list[Watch] = []
+        self._plugins: list[Plugin] = []
+        self._running: tuple[grpc.Server, ThreadPoolExecutor] | None = None
 
     def __enter__(self) -> GrpcKubelet:
         return self
@@ -253,25 +252,26 @@ class GrpcKubelet:
 
     def start(self) -> None:
         """Makes the folder if there is none, deletes every socket in it, and listens at a new kubelet.sock."""
-        assert self._server is None, "it runs already"
+        assert self._running is None, "it runs already"
         self.folder.mkdir(exist_ok=True)
         for path in self.folder.iterdir():
             if stat.S_ISSOCK(path.lstat().st_mode):
                 path.unlink()
-        self._pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="Register")
-        self._server = grpc.server(self._pool, options=[("grpc.max_receive_message_length", _MESSAGE_LIMIT)])
-        load_wire().deviceplugin_grpc.add_RegistrationServicer_to_server(_Registration(self), self._server)
+        pool = ThreadPoolExecutor(max_workers=16, thread_name_prefix="Register")
+        server = grpc.server(pool)
+        load_wire().deviceplugin_grpc.add_RegistrationServicer_to_server(self, server)
         # grpcio removes the socket that it made when it stops. What others see is another name of it, which stays.
         hidden = self.folder.with_name(f"{self.folder.name}.hidden")
-        assert self._server.add_insecure_port(f"unix:{hidden}")
-        self._server.start()
+        assert server.add_insecure_port(f"unix:{hidden}")
+        self._running = server, pool
+        server.start()
         self.socket.hardlink_to(hidden)
 
     def stop(self, *, leave_socket: bool = False) -> None:
         """Ends every call and connection. A kubelet that is killed leaves its socket behind."""
-        server, pool, self._server = self._server, self._pool, None
-        if server is None or pool is None:
+        if self._running is None:
             return
+        (server, pool), self._running = self._running, None
         stopped = server.stop(grace=None)
         with self.changed:
             self._mapped.clear()
@@ -305,8 +305,8 @@ class GrpcKubelet:
     def registration(self, resource: str) -> Registration | None:
         """The one that counts now, with its stream open; None: every device of this resource is unhealthy."""
         with self.changed:
-            registration = self._mapped.get(resource)
-            return registration if registration is not None and registration.is_open else None
+            found = self._mapped.get(resource)
+            return found if found is not None and found.watch is not None and found.watch.ended is None else None
 
     def plugin(self, resource: str) -> Plugin:
         """The client that the kubelet would ask about this resource now. Raises AssertionError if there is none."""
@@ -339,12 +339,11 @@ class GrpcKubelet:
 
     @contextmanager
     def watching(self, resource: str) -> Iterator[Watch]:
-        """One more ListAndWatch stream, over a connection of its own, that the kubelet's own state knows nothing of."""
-        registration = self.registration(resource)
-        assert registration is not None, f"{resource} is not registered:\n{self._story()}"
-        plugin = Plugin(self.folder / registration.endpoint)
-        watch = Watch(plugin, self.changed, on_end=lambda: None)
+        """One more ListAndWatch stream, over a connection of its own that no registration led to."""
+        plugin = Plugin(self.folder / f"sandbox-{resource.partition('/')[2]}.sock")
+        watch = Watch(plugin, self.changed)
         try:
+            self.wait_for(lambda: watch.received)
             yield watch
         finally:
             watch.cancel()
@@ -352,8 +351,8 @@ class GrpcKubelet:
 
     # How
 
-    def answer_register(self, request: Any, context: grpc.ServicerContext) -> Any:
-        """One Register call, on a thread of its own."""
+    def Register(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """One Register call, on a thread of its own: grpcio calls it."""
         with self.changed:
             self.calls += 1
             self.changed.notify_all()
@@ -364,26 +363,24 @@ class GrpcKubelet:
             if context.add_callback(gone.set):
                 gone.wait()
             context.abort(grpc.StatusCode.CANCELLED, "the caller is gone")
-        why_not = "it will not" if self.manners is Manners.REFUSES else _why_not(request)
-        plugin = Plugin(f"{self.folder}/{request.endpoint}")
-        with self.changed:
-            self._plugins.append(plugin)
         registration = Registration(
             at=time.monotonic(),
             version=request.version,
             resource=request.resource_name,
             endpoint=request.endpoint,
-            plugin=plugin,
-            failure=why_not,
+            plugin=Plugin(self.folder / request.endpoint),
+            failure="it will not" if self.manners is Manners.REFUSES else _why_not(request),
         )
-        if why_not is None:
+        with self.changed:
+            self._plugins.append(registration.plugin)
+        if registration.failure is None:
             self._connect(registration, context.time_remaining())
         with self.changed:
             self.registrations.append(registration)
             self.changed.notify_all()
         context.add_callback(lambda: self._answered(registration))
         if registration.failure is not None:
-            plugin.close()
+            registration.plugin.close()
             context.abort(grpc.StatusCode.UNKNOWN, registration.failure)
         return load_wire().deviceplugin.Empty()
 
@@ -399,14 +396,10 @@ class GrpcKubelet:
                 self._mapped.pop(registration.resource, None)
             return
         with self.changed:
-            if self.manners is Manners.FORGETS or self._server is None:
+            if self.manners is Manners.FORGETS or self._running is None:
                 return
-            registration.watch = Watch(
-                registration.plugin,
-                self.changed,
-                on_end=lambda: self._ended(registration.resource),
-                cut=self.manners is Manners.CUTS,
-            )
+            ended = partial(self._ended, registration.resource)
+            registration.watch = Watch(registration.plugin, self.changed, ended, cut=self.manners is Manners.CUTS)
             self._watches.append(registration.watch)
 
     def _answered(self, registration: Registration) -> None:
@@ -426,21 +419,10 @@ class GrpcKubelet:
         for number, registration in enumerate(self.registrations):
             outcome = registration.failure or "accepted"
             lines.append(f"{number}: {registration.resource} at {registration.endpoint}: {outcome}")
-            for message in registration.watch.received if registration.watch else ():
-                lines.append(f"   healthy {message.healthy}, unhealthy {message.unhealthy}")
-            if registration.watch and registration.watch.ended:
+            if registration.watch is not None:
+                lines += [f"   healthy {m.healthy}, unhealthy {m.unhealthy}" for m in registration.watch.received]
                 lines.append(f"   ended: {registration.watch.ended}")
         return "\n".join(lines)
-
-
-@dataclass
-class _Registration:
-    """The Registration service, as grpcio calls it."""
-
-    kubelet: GrpcKubelet
-
-    def Register(self, request: Any, context: grpc.ServicerContext) -> Any:
-        return self.kubelet.answer_register(request, context)
 
 
 def _why_not(request: Any) -> str | None:
@@ -454,8 +436,7 @@ def _why_not(request: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
+class Refusal(NamedTuple):
     """How a call failed."""
 
     status: grpc.StatusCode

@@ -18,7 +18,7 @@ import pytest
 from daemon import ROOT, Places, clean_environment
 from kubelet import TIMEOUT, GrpcKubelet
 from names import PGPU
-from truth import HEALTHY, Truth, View
+from truth import Truth, View
 
 from sandbox_plugin.fake import models
 from sandbox_plugin.fake.hardware import FunctionSpec
@@ -46,14 +46,6 @@ def view(kubelet: GrpcKubelet) -> View:
     return {
         resource: {device.id: device.health for device in kubelet.devices(resource).values()}
         for resource in kubelet.resources()
-    }
-
-
-def healthy(seen: View) -> View:
-    """The same without devices that no pod could get."""
-    return {
-        resource: {device: health for device, health in devices.items() if health == HEALTHY}
-        for resource, devices in seen.items()
     }
 
 
