@@ -386,6 +386,7 @@ def test_a_function_that_never_rests_does_not_keep_the_scan(node: FakeNode, path
     drivers = ["mlx5_vfio_pci", "vfio-pci"] * 4
     while_read(paths.devices_list, *(partial(node.bind, T4, driver) for driver in drivers))
     assert len(scan(paths).functions) == 12
+    assert paths.devices_list.is_fifo(), "it was not followed to the end"
     while not paths.devices_list.is_file():
         paths.devices_list.read_bytes()  # so that nobody waits for a reader
 
