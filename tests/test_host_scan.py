@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +18,8 @@ from typing import Any
 
 import pytest
 from conftest import MakeNode
-from loop import LIMIT, run
+from hardship import Trap, no_descriptors, no_threads
+from loop import LIMIT, in_loop, run
 from names import AUDIO, GEFORCE, T4
 from trials import wait_until
 
@@ -51,14 +50,6 @@ def join_scans() -> None:
     assert scan_threads() == []
 
 
-@pytest.fixture(autouse=True)
-def _no_thread_is_left_behind() -> Iterator[None]:
-    """Whatever hung has been let go; each test starts and ends without threads of a scan."""
-    assert scan_threads() == []
-    yield
-    join_scans()
-
-
 @pytest.fixture
 def node(fake_node: MakeNode) -> FakeNode:
     return fake_node("workstation")
@@ -69,49 +60,22 @@ def paths(node: FakeNode) -> HostPaths:
     return HostPaths(node.root)
 
 
-@dataclass
-class Trap:
-    """A file whose reading hangs, until `release`."""
-
-    file: Path
-    fifo: Path
-    content: bytes
-
-    def release(self) -> None:
-        """Lets whoever hangs in it have the answer; the next reader finds a plain file again."""
-        plain = self.fifo.with_name("plain")
-        plain.write_bytes(self.content)
-        plain.replace(self.file)
-        if self.fifo.exists():
-            try:
-                descriptor = os.open(self.fifo, os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:
-                return  # nobody hangs in it
-            os.write(descriptor, self.content)
-            os.close(descriptor)
-            self.fifo.unlink()
-
-
 SetTrap = Callable[[Path], Trap]
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def trap(node: FakeNode) -> Iterator[SetTrap]:
-    """Puts a FIFO in a file's place. At the end of the test all are let go."""
+    """Makes a file of the node hang. At the end of each test all answer, and no thread of a scan is left."""
     made: list[Trap] = []
 
     def put(file: Path) -> Trap:
-        fifo = node.root / f"fifo-{len(made)}"
-        content = file.read_bytes()
-        os.mkfifo(fifo)
-        file.unlink()
-        os.link(fifo, file)
-        made.append(Trap(file, fifo, content))
+        made.append(Trap(file))
         return made[-1]
 
     yield put
     for each in made:
         each.release()
+    join_scans()
 
 
 class Late:
@@ -137,6 +101,11 @@ def scanner_of(paths: HostPaths, on_late: Callable[[], None] = lambda: None, pat
 
 def scan(paths: HostPaths) -> HostFacts:
     return run(scanner_of(paths).scan())
+
+
+async def scan_anew(paths: HostPaths) -> HostFacts:
+    """What a scanner says that knows nothing from before."""
+    return await scanner_of(paths, patience=LIMIT).scan()
 
 
 def test_a_scan_sees_functions_groups_and_what_the_kernel_can_do_and_says_when_it_began(paths: HostPaths) -> None:
@@ -165,13 +134,6 @@ def test_a_function_that_cannot_be_read_and_an_entry_that_is_none_cost_themselve
     assert len(facts.functions) == 11
 
 
-def test_a_function_that_vanishes_while_it_is_read_costs_itself_alone(node: FakeNode, paths: HostPaths) -> None:
-    shutil.rmtree(node.folder(T4))
-    facts = scan(paths)
-    assert list(facts.unreadable) == [T4]
-    assert "missing" in facts.unreadable[T4]
-
-
 def test_a_bus_that_cannot_be_listed_is_unreachable_and_says_why(tmp_path: Path) -> None:
     facts = scan_now(HostPaths(tmp_path))
     assert facts.functions == {}
@@ -192,33 +154,16 @@ def test_a_function_that_hangs_is_unreadable_and_the_others_are_read(
     assert GEFORCE in facts.groups[11].members
 
 
-def test_the_loop_goes_on_while_a_scan_hangs(node: FakeNode, paths: HostPaths, trap: SetTrap) -> None:
-    trap(node.folder(T4) / "vendor")
-
-    async def work() -> int:
-        scanning = asyncio.create_task(scanner_of(paths).scan())
-        turns = 0
-        while not scanning.done():
-            await asyncio.sleep(0.001)
-            turns += 1
-        return turns
-
-    assert run(work()) > 10
-
-
-def test_each_function_that_hangs_has_one_thread_and_is_waited_for_once(
+@in_loop
+async def test_each_function_that_hangs_has_one_thread_and_is_waited_for_once(
     node: FakeNode, paths: HostPaths, trap: SetTrap
 ) -> None:
     trap(node.folder(GEFORCE) / "vendor")
     trap(node.folder(T4) / "enable")
-
-    async def work() -> list[HostFacts]:
-        scanner = scanner_of(paths)
-        found = [await scanner.scan() for _ in range(4)]
-        assert_hanging(2)
-        return found
-
-    for facts in run(work()):
+    scanner = scanner_of(paths)
+    found = [await scanner.scan() for _ in range(4)]
+    assert_hanging(2)
+    for facts in found:
         assert dict(facts.unreadable) == {GEFORCE: SILENCE, T4: SILENCE}
         assert len(facts.functions) == 10
 
@@ -266,81 +211,69 @@ def test_a_process_that_was_stopped_blames_nobody(node: FakeNode) -> None:
     assert said.strip() == "{} None"
 
 
-def test_a_late_answer_is_told_and_brings_its_function_back_and_no_other(
+@in_loop
+async def test_a_late_answer_is_told_and_brings_its_function_back_and_no_other(
     node: FakeNode, paths: HostPaths, trap: SetTrap
 ) -> None:
     first, second = trap(node.folder(GEFORCE) / "vendor"), trap(node.folder(T4) / "vendor")
-
-    async def work() -> HostFacts:
-        late = Late()
-        scanner = scanner_of(paths, late)
-        assert (await scanner.scan()).unreadable.keys() == {GEFORCE, T4}
-        assert late.calls == 0
-        first.release()
-        await late.until(1)
-        facts = await scanner.scan()
-        assert dict(facts.unreadable) == {T4: SILENCE}
-        assert GEFORCE in facts.functions
-        second.release()
-        await late.until(2)
-        return await scanner.scan()
-
-    assert run(work()) == scan_now(paths)
+    late = Late()
+    scanner = scanner_of(paths, late)
+    assert (await scanner.scan()).unreadable.keys() == {GEFORCE, T4}
+    assert late.calls == 0
+    first.release()
+    await late.until(1)
+    facts = await scanner.scan()
+    assert dict(facts.unreadable) == {T4: SILENCE}
+    assert GEFORCE in facts.functions
+    second.release()
+    await late.until(2)
+    assert await scanner.scan() == await scan_anew(paths)
 
 
-def test_a_function_that_hangs_and_leaves_the_bus_is_not_reported(
+@in_loop
+async def test_a_function_that_hangs_and_leaves_the_bus_is_not_reported(
     node: FakeNode, paths: HostPaths, trap: SetTrap
 ) -> None:
     trap(node.folder(T4) / "vendor")
-
-    async def work() -> HostFacts:
-        scanner = scanner_of(paths)
-        await scanner.scan()
-        (paths.pci_devices / T4).unlink()
-        return await scanner.scan()
-
-    assert run(work()).unreadable == {}
+    scanner = scanner_of(paths)
+    await scanner.scan()
+    (paths.pci_devices / T4).unlink()
+    assert (await scanner.scan()).unreadable == {}
 
 
-def test_a_bus_that_hangs_is_unreachable_and_asked_again_when_it_answers(paths: HostPaths, trap: SetTrap) -> None:
+@in_loop
+async def test_a_bus_that_hangs_is_unreachable_and_asked_again_when_it_answers(paths: HostPaths, trap: SetTrap) -> None:
     hanging = trap(paths.devices_list)
-
-    async def work() -> HostFacts:
-        late = Late()
-        scanner = scanner_of(paths, late)
-        for _ in range(3):
-            silent = await scanner.scan()
-            assert (silent.unreachable, silent.functions) == (SILENCE, {})
-            assert_hanging(1)
-        hanging.release()
-        await late.until(1)
-        return await scanner.scan()
-
-    assert run(work()) == scan_now(paths)
+    late = Late()
+    scanner = scanner_of(paths, late)
+    for _ in range(3):
+        silent = await scanner.scan()
+        assert (silent.unreachable, silent.functions) == (SILENCE, {})
+        assert_hanging(1)
+    hanging.release()
+    await late.until(1)
+    assert await scanner.scan() == await scan_anew(paths)
 
 
-def test_where_the_regions_of_a_group_hang_only_what_is_held_for_vms_in_it_is_unreadable(
+@in_loop
+async def test_where_the_regions_of_a_group_hang_only_what_is_held_for_vms_in_it_is_unreadable(
     paths: HostPaths, trap: SetTrap
 ) -> None:
     held = {GEFORCE, AUDIO, "0000:01:00.2", "0000:01:00.3"}
     hanging = trap(paths.iommu_groups / "11/reserved_regions")
-
-    async def work() -> tuple[list[HostFacts], HostFacts]:
-        late = Late()
-        scanner = scanner_of(paths, late)
-        silent = [await scanner.scan() for _ in range(2)]
-        assert_hanging(1)
-        hanging.release()
-        await late.until(1)
-        return silent, await scanner.scan()
-
-    silent, answered = run(work())
+    late = Late()
+    scanner = scanner_of(paths, late)
+    silent = [await scanner.scan() for _ in range(2)]
+    assert_hanging(1)
+    hanging.release()
+    await late.until(1)
+    answered = await scanner.scan()
     for facts in silent:
         assert facts.unreachable is None
         assert dict(facts.unreadable) == dict.fromkeys(held, SILENCE)
         assert facts.functions.keys() == answered.functions.keys() - held
         assert facts.groups.keys() == {13}
-    assert answered == scan_now(paths)
+    assert answered == await scan_anew(paths)
 
 
 def test_a_scan_that_is_slow_but_goes_on_is_not_given_up(paths: HostPaths, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,26 +291,23 @@ def test_a_scan_that_is_slow_but_goes_on_is_not_given_up(paths: HostPaths, monke
 # What ends it
 
 
-def test_a_scan_that_is_cancelled_ends_at_once_and_its_thread_after_the_read_it_is_at(
+@in_loop
+async def test_a_scan_that_is_cancelled_ends_at_once_and_its_thread_after_the_read_it_is_at(
     node: FakeNode, paths: HostPaths, trap: SetTrap
 ) -> None:
     first, *_ = sorted(os.listdir(paths.pci_devices))
     hanging = trap(node.folder(first) / "vendor")
     trap(node.folder(T4) / "vendor")  # where it would hang if it read on
-
-    async def work() -> None:
-        late = Late()
-        scanning = asyncio.create_task(scanner_of(paths, late, patience=10 * LIMIT).scan())
-        await asyncio.sleep(0)
-        await asyncio.to_thread(wait_until, lambda: len(scan_threads()) == 1, "it has begun")
-        scanning.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await scanning
-        hanging.release()
-        await asyncio.to_thread(join_scans)
-        assert late.calls == 0
-
-    run(work())
+    late = Late()
+    scanning = asyncio.create_task(scanner_of(paths, late, patience=10 * LIMIT).scan())
+    await asyncio.sleep(0)
+    await asyncio.to_thread(wait_until, lambda: len(scan_threads()) == 1, "it has begun")
+    scanning.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scanning
+    hanging.release()
+    await asyncio.to_thread(join_scans)
+    assert late.calls == 0
 
 
 def test_an_answer_after_the_loop_has_ended_harms_nobody(
@@ -404,28 +334,13 @@ def test_a_fault_of_ours_in_the_scan_thread_reaches_the_caller_also_after_someth
         scan(paths)
 
 
-def test_a_want_of_descriptors_or_threads_is_no_word_about_the_host(
-    paths: HostPaths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    async def work() -> HostFacts:
-        scanner = scanner_of(paths)
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-        try:
-            with pytest.raises(sysfs.OutOfResources, match="Too many open files"):
-                await scanner.scan()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(sysfs.OutOfResources, match="thread"):
-                await scanner.scan()
-        return await scanner.scan()
-
-    assert run(work()) == scan_now(paths)
+@in_loop
+async def test_a_want_of_descriptors_or_threads_is_no_word_about_the_host(paths: HostPaths) -> None:
+    scanner = scanner_of(paths)
+    for want, words in ((no_descriptors, "Too many open files"), (no_threads, "thread")):
+        with want(), pytest.raises(sysfs.OutOfResources, match=words):
+            await scanner.scan()
+    assert await scanner.scan() == await scan_anew(paths)
 
 
 # What changes while it is looked at
@@ -450,26 +365,28 @@ def while_read(file: Path, *acts: Callable[[], object]) -> None:
     threading.Thread(target=work, daemon=True).start()
 
 
-def test_a_function_that_is_unbound_while_the_rest_is_read_is_read_again(node: FakeNode, paths: HostPaths) -> None:
-    while_read(paths.devices_list, lambda: node.unbind(T4))
+def test_functions_that_are_unbound_or_leave_while_the_rest_is_read_are_read_again(
+    node: FakeNode, paths: HostPaths
+) -> None:
+    def change() -> None:
+        node.unbind(T4)
+        node.remove(AUDIO)
+
+    while_read(paths.devices_list, change)
     facts = scan(paths)
     assert (facts.functions[T4].driver, facts.functions[T4].vfio) == (None, None)
     assert facts.group_nodes == {11}
     assert facts.groups.keys() == {11}
     assert T4 not in facts.vfio_devs.values()
-
-
-def test_a_function_that_leaves_while_the_rest_is_read_is_told_of(node: FakeNode, paths: HostPaths) -> None:
-    while_read(paths.devices_list, lambda: node.remove(T4))
-    facts = scan(paths)
-    assert T4 not in facts.functions
-    assert list(facts.unreadable) == [T4]
+    assert AUDIO not in facts.functions
+    assert list(facts.unreadable) == [AUDIO]
 
 
 def test_a_function_that_never_rests_does_not_keep_the_scan(node: FakeNode, paths: HostPaths) -> None:
     drivers = ["mlx5_vfio_pci", "vfio-pci"] * 4
     while_read(paths.devices_list, *(partial(node.bind, T4, driver) for driver in drivers))
     assert len(scan(paths).functions) == 12
+    assert paths.devices_list.is_fifo(), "it was not followed to the end"
     while not paths.devices_list.is_file():
         paths.devices_list.read_bytes()  # so that nobody waits for a reader
 
@@ -477,17 +394,18 @@ def test_a_function_that_never_rests_does_not_keep_the_scan(node: FakeNode, path
 # What is known from the scan before
 
 
-def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
+@in_loop
+async def test_what_a_function_is_is_read_once_and_again_when_another_is_in_its_place(
     node: FakeNode, paths: HostPaths
 ) -> None:
     scanner = scanner_of(paths)
-    assert run(scanner.scan()).functions[T4].device == 0x1EB8
+    assert (await scanner.scan()).functions[T4].device == 0x1EB8
     (node.folder(T4) / "device").write_text("0x2330\n")  # which no function does
-    assert run(scanner.scan()).functions[T4].device == 0x1EB8
+    assert (await scanner.scan()).functions[T4].device == 0x1EB8
     node.remove(T4)
     node.add(T4)
     node.set_attribute(T4, "device", "0x2330")
-    assert run(scanner.scan()).functions[T4].device == 0x2330
+    assert (await scanner.scan()).functions[T4].device == 0x2330
 
 
 def test_what_the_firmware_maps_in_a_group_is_read_once_and_again_when_it_is_another_or_has_other_members(
@@ -514,14 +432,15 @@ def test_what_the_firmware_maps_in_a_group_is_read_once_and_again_when_it_is_ano
     assert facts.groups[11].firmware_mappings == (), "nor of one whose folder is gone"
 
 
-def test_a_second_scan_sees_everything_that_changed(node: FakeNode, paths: HostPaths) -> None:
+@in_loop
+async def test_a_second_scan_sees_everything_that_changed(node: FakeNode, paths: HostPaths) -> None:
     scanner = scanner_of(paths)
-    first = run(scanner.scan())
+    first = await scanner.scan()
     node.sicken(T4)
     node.set_enable(GEFORCE, 1)
     node.unbind(AUDIO)
-    second = run(scanner.scan())
-    assert second == scan_now(paths) != first
+    second = await scanner.scan()
+    assert second == await scan_anew(paths) != first
     assert second.functions[T4].link_width == 63
     assert second.functions[GEFORCE].enable == 1
     assert second.functions[AUDIO].driver is None

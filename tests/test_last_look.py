@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import resource
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import MakeNode
-from loop import LIMIT, run
+from hardship import Trap, no_descriptors, no_threads
+from loop import LIMIT, in_loop, run
 from mediated import Mediated
 from names import AUDIO, GEFORCE, T4
 from trials import wait_until
@@ -45,9 +43,13 @@ def workstation(fake_node: MakeNode) -> FakeNode:
 
 
 @pytest.fixture
-def grace(fake_node: MakeNode) -> FakeNode:
-    """A node with cdevs."""
-    return fake_node("gh200")
+def geforce(workstation: FakeNode) -> Device:
+    return device_of(workstation, GEFORCE)
+
+
+@pytest.fixture
+def t4(workstation: FakeNode) -> Device:
+    return device_of(workstation, T4)
 
 
 def against(node: FakeNode, device: Device) -> str | None:
@@ -67,7 +69,6 @@ def put_to_sleep_dead(node: FakeNode) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda node: node.bind(AUDIO, "snd_hda_intel"), None),  # not viable, but that is another matter
         (lambda node: node.bind(T4, "nvidia"), f"{T4} is bound to nvidia now"),
         (lambda node: node.unbind(T4), f"{T4} is bound to no driver now"),
         (lambda node: node.remove(T4), f"{T4}: vendor is missing "),
@@ -78,23 +79,21 @@ def put_to_sleep_dead(node: FakeNode) -> None:
     ],
 )
 def test_a_device_that_a_vm_could_not_open_now_may_not_be_given_away(
-    workstation: FakeNode, change: Callable[[FakeNode], None], why: str | None
+    workstation: FakeNode, t4: Device, change: Callable[[FakeNode], None], why: str
 ) -> None:
-    device = device_of(workstation, T4)
-    assert against(workstation, device) is None
+    assert against(workstation, t4) is None
     change(workstation)
-    found = against(workstation, device)
-    assert found == why if why is None else found is not None and found.startswith(why)
+    assert (against(workstation, t4) or "").startswith(why)
 
 
-def test_every_function_of_the_device_counts(workstation: FakeNode) -> None:
-    geforce, t4 = device_of(workstation, GEFORCE), device_of(workstation, T4)
+def test_every_function_of_the_device_counts(workstation: FakeNode, geforce: Device, t4: Device) -> None:
     both = replace(geforce, placements=(*geforce.placements, *t4.placements))
     workstation.bind(T4, "nvidia")
     assert against(workstation, both) == f"{T4} is bound to nvidia now"
 
 
-def test_a_cdev_counts_only_as_it_was_seen(grace: FakeNode) -> None:
+def test_a_cdev_counts_only_as_it_was_seen(fake_node: MakeNode) -> None:
+    grace = fake_node("gh200")
     device = device_of(grace, GRACE_GPU)
     assert (device.node, against(grace, device)) == ("/dev/vfio/devices/vfio0", None)
     other = replace(device, node="/dev/vfio/devices/vfio3")
@@ -120,133 +119,100 @@ def test_a_mediated_device_is_looked_for_where_it_is(workstation: FakeNode) -> N
     assert against(workstation, device) is not None
 
 
-def test_a_device_of_whose_group_a_vm_has_another_function_may_not_be_given_away(workstation: FakeNode) -> None:
-    device = device_of(workstation, GEFORCE)
+def test_a_device_of_whose_group_a_vm_has_another_function_may_not_be_given_away(
+    workstation: FakeNode, geforce: Device
+) -> None:
     paths = HostPaths(workstation.root)
     workstation.set_enable(AUDIO, 1)
-    found = objection(paths, device)
+    found = objection(paths, geforce)
     assert found is not None
     assert found.in_use == {AUDIO}
     workstation.unbind(AUDIO)
-    assert objection(paths, device) is not None, "it is the VM's until that lets go"
+    assert objection(paths, geforce) is not None, "it is the VM's until that lets go"
     workstation.set_enable(AUDIO, 0)
     workstation.bind(AUDIO, "snd_hda_intel")
     workstation.set_attribute(AUDIO, "enable", "1")
-    assert objection(paths, device) is None, "the host's driver has it"
+    assert objection(paths, geforce) is None, "the host's driver has it"
 
 
-def test_a_device_that_sleeps_is_not_woken_by_the_look(workstation: FakeNode) -> None:
-    device = device_of(workstation, T4)
+def test_a_device_that_sleeps_is_not_woken_by_the_look(workstation: FakeNode, t4: Device) -> None:
     workstation.sicken(T4, cold=True)
     workstation.set_attribute(T4, "power/runtime_status", "suspended")
     for name in ("current_link_speed", "current_link_width"):
-        (workstation.folder(T4) / name).unlink()
-        os.mkfifo(workstation.folder(T4) / name)
-    assert against(workstation, device) is None
+        Trap(workstation.folder(T4) / name)
+    assert against(workstation, t4) is None
 
 
 # Several looks
 
 
-class Bench:
-    """A last look at a node's devices, of which some hang until `answer`."""
+class Looks:
+    """Several looks at devices of a node, and how often one of them refused."""
 
-    def __init__(self, node: FakeNode, *hanging: str, patience: float = PATIENCE) -> None:
+    def __init__(self, node: FakeNode, patience: float = LIMIT) -> None:
         self.refusals = 0
         self._look = LastLook(HostPaths(node.root), patience, on_refusal=self._refused)
-        self._traps = [node.folder(address) / "vendor" for address in hanging]
-        self._vendors = [trap.read_text() for trap in self._traps]
-        for trap in self._traps:
-            trap.unlink()
-            os.mkfifo(trap)
 
     async def __call__(self, *devices: Device) -> dict[str, str]:
         return {device_id: found.why for device_id, found in (await self._look(devices)).items()}
-
-    def answer(self) -> None:
-        """Whatever hangs is read."""
-        for trap, vendor in zip(self._traps, self._vendors, strict=True):
-            with trap.open("w") as fifo:
-                _replace(trap, vendor)
-                fifo.write(vendor)
 
     def _refused(self) -> None:
         self.refusals += 1
 
 
-def _replace(file: Path, content: str) -> None:
-    plain = file.with_name("plain")
-    plain.write_text(content)
-    plain.replace(file)
+def threads() -> int:
+    return sum(thread.name == "last-look" for thread in threading.enumerate())
 
 
-def looks() -> Sequence[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "last-look"]
-
-
-def test_what_is_against_a_device_stands_at_its_id_and_asks_for_a_scan(workstation: FakeNode) -> None:
-    geforce, t4 = device_of(workstation, GEFORCE), device_of(workstation, T4)
-    look = Bench(workstation, patience=LIMIT)
-    assert run(look(geforce, t4)) == {}
+@in_loop
+async def test_what_is_against_a_device_stands_at_its_id_and_asks_for_a_scan(
+    workstation: FakeNode, geforce: Device, t4: Device
+) -> None:
+    look = Looks(workstation)
+    assert await look(geforce, t4) == {}
     assert look.refusals == 0
     workstation.bind(T4, "nvidia")
-    assert run(look(geforce, t4)) == {"13": f"{T4} is bound to nvidia now"}
+    assert await look(geforce, t4) == {"13": f"{T4} is bound to nvidia now"}
     assert look.refusals == 1
 
 
-def test_a_device_that_hangs_is_refused_and_costs_one_thread_however_often_it_is_asked_for(
-    workstation: FakeNode,
+@in_loop
+async def test_a_device_that_hangs_is_refused_and_costs_one_thread_however_often_it_is_asked_for(
+    workstation: FakeNode, geforce: Device, t4: Device
 ) -> None:
-    geforce, t4 = device_of(workstation, GEFORCE), device_of(workstation, T4)
-    look = Bench(workstation, T4)
-
-    async def work() -> None:
-        assert list(await asyncio.gather(look(geforce, t4), look(t4))) == [{"13": SILENCE}] * 2
-        again = asyncio.create_task(look(t4))
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert again.done(), "one that is known to hang is not waited for"
-        assert again.result() == {"13": SILENCE}
-        await asyncio.to_thread(wait_until, lambda: len(looks()) == 1, "one thread for the device that hangs")
-        # The number may be another device's by now: that one is looked at.
-        assert await look(replace(geforce, id=t4.id, node=t4.node)) == {}
-        look.answer()
-        await asyncio.to_thread(wait_until, lambda: not looks(), "the look that hung has ended")
-        workstation.bind(T4, "nvidia")
-        assert await look(t4) == {"13": f"{T4} is bound to nvidia now"}, "a late answer is not given"
-
-    run(work())
+    look, trap = Looks(workstation, PATIENCE), Trap(workstation.folder(T4) / "vendor")
+    assert list(await asyncio.gather(look(geforce, t4), look(t4))) == [{"13": SILENCE}] * 2
+    again = asyncio.create_task(look(t4))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert again.done(), "one that is known to hang is not waited for"
+    assert again.result() == {"13": SILENCE}
+    await asyncio.to_thread(wait_until, lambda: threads() == 1, "one thread for the device that hangs")
+    # The number may be another device's by now: that one is looked at.
+    assert await look(replace(geforce, id=t4.id, node=t4.node)) == {}
+    trap.release()
+    await asyncio.to_thread(wait_until, lambda: threads() == 0, "the look that hung has ended")
+    workstation.bind(T4, "nvidia")
+    assert await look(t4) == {"13": f"{T4} is bound to nvidia now"}, "a late answer is not given"
 
 
-def test_a_want_of_descriptors_or_threads_is_against_giving_away_for_as_long_as_it_lasts(
-    workstation: FakeNode, monkeypatch: pytest.MonkeyPatch
+@in_loop
+async def test_a_want_of_descriptors_or_threads_is_against_giving_away_for_as_long_as_it_lasts(
+    workstation: FakeNode, t4: Device
 ) -> None:
-    t4 = device_of(workstation, T4)
-
-    def refuse(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    async def work() -> None:
-        look = Bench(workstation, patience=LIMIT)
-        with monkeypatch.context() as patched:
-            patched.setattr(threading.Thread, "start", refuse)
-            assert await look(t4) == {"13": "it cannot be looked at: can't start new thread"}
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-        try:
-            assert await look(t4) == {"13": "it cannot be looked at: Too many open files"}
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert await look(t4) == {}
-
-    run(work())
+    look = Looks(workstation)
+    for want, words in ((no_threads, "can't start new thread"), (no_descriptors, "Too many open files")):
+        with want():
+            assert await look(t4) == {"13": f"it cannot be looked at: {words}"}
+    assert await look(t4) == {}
 
 
-def test_a_fault_of_our_own_in_a_look_is_raised(workstation: FakeNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_our_own_in_a_look_is_raised(
+    workstation: FakeNode, t4: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise LookupError("a fault of our own")
 
-    t4 = device_of(workstation, T4)
     monkeypatch.setattr(last_look, "read_function", fail)
     with pytest.raises(LookupError, match="a fault of our own"):
-        run(Bench(workstation, patience=LIMIT)(t4))
+        run(Looks(workstation)(t4))

@@ -9,8 +9,6 @@ and devices that were ill once they have been well for long enough. The real pro
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -28,6 +26,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from kubelet import GrpcKubelet
+from outputs import read_cdi
+from trials import wait_until
 from truth import HEALTHY, UNHEALTHY, Truth, View
 
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
@@ -207,8 +207,12 @@ class NodeMachine(RuleBasedStateMachine):
         return True
 
     def _specs_name_what_is_there(self) -> None:
-        cdi, root = self._places.cdi, self._node.root
-        assert _wait_for(lambda: not _named_but_missing(cdi, root)), _named_but_missing(cdi, root)
+        def they_do() -> bool:
+            with suppress(AssertionError, FileNotFoundError):  # one comes or goes at this moment
+                return not _named_but_missing(self._places.cdi, self._node.root)
+            return False
+
+        wait_until(they_do, "the specs should name nodes that are there", _SETTLE)
 
     def _nobody_was_held_back_without_having_been_ill(self) -> None:
         """A device that is new, or was bound again, is Healthy at once. The daemon's log tells the reasons."""
@@ -248,31 +252,12 @@ class NodeMachine(RuleBasedStateMachine):
 def _named_but_missing(cdi: Path, root: Path) -> list[str]:
     """Nodes that a spec names and sysfs does not show."""
     missing = []
-    for file in cdi.glob("*.yaml"):
-        for line in _lines(file):
-            _, found, path = line.partition("path: ")
-            if found:
-                number = path.strip('"').rpartition("/")[2]
-                kind = "class/vfio" if number.isdecimal() else "class/vfio-dev"
-                if not (root / "sys" / kind / number).exists():
-                    missing.append(f"{file.name}: {path}")
+    for path in read_cdi(cdi).values():
+        number = path.rpartition("/")[2]
+        kind = "class/vfio" if number.isdecimal() else "class/vfio-dev"
+        if not (root / "sys" / kind / number).exists():
+            missing.append(path)
     return missing
-
-
-def _lines(file: Path) -> list[str]:
-    """None of a file that is not there, or goes at this moment."""
-    try:
-        return file.read_text().splitlines()
-    except FileNotFoundError:
-        return []
-
-
-def _wait_for(predicate: Callable[[], bool]) -> bool:
-    """For what nobody tells of: files."""
-    deadline = time.monotonic() + _SETTLE
-    while not (result := predicate()) and time.monotonic() < deadline:
-        threading.Event().wait(0.02)
-    return result
 
 
 @pytest.mark.timeout(max(120, EXAMPLES * (10 + STEPS // 5)))

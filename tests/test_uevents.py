@@ -16,17 +16,16 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from daemon import Places
-from loop import run
+from conftest import MakeNode
+from hardship import no_descriptors
+from loop import in_loop, until
 from names import PGPU, T4
 from structlog.testing import capture_logs
 
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.scan import HostScanner
-from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.host.uevents import UeventSource, open_netlink
 from sandbox_plugin.inventory.rules import Rules
-from sandbox_plugin.model import HostFacts, Reason
+from sandbox_plugin.model import Reason
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rescans import Rescans
 
@@ -75,7 +74,6 @@ class Bench:
         self.told: list[tuple[str, ...]] = []
         self._refusals = list(refusals)
         """What the next attempts to have a socket come to."""
-        self._more = asyncio.Event()
 
     def open_socket(self) -> Netlink:
         if self._refusals:
@@ -85,13 +83,10 @@ class Bench:
 
     def tell(self, *what: str) -> None:
         self.told.append(what)
-        self._more.set()
 
     async def looks(self, number: int) -> None:
         """Waits for so many looks; there are no more."""
-        while self.told.count(LOOK) < number:
-            self._more.clear()
-            await self._more.wait()
+        await until(lambda: self.told.count(LOOK) >= number)
         assert self.told.count(LOOK) == number
 
 
@@ -108,63 +103,54 @@ async def listening(*refusals: OSError) -> AsyncIterator[Bench]:
         task.cancel()
 
 
-def test_a_message_about_a_device_is_a_reason_to_look_if_the_kernel_sent_it() -> None:
-    async def body() -> None:
-        async with listening() as bench:
-            (netlink,) = bench.sockets
-            netlink.sent(BIND, PROCESS)
-            netlink.sent(message(SUBSYSTEM="pci", PCI_SLOT_NAME=GPU, ERROR_EVENT="X"), PROCESS)
-            for other in (message(SUBSYSTEM="net"), b"\xff\0=\0nonsense", b""):
-                netlink.sent(other)
-            for number, subsystem in enumerate(("pci", "vfio", "vfio-dev", "drivers", "mdev"), 2):
-                netlink.sent(message(SUBSYSTEM=subsystem))
-                await bench.looks(number)
-            assert set(bench.told) == {LOOK}
-
-    run(body())
+@in_loop
+async def test_a_message_about_a_device_is_a_reason_to_look_if_the_kernel_sent_it() -> None:
+    async with listening() as bench:
+        (netlink,) = bench.sockets
+        netlink.sent(BIND, PROCESS)
+        netlink.sent(message(SUBSYSTEM="pci", PCI_SLOT_NAME=GPU, ERROR_EVENT="X"), PROCESS)
+        for other in (message(SUBSYSTEM="net"), b"\xff\0=\0nonsense", b""):
+            netlink.sent(other)
+        for number, subsystem in enumerate(("pci", "vfio", "vfio-dev", "drivers", "mdev"), 2):
+            netlink.sent(message(SUBSYSTEM=subsystem))
+            await bench.looks(number)
+        assert set(bench.told) == {LOOK}
 
 
-def test_the_steps_of_an_error_recovery_are_told_before_the_look_that_takes_them_in() -> None:
+@in_loop
+async def test_the_steps_of_an_error_recovery_are_told_before_the_look_that_takes_them_in() -> None:
     steps = ("BEGIN_RECOVERY", "FAILED_RECOVERY")
-
-    async def body() -> None:
-        async with listening() as bench:
-            for step in steps:
-                bench.sockets[0].sent(message(ACTION="change", SUBSYSTEM="pci", PCI_SLOT_NAME=GPU, ERROR_EVENT=step))
-            await bench.looks(3)
-            assert bench.told == [LOOK, (GPU, steps[0]), LOOK, (GPU, steps[1]), LOOK]
-
-    run(body())
+    async with listening() as bench:
+        for step in steps:
+            bench.sockets[0].sent(message(ACTION="change", SUBSYSTEM="pci", PCI_SLOT_NAME=GPU, ERROR_EVENT=step))
+        await bench.looks(3)
+        assert bench.told == [LOOK, (GPU, steps[0]), LOOK, (GPU, steps[1]), LOOK]
 
 
-def test_messages_that_were_lost_are_a_reason_to_look_and_the_socket_is_kept() -> None:
-    async def body() -> None:
-        async with listening() as bench:
-            bench.sockets[0].sent(b"", error=errno.ENOBUFS)
-            await bench.looks(2)
-            bench.sockets[0].sent(BIND)
-            await bench.looks(3)
-            assert len(bench.sockets) == 1
-
-    run(body())
+@in_loop
+async def test_messages_that_were_lost_are_a_reason_to_look_and_the_socket_is_kept() -> None:
+    async with listening() as bench:
+        bench.sockets[0].sent(b"", error=errno.ENOBUFS)
+        await bench.looks(2)
+        bench.sockets[0].sent(BIND)
+        await bench.looks(3)
+        assert len(bench.sockets) == 1
 
 
-def test_where_there_are_no_kernel_events_that_is_said_once_and_they_are_tried_again() -> None:
+@in_loop
+async def test_where_there_are_no_kernel_events_that_is_said_once_and_they_are_tried_again() -> None:
     refused = [OSError(errno.EPROTONOSUPPORT, "Protocol not supported") for _ in range(3)]
-
-    async def body() -> None:
+    with capture_logs() as logs:
         async with listening(*refused) as bench:
             bench.sockets[0].sent(BIND)
             await bench.looks(2)
-
-    with capture_logs() as logs:
-        run(body())
     (said,) = logs
     assert said["reason"].startswith("Protocol not supported; ")
 
 
-def test_a_socket_that_fails_is_replaced_and_what_happened_meanwhile_is_looked_at() -> None:
-    async def body() -> None:
+@in_loop
+async def test_a_socket_that_fails_is_replaced_and_what_happened_meanwhile_is_looked_at() -> None:
+    with capture_logs() as logs:
         async with listening() as bench:
             bench.sockets[0].sent(b"", error=errno.ENOTCONN)
             await bench.looks(2)
@@ -172,9 +158,6 @@ def test_a_socket_that_fails_is_replaced_and_what_happened_meanwhile_is_looked_a
             assert first.fileno() == -1, "closed"
             second.sent(BIND)
             await bench.looks(3)
-
-    with capture_logs() as logs:
-        run(body())
     assert len(logs) == 1
 
 
@@ -187,33 +170,21 @@ def test_the_kernels_own_messages_are_heard_and_not_those_of_udev() -> None:
         assert netlink.getsockname()[1] == 1
 
 
-@pytest.mark.parametrize("failures", [0, 1], ids=["at once", "after a scan that had no means"])
-def test_the_outcome_of_a_recovery_is_taken_in_by_the_next_scan(
-    places: Places, monkeypatch: pytest.MonkeyPatch, failures: int
+@in_loop
+async def test_the_outcome_of_a_recovery_is_taken_in_by_the_next_scan_that_has_the_means(
+    fake_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = places.node("workstation")
-    group = str(node.function(T4).iommu_group)
     monkeypatch.setattr("sandbox_plugin.rescans._RETRY", 0.01)
-    scan, left = HostScanner.scan, [OutOfResources("no descriptors")] * failures
-
-    async def scarce(scanner: HostScanner) -> HostFacts:
-        if registry.current.version and left:
-            raise left.pop()
-        return await scan(scanner)
-
     registry = Registry(Rules(), requires_cdi=False)
-    monkeypatch.setattr(HostScanner, "scan", scarce)
-
-    async def body() -> Reason | None:
-        rescans = Rescans(HostPaths(node.root), registry, interval=3600)
-        async with asyncio.TaskGroup() as tasks:
-            task = tasks.create_task(rescans.run())
-            before = await registry.newer_than(0)
-            rescans.note_aer(T4, "FAILED_RECOVERY")
+    rescans = Rescans(HostPaths(fake_node("workstation").root), registry, interval=3600)
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(rescans.run())
+        before = await registry.newer_than(0)
+        rescans.note_aer(T4, "FAILED_RECOVERY")
+        with capture_logs() as logs, no_descriptors():
             rescans.wake()
-            inventory = await registry.newer_than(before.version)
-            task.cancel()
-        return {device.id: device.health.reason for device in inventory.resources[PGPU]}[group]
-
-    assert run(body()) is Reason.FATAL_ERROR
-    assert not left
+            await until(lambda: logs)
+        inventory = await registry.newer_than(before.version)
+        task.cancel()
+    (t4,) = (device for device in inventory.resources[PGPU] if device.address == T4)
+    assert t4.health.reason is Reason.FATAL_ERROR

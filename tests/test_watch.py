@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 from daemon import Places
-from loop import LIMIT, run
+from hardship import no_descriptors
+from loop import LIMIT, in_loop, until
 from structlog.testing import capture_logs
 
 from sandbox_plugin.host import watch
@@ -33,11 +33,6 @@ class Told:
 
     def add(self) -> None:
         self.times += 1
-
-
-async def until(holds: Callable[[], object]) -> None:
-    while not holds():  # noqa: ASYNC110 - logs and threads set no event
-        await asyncio.sleep(0.005)
 
 
 @asynccontextmanager
@@ -67,16 +62,6 @@ async def assert_tells(told: Told, change: Callable[[], object]) -> None:
     await until(lambda: told.times > before)
 
 
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-
-
 @pytest.fixture
 def _no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What inotify does not tell is not found either."""
@@ -84,22 +69,20 @@ def _no_timers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_timers")
-def test_a_folder_that_comes_and_goes_and_comes_again_is_watched_whenever_it_is_there(tmp_path: Path) -> None:
+@in_loop
+async def test_a_folder_that_comes_and_goes_and_comes_again_is_watched_whenever_it_is_there(tmp_path: Path) -> None:
     folder = tmp_path / "cdi"
-
-    async def body() -> None:
-        async with watching(folder) as [told]:
-            for _ in range(5):
-                await assert_tells(told, folder.mkdir)
-                await assert_tells(told, (folder / "a").touch)
-                await assert_tells(told, (folder / "b").touch)
-                await assert_tells(told, lambda: shutil.rmtree(folder))
-
-    run(body())
+    async with watching(folder) as [told]:
+        for _ in range(5):
+            await assert_tells(told, folder.mkdir)
+            await assert_tells(told, (folder / "a").touch)
+            await assert_tells(told, (folder / "b").touch)
+            await assert_tells(told, lambda: shutil.rmtree(folder))
 
 
 @pytest.mark.usefixtures("_no_timers")
-def test_a_folder_that_was_replaced_at_once_is_watched_under_its_old_name(tmp_path: Path) -> None:
+@in_loop
+async def test_a_folder_that_was_replaced_at_once_is_watched_under_its_old_name(tmp_path: Path) -> None:
     folder = tmp_path / "cdi"
     folder.mkdir()
 
@@ -107,33 +90,28 @@ def test_a_folder_that_was_replaced_at_once_is_watched_under_its_old_name(tmp_pa
         folder.rename(tmp_path / "old")
         folder.mkdir()
 
-    async def body() -> None:
-        async with watching(folder) as [told]:
-            await assert_tells(told, replace)
-            await assert_tells(told, (folder / "a").touch)
-            await assert_tells(told, (folder / "b").touch)
-
-    run(body())
+    async with watching(folder) as [told]:
+        await assert_tells(told, replace)
+        await assert_tells(told, (folder / "a").touch)
+        await assert_tells(told, (folder / "b").touch)
 
 
-def test_a_change_is_told_to_those_alone_who_wait_for_that_folder_or_the_one_above(tmp_path: Path) -> None:
+@in_loop
+async def test_a_change_is_told_to_those_alone_who_wait_for_that_folder_or_the_one_above(tmp_path: Path) -> None:
     folders = [tmp_path / name / "folder" for name in ("a", "b", "c")]
     for folder in folders:
         folder.mkdir(parents=True)
-
-    async def body() -> None:
-        async with watching(*folders) as told:
-            for changed, folder in zip(told, folders, strict=True):
-                for entry in (folder / "entry", folder.parent / "entry"):
-                    before = [each.times for each in told if each is not changed]
-                    await assert_tells(changed, entry.touch)
-                    assert [each.times for each in told if each is not changed] == before
-
-    run(body())
+    async with watching(*folders) as told:
+        for changed, folder in zip(told, folders, strict=True):
+            for entry in (folder / "entry", folder.parent / "entry"):
+                before = [each.times for each in told if each is not changed]
+                await assert_tells(changed, entry.touch)
+                assert [each.times for each in told if each is not changed] == before
 
 
 @pytest.mark.usefixtures("_no_timers")
-def test_a_folder_under_two_names_tells_everybody_who_waits_under_one_of_them(
+@in_loop
+async def test_a_folder_under_two_names_tells_everybody_who_waits_under_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As /run and /var/run, and from the working folder. The kernel has one watch for all."""
@@ -141,30 +119,25 @@ def test_a_folder_under_two_names_tells_everybody_who_waits_under_one_of_them(
     folder, link = tmp_path / "run", tmp_path / "link"
     folder.mkdir()
     link.symlink_to(folder)
-
-    async def body() -> None:
-        async with watching(folder, link, Path("run")) as told:
-            before = [each.times for each in told]
-            (folder / "entry").touch()
-            await until(lambda: all(each.times > was for each, was in zip(told, before, strict=True)))
-
-    run(body())
+    async with watching(folder, link, Path("run")) as told:
+        before = [each.times for each in told]
+        (folder / "entry").touch()
+        await until(lambda: all(each.times > was for each, was in zip(told, before, strict=True)))
 
 
-def test_all_folders_have_one_watcher_between_them(tmp_path: Path) -> None:
+@in_loop
+async def test_all_folders_have_one_watcher_between_them(tmp_path: Path) -> None:
     """The thread of each would wake many times a second."""
 
     def watchers() -> int:
         return sum("notify" in comm.read_text() for comm in Path("/proc/self/task").glob("*/comm"))
 
-    async def body() -> None:
-        async with watching(*(tmp_path / name for name in "abcde")):
-            await until(lambda: watchers() == 1)  # those of other tests may not have ended yet
-
-    run(body())
+    async with watching(*(tmp_path / name for name in "abcde")):
+        await until(lambda: watchers() == 1)  # those of other tests may not have ended yet
 
 
-def test_folders_that_do_not_answer_are_named_once_and_do_not_hold_up_the_others(
+@in_loop
+async def test_folders_that_do_not_answer_are_named_once_and_do_not_hold_up_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     silent, other = tmp_path / "silent", tmp_path / "other"
@@ -188,8 +161,8 @@ def test_folders_that_do_not_answer_are_named_once_and_do_not_hold_up_the_others
         searches.add()
         return [other]
 
-    async def body() -> None:
-        groups: dict[OnChange, Folders] = {dead.add: lambda: [silent], well.add: others}
+    groups: dict[OnChange, Folders] = {dead.add: lambda: [silent], well.add: others}
+    with capture_logs() as logs:
         try:
             async with running(FolderWatcher(groups=groups, step=0.01, patience=0.1)):
                 await until(lambda: logs)
@@ -202,37 +175,31 @@ def test_folders_that_do_not_answer_are_named_once_and_do_not_hold_up_the_others
                 await assert_tells(dead, (silent / "entry").touch)
         finally:
             answers.set()
-
-    with capture_logs() as logs:
-        run(body())
     assert [entry["path"] for entry in logs] == [[str(silent)]]
 
 
-def test_a_watch_that_cannot_be_had_is_named_once_and_had_later(tmp_path: Path) -> None:
+@in_loop
+async def test_a_watch_that_cannot_be_had_is_named_once_and_had_later(tmp_path: Path) -> None:
     told, tries = Told(), Told()
 
     def folders() -> list[Path]:
         tries.add()
         return [tmp_path]
 
-    async def body() -> None:
+    with capture_logs() as logs:
         async with running(FolderWatcher(groups={told.add: folders}, step=0.01, retry=0.01)):
             with no_descriptors():
                 await until(lambda: tries.times > 3)
             await until(lambda: told.times)
-
-    with capture_logs() as logs:
-        run(body())
     (said,) = logs
     assert said["path"] == [str(tmp_path)]
     assert "Too many open files" in said["reason"]
 
 
-def test_a_watch_that_is_cancelled_while_it_cannot_be_had_ends(tmp_path: Path) -> None:
-    """Whenever that is: in each of its turns."""
-
-    async def body(turns: int) -> None:
-        watcher = FolderWatcher(groups={lambda: None: lambda: [tmp_path]}, step=0.01, retry=2 * LIMIT)
+@in_loop
+async def test_a_watch_that_is_cancelled_while_it_cannot_be_had_ends_in_whichever_turn_that_is(tmp_path: Path) -> None:
+    watcher = FolderWatcher(groups={lambda: None: lambda: [tmp_path]}, step=0.01, retry=2 * LIMIT)
+    for turns in range(30):
         with no_descriptors():
             task = asyncio.create_task(watcher.run())
             for _ in range(turns):
@@ -241,25 +208,19 @@ def test_a_watch_that_is_cancelled_while_it_cannot_be_had_ends(tmp_path: Path) -
             await asyncio.wait([task])
         assert task.cancelled()
 
-    for turns in range(30):
-        run(body(turns))
-
 
 @pytest.mark.parametrize("kind", ["not UTF-8", "Permission denied"])
-def test_a_folder_that_cannot_be_watched_is_named_and_the_others_are_watched(tmp_path: Path, kind: str) -> None:
+@in_loop
+async def test_a_folder_that_cannot_be_watched_is_named_and_the_others_are_watched(tmp_path: Path, kind: str) -> None:
     bad, good = tmp_path / (os.fsdecode(b"\xff") if kind == "not UTF-8" else "closed"), tmp_path / "good"
     bad.mkdir(mode=0o700 if kind == "not UTF-8" else 0)
     good.mkdir()
     if kind == "Permission denied" and os.access(bad, os.R_OK):
         pytest.skip("this user may read every folder")
-
-    async def body() -> None:
+    with capture_logs() as logs:
         async with watching(bad, good) as [_, told]:
             await assert_tells(told, (good / "entry").touch)
             await until(lambda: logs)
-
-    with capture_logs() as logs:
-        run(body())
     (said,) = logs
     assert said["path"] == [str(bad)]
     assert kind in said["reason"]

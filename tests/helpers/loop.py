@@ -31,3 +31,9 @@ def in_loop(test: Callable[_P, Coroutine[Any, Any, None]]) -> Callable[_P, None]
         run(test(*args, **kwargs))
 
     return call
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """For what sets no event: logs, threads, files."""
+    while not holds():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)

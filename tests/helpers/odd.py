@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from h2.config import H2Configuration
 from h2.connection import H2Connection
@@ -39,14 +38,6 @@ def _answer(
     return put
 
 
-def _headers_alone(headers: Sequence[tuple[str, str]]) -> Answer:
-    def put(http: H2Connection, stream: int) -> bytes:
-        http.send_headers(stream, headers, end_stream=True)
-        return b""
-
-    return put
-
-
 def _frame(kind: int, payload: bytes, *, on_stream: bool) -> Answer:
     def put(http: H2Connection, stream: int) -> bytes:
         head = len(payload).to_bytes(3, "big") + bytes([kind, 0])
@@ -55,12 +46,16 @@ def _frame(kind: int, payload: bytes, *, on_stream: bool) -> Answer:
     return put
 
 
-def _do(act: Callable[[H2Connection, int], Any]) -> Answer:
+def _do(act: Callable[[H2Connection, int], None]) -> Answer:
     def put(http: H2Connection, stream: int) -> bytes:
         act(http, stream)
         return b""
 
     return put
+
+
+def _headers_alone(headers: Sequence[tuple[str, str]]) -> Answer:
+    return _do(lambda http, stream: http.send_headers(stream, headers, end_stream=True))
 
 
 ANSWERS: dict[str, Answer] = {
