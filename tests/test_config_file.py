@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -216,42 +215,16 @@ def test_a_file_that_is_not_there_is_refused_with_the_reason(tmp_path: Path) -> 
 # Whatever stands in it
 
 
-def quoted(text: str) -> str:
-    """A TOML basic string."""
-    return '"' + "".join(c if c.isalnum() and c.isascii() else f"\\U{ord(c):08x}" for c in text) + '"'
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(toml, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{quoted(key)} = {toml(each)}" for key, each in value.items()) + "}"
-    return str(value)
-
-
-words = st.sampled_from(["10de", "10de:2330", "0302", "a.b/cc", "0000:41:00.*", "kata", "true", "", "2.5", "*", "\n"])
-texts = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-values = st.recursive(
-    st.booleans() | st.integers() | st.floats() | texts | st.datetimes(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=6,
+pieces = st.sampled_from(
+    ["1", "-0.5", "nan", "1e999", "true", "[]", "[1]", "{}", "{a = 1}", "2026-01-01", '"', "'\\u0000'"]
+    + [f"'{word}'" for word in ("", "10de", "10de:2330", "0302", "a.b/cc", "0000:41:00.*", "kata", "true", "2.5", "*")]
+    + ["['10de', '']", "[['a']]", "{'10de:2330' = 'H100'}", "{'10de:2330' = 1}", "[{vendor = '10de', name = 'a.b/cc'}]"]
 )
-rule_keys = st.sampled_from(["name", "exclude", *CONDITIONS.split(", ")]) | texts
-rules = st.lists(st.dictionaries(rule_keys, values, max_size=4) | values, max_size=3)
-names = st.dictionaries(texts, texts | values, max_size=3)
-keys = st.sampled_from(sorted(KEYS)) | texts
-tables = st.fixed_dictionaries({}, optional={"resources": rules | values, "names": names | values})
-documents = st.builds(lambda one, other: one | other, st.dictionaries(keys, values, max_size=3), tables)
+keys = st.sampled_from([*sorted(KEYS), "name", "exclude", *CONDITIONS.split(", "), "names", "resources", "'10de:2330'"])
+lines = st.builds("{} = {}".format, keys, pieces) | st.sampled_from(["[[resources]]", "[names]", "[resources]"])
 
 
-@given(
-    documents.map(lambda document: "\n".join(f"{quoted(key)} = {toml(value)}" for key, value in document.items()))
-    | st.lists(st.sampled_from([*string.printable, "[[resources]]\n", "names", '"""']), max_size=60).map("".join)
-)
+@given(st.lists(lines, max_size=5).map("\n".join) | st.text(string.printable, max_size=60))
 @example("health-interval = 1e999999999")
 @example("gpu-alias = 2026-13-40\n")
 @example("\0")
@@ -259,10 +232,9 @@ def test_whatever_is_in_it_a_file_is_read_or_refused_in_one_line_that_names_it(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    said = None
     try:
         load(folder, text)
     except UsageError as error:
         said = str(error)
-    assert said is None or said.startswith(f"config file {folder}/plugin.toml: ")
-    assert said is None or len(said.splitlines()) == 1
+        assert said.startswith(f"config file {folder}/plugin.toml: ")
+        assert len(said.splitlines()) == 1
