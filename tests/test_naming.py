@@ -6,6 +6,7 @@ What is valid is written down here once more, from the rules of the kubelet and 
 from __future__ import annotations
 
 import gzip
+import re
 import string
 import subprocess
 import sys
@@ -111,11 +112,7 @@ def test_people_see_the_name_as_pci_ids_has_it() -> None:
 
 def test_the_table_says_its_version_its_date_and_its_licence() -> None:
     table = (ROOT / "sandbox_plugin/inventory/pci_names.tsv").read_text(encoding="utf-8")
-    head = [line for line in table.splitlines() if line.startswith("#")]
-    assert head[0].startswith("# pci.ids 20")
-    assert "(20" in head[0]
-    assert "GNU General Public License" in head[1]
-    assert "3-clause BSD License" in head[2]
+    assert re.match(r"# pci.ids 20.* \(20.*\n#.*GNU General Public License.*\n#.*3-clause BSD License", table)
 
 
 def test_every_model_of_the_table_has_a_valid_name_that_is_the_rules_where_the_rules_is_valid() -> None:
@@ -162,23 +159,17 @@ def test_whatever_pci_ids_may_say_the_name_is_valid_and_cleaning_it_again_change
     assert clean_name(cleaned, device) == cleaned
 
 
-def test_an_unknown_model_is_named_by_its_id() -> None:
-    assert ModelNames().resource_name(NVIDIA, 0x2FFF) == "UNKNOWN_10DE_2FFF"
-
-
 def test_names_of_models_are_known_again_and_others_are_not() -> None:
     assert all(NAMES.is_resource_name(NAMES.resource_name(*model)) for model in NAMES.table)
-    assert NAMES.is_resource_name(NAMES.resource_name(NVIDIA, 0xFFFF))
-    assert not NAMES.is_resource_name("pgpu")
+    assert NAMES.resource_name(NVIDIA, 0xFFFF) == "UNKNOWN_10DE_FFFF", "of a model that is not in the table"
+    assert NAMES.is_resource_name("UNKNOWN_10DE_FFFF")
     assert not NAMES.is_resource_name("UNKNOWN_10DE_FFFF\n")
-
-
-def test_a_type_of_vgpu_keeps_the_name_that_kubevirts_users_know() -> None:
-    assert type_name("GRID T4-1Q") == "GRID_T4-1Q"
+    assert not NAMES.is_resource_name("pgpu")
 
 
 @given(name=any_name)
-def test_a_type_of_vgpu_has_a_valid_name(name: str) -> None:
+def test_a_type_of_vgpu_has_a_valid_name_and_keeps_the_one_that_kubevirts_users_know(name: str) -> None:
+    assert type_name("GRID T4-1Q") == "GRID_T4-1Q"
     assert is_class(type_name(name))
 
 
@@ -188,11 +179,10 @@ def test_types_of_vgpus_whose_names_had_to_be_cut_are_still_told_apart(start: st
     assert type_name(start + "x" * 63 + one) != type_name(start + "x" * 63 + other)
 
 
-@pytest.mark.parametrize("alias", ["", "g", "NVIDIA GPU", "a" * 64, "3g", "g-", "a.b", "pgpu\n", "gpü"])
+@pytest.mark.parametrize("alias", ["", "NVIDIA GPU", "pgpu\n"])
 def test_a_wrong_alias_is_refused_in_one_line_that_says_what_is_allowed(alias: str) -> None:
-    with pytest.raises(ValueError, match="2 to 63 letters, digits, `-` and `_`") as refused:
+    with pytest.raises(ValueError, match=r"^[^\n]* 2 to 63 letters, digits, `-` and `_`[^\n]*$"):
         check_alias(alias)
-    assert "\n" not in str(refused.value)
 
 
 def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_domain() -> None:
@@ -201,9 +191,15 @@ def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_do
 
 
 @given(alias=any_name | aliases)
+@example("g")
 @example("gx")
-@example("H100-80_GB")
+@example("g-")
+@example("3g")
+@example("a.b")
+@example("gpü")
+@example("pgpu\n")
 @example("a" * 63)
+@example("a" * 64)
 def test_an_alias_is_accepted_exactly_if_it_is_a_cdi_class_and_a_qualified_name(alias: str) -> None:
     assert accepts(check_alias, alias) == is_class(alias)
 
@@ -262,12 +258,10 @@ def test_no_files_name_passes_its_limit(resource: str, max_bytes: int) -> None:
 
 
 def test_a_socket_is_shortened_from_the_first_byte_too_many() -> None:
-    resource = "nvidia.com/" + "g" * 20
     whole = "sandbox-" + "g" * 20 + ".sock"
-    assert socket_name(resource, max_bytes=len(whole)) == whole
-    shortened = socket_name(resource, max_bytes=len(whole) - 1)
-    assert len(shortened) == len(whole) - 1
-    assert shortened.startswith("sandbox-ggg")
+    assert socket_name("nvidia.com/" + "g" * 20, max_bytes=len(whole)) == whole
+    shortened = socket_name("nvidia.com/" + "g" * 20, max_bytes=len(whole) - 1)
+    assert (len(shortened), shortened[:11]) == (len(whole) - 1, "sandbox-ggg")
 
 
 @st.composite
