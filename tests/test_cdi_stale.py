@@ -267,17 +267,6 @@ async def test_the_registry_learns_what_stale_specs_say_and_pod_resources_is_ask
         assert not at.registry.current.waits_for_holdings
 
 
-@in_loop
-async def test_of_what_the_reference_left_the_devices_own_node_counts_and_not_the_one_beside_it(tmp_path: Path) -> None:
-    put(tmp_path, {SWITCHES: left_by_the_reference(NVSWITCH, "/dev/vfio/53")})
-    async with bench(tmp_path) as at:
-        await at.show(with_gpus(3))
-        assert at.registry.former == {(NVSWITCH, "9"): "/dev/vfio/53"}
-        await at.show(with_gpus(4))
-        assert at.registry.former == {}
-        assert names_in(tmp_path) == {OURS}
-
-
 @pytest.mark.parametrize("name", ["listdir", "stat"])
 @in_loop
 async def test_while_nothing_can_be_read_for_want_of_descriptors_what_stale_specs_say_is_not_forgotten(
@@ -298,6 +287,7 @@ async def test_while_nothing_can_be_read_for_want_of_descriptors_what_stale_spec
 def test_before_anything_is_offered_the_nodes_of_former_names_can_be_read_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of what the reference left, a device's own node counts, and not the one beside it."""
     specs = {
         LEFT: spec_of(OLD, 3),
         OURS: left_by_the_reference(PGPU, "/dev/vfio/47"),

@@ -115,36 +115,6 @@ def test_names_ids_and_nodes_are_those_of_the_reference(fake_node: MakeNode, pre
     assert ours == wanted
 
 
-# By the reference's variables
-
-
-@pytest.mark.parametrize(
-    ("environment", "names"),
-    [
-        ({}, ("pgpu", "nvswitch")),
-        ({"P_GPU_ALIAS": "gpu-for-vms", "NVSWITCH_ALIAS": "switch"}, ("gpu-for-vms", "switch")),
-        ({"P_GPU_ALIAS": "", "NVSWITCH_ALIAS": ""}, ("GH100_H100_SXM5_80GB", "GH100_H100_NVSWITCH")),
-    ],
-    ids=["unset", "set", "set but empty"],
-)
-def test_the_references_environment_gives_its_names_to_resources_sockets_and_specs(
-    fake_node: MakeNode,
-    kubelet: GrpcKubelet,
-    daemon: StartDaemon,
-    places: Places,
-    environment: dict[str, str],
-    names: tuple[str, str],
-) -> None:
-    daemon(fake_node("hgx-h100"), **environment)
-    gpus, switches = (f"nvidia.com/{name}" for name in names)
-    kubelet.wait_for(lambda: len(kubelet.healthy(gpus)) == 8 and len(kubelet.healthy(switches)) == 4)
-    assert kubelet.resources() == {gpus, switches}
-    assert {r.endpoint for r in kubelet.registrations} == {f"sandbox-{name}.sock" for name in names}
-    assert sockets(places.kubelet) == {f"sandbox-{name}.sock" for name in names}
-    assert {file.name for file in places.cdi.iterdir()} == {f"nvidia.com-{name}.yaml" for name in names}
-    assert {name.partition("=")[0] for name in read_cdi(places.cdi)} == {gpus, switches}
-
-
 # In the reference's container
 
 

@@ -130,19 +130,6 @@ def test_a_folder_that_does_not_answer_goes_by_its_name(tmp_path: Path, monkeypa
 # The real process
 
 
-@contextmanager
-def untouched(*folders: Path) -> Iterator[None]:
-    """Whatever happens meanwhile, nobody touches the files that are in these folders now."""
-
-    def state(file: Path) -> tuple[object, ...]:
-        status = file.stat()
-        return (file.read_bytes(), status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_mode)
-
-    before = {file: state(file) for folder in folders for file in folder.rglob("*") if file.is_file()}
-    yield
-    assert {file: state(file) for file in before} == before
-
-
 def test_bad_specs_in_either_folder_are_named_once_at_start_and_never_touched(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
@@ -156,25 +143,26 @@ def test_bad_specs_in_either_folder_are_named_once_at_start_and_never_touched(
         places.cdi / "a-rival.json": (as_text(rivals), f"device {PGPU}=11 is in {OURS} too"),
         etc / "deeper/empty.yaml": (b"", "it is empty"),
     }
+    good = [folder / "nvidia.yaml" for folder in (places.cdi, etc)]
+    for file in good:
+        file.write_bytes(GOOD)
     for file, (content, _) in bad.items():
         file.write_bytes(content)
-    for folder in (places.cdi, etc):
-        (folder / "nvidia.yaml").write_bytes(GOOD)
-    with untouched(places.cdi, etc):
-        plugin = daemon(node, QUICK)
-        kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
-        for file, (_, words) in bad.items():
-            told = plugin.wait_for("bad cdi spec", path=str(file), reason=words)
-            assert told["level"] == "error"
-            assert "Kata fails every pod of this node until this spec is repaired, or moved out" in told["action"]
-        since = plugin.mark()
-        (etc / "new.yaml").write_bytes(NO_DEVICES)  # seen by its event or by the next look, after the others
-        plugin.wait_for("bad cdi spec", since=since, path=str(etc / "new.yaml"), reason="it has no devices")
-        twice = plugin.wait_for("cdi device in two folders", path=str(etc / "nvidia.yaml"))
-        assert f"device vendor.com/class=0 is in {places.cdi / 'nvidia.yaml'} too" in twice["reason"]
+    before = {file: (file.read_bytes(), file.stat().st_ino, file.stat().st_ctime_ns) for file in [*bad, *good]}
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    for file, (_, words) in bad.items():
+        told = plugin.wait_for("bad cdi spec", path=str(file), reason=words)
+        assert told["level"] == "error"
+        assert "Kata fails every pod of this node until this spec is repaired, or moved out" in told["action"]
+    (etc / "new.yaml").write_bytes(NO_DEVICES)  # seen by its event or by the next look, after the others
+    plugin.wait_for("bad cdi spec", path=str(etc / "new.yaml"), reason="it has no devices")
+    twice = plugin.wait_for("cdi device in two folders", path=str(etc / "nvidia.yaml"))
+    assert f"device vendor.com/class=0 is in {places.cdi / 'nvidia.yaml'} too" in twice["reason"]
     assert len(plugin.events("cdi device in two folders")) == 1
     names = [event["path"] for event in plugin.events("bad cdi spec")]
     assert sorted(names) == sorted(map(str, [*bad, etc / "new.yaml"]))
+    assert before == {file: (file.read_bytes(), file.stat().st_ino, file.stat().st_ctime_ns) for file in before}
 
 
 # The watch in this process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.config.load import load_settings
-from sandbox_plugin.config.settings import OPTIONS, Option, Settings, UsageError
+from sandbox_plugin.config.settings import OPTIONS, Option, UsageError
 from sandbox_plugin.fake.node import FakeNode
 
 Said = Callable[..., tuple[int, str]]
@@ -69,8 +70,7 @@ def test_where_no_preset_can_be_made_it_is_a_failure_that_names_the_folder(
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     status, line = said("--fake-sysfs=gh200")
     assert status == 1
-    assert line.startswith("/nowhere/sandbox-plugin-")
-    assert line.endswith(": No such file or directory")
+    assert re.fullmatch("/nowhere/sandbox-plugin-.*: No such file or directory", line)
 
 
 # What is no flag
@@ -187,9 +187,8 @@ def test_a_models_name_may_be_an_alias_where_no_model_has_a_resource_of_its_own(
     assert load_settings({"config": str(file), "gpu_alias": ""}, {}).gpu_alias == ""
 
 
-def test_an_empty_name_of_a_config_file_is_refused_as_a_flag_and_is_none_as_a_variable(said: Said) -> None:
+def test_an_empty_name_of_a_config_file_is_refused_as_a_flag(said: Said) -> None:
     assert said("--config=") == (2, "--config: '' is not a path")
-    assert load_settings({}, {"SANDBOX_PLUGIN_CONFIG": ""}) == Settings()
 
 
 @pytest.mark.parametrize(
