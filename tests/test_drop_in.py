@@ -20,7 +20,7 @@ from conftest import MakeNode, StartDaemon
 from daemon import PYTHON, Daemon, Places, sockets
 from kubelet import GrpcKubelet
 from names import FIRST_GPU, NVSWITCH, PGPU
-from outputs import allocate_answer, read_cdi
+from outputs import assert_allocates, read_cdi
 from pods import PodResources
 from trials import QUICK, wait_until
 
@@ -240,8 +240,7 @@ def wait_for_specs(places: Places, devices: Devices) -> None:
 def assert_gives(kubelet: GrpcKubelet, devices: Devices) -> None:
     """For each ID Allocate answers just the reference's node of that ID."""
     for resource, nodes in devices.items():
-        answer = kubelet.plugin(resource).allocate(*([device_id] for device_id in nodes))
-        assert answer.SerializeToString(deterministic=True) == allocate_answer(*([node] for node in nodes.values()))
+        assert_allocates(kubelet.plugin(resource), [[device_id] for device_id in nodes], nodes)
 
 
 # Switching a node

@@ -14,14 +14,14 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MakeNode
 from daemon import ROOT, Places, clean_environment, run_command
-from daemon import places as make_places
 from kubelet import TIMEOUT
 from mediated import Mediated
 from names import AUDIO, GEFORCE, T4
@@ -37,13 +37,6 @@ GH200 = "0009:01:00.0"
 def node(places: Places) -> FakeNode:
     """A workstation to break."""
     return places.node("workstation")
-
-
-@pytest.fixture(scope="module")
-def whole() -> Iterator[dict[str, Path]]:
-    """Trees for tests that change nothing."""
-    with make_places() as places:
-        yield {preset: places.node(preset).root for preset in ("hgx-h100", "workstation", "gh200", "empty")}
 
 
 @pytest.fixture
@@ -76,24 +69,25 @@ def not_offered(document: Any) -> dict[str, str]:
 # Whole trees
 
 
-def test_the_json_tells_all_about_a_device(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
+def test_the_json_tells_all_about_a_device(fake_node: MakeNode, listed: Callable[..., Any]) -> None:
+    node = fake_node("gh200")
     device = {
         "id": "0",
         "pci_addresses": [GH200],
         "model": "GH100 [GH200 120GB / 480GB]",
         "numa_nodes": [0],
         "node": "/dev/vfio/devices/vfio0",
-        "iommu_group": FakeNode.open(whole["gh200"]).function(GH200).iommu_group,
+        "iommu_group": node.function(GH200).iommu_group,
         "health": "Healthy",
         "reason": None,
         "detail": "",
     }
     resources = [{"name": "nvidia.com/pgpu", "devices": [device]}]
-    assert listed(whole["gh200"]) == {"resources": resources, "not_offered": [], "unreachable": None}
+    assert listed(node.root) == {"resources": resources, "not_offered": [], "unreachable": None}
 
 
-def test_the_table_has_a_line_for_each_device(whole: dict[str, Path], shown: Callable[..., str]) -> None:
-    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in shown(whole["hgx-h100"]).splitlines())
+def test_the_table_has_a_line_for_each_device(fake_node: MakeNode, shown: Callable[..., str]) -> None:
+    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in shown(fake_node("hgx-h100").root).splitlines())
     assert header == ["RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH"]
     assert [row[0] for row in rows] == ["nvidia.com/nvswitch"] * 4 + ["nvidia.com/pgpu"] * 8
     assert [row[1] for row in rows] == [str(number) for number in range(12)]
@@ -101,16 +95,17 @@ def test_the_table_has_a_line_for_each_device(whole: dict[str, Path], shown: Cal
     assert rows[-1] == ["nvidia.com/pgpu", "11", "0000:df:00.0", model, "1", node, "Healthy"]
 
 
-def test_the_topology_tells_how_close_two_devices_are(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
-    one, other = listed(whole["workstation"], "--topology")["topology"]
+def test_the_topology_tells_how_close_two_devices_are(fake_node: MakeNode, listed: Callable[..., Any]) -> None:
+    one, other = listed(fake_node("workstation").root, "--topology")["topology"]
     assert one == {"id": one["id"], "links": {other["id"]: other["links"][one["id"]]}}
 
 
 def test_a_node_without_devices_has_nothing_to_advertise_and_that_is_no_fault(
-    whole: dict[str, Path], listed: Callable[..., Any], shown: Callable[..., str]
+    fake_node: MakeNode, listed: Callable[..., Any], shown: Callable[..., str]
 ) -> None:
-    assert listed(whole["empty"]) == {"resources": [], "not_offered": [], "unreachable": None}
-    table = shown(whole["empty"], "--topology")
+    root = fake_node("empty").root
+    assert listed(root) == {"resources": [], "not_offered": [], "unreachable": None}
+    table = shown(root, "--topology")
     assert table.startswith("Nothing would be advertised: no GPU, NVSwitch or other device")
     assert table.count("\n") == 1, "there is no matrix of nothing"
 
@@ -184,10 +179,8 @@ def test_what_is_odd_about_a_gpu_is_said_of_all_and_is_no_reason_not_to_offer_it
 
 
 @pytest.mark.parametrize("preset", ["hgx-h100", "workstation", "gh200"])
-def test_nothing_is_odd_about_a_node_that_is_well(
-    whole: dict[str, Path], listed: Callable[..., Any], preset: str
-) -> None:
-    assert {function["remarks"] for function in listed(whole[preset], "--all")["functions"]} == {None}
+def test_nothing_is_odd_about_a_node_that_is_well(fake_node: MakeNode, listed: Callable[..., Any], preset: str) -> None:
+    assert {function["remarks"] for function in listed(fake_node(preset).root, "--all")["functions"]} == {None}
 
 
 # Broken trees
@@ -266,9 +259,9 @@ def test_in_the_log_on_a_console_names_are_shown_and_not_obeyed(node: FakeNode, 
     assert_printable(said)
 
 
-def test_on_a_terminal_no_line_has_blanks_at_its_end_and_none_is_folded(whole: dict[str, Path]) -> None:
+def test_on_a_terminal_no_line_has_blanks_at_its_end_and_none_is_folded(node: FakeNode) -> None:
     for arguments in (["list", "--all", "--fake-sysfs"], ["fake-node", "show"]):
-        lines = on_terminal([*arguments, str(whole["workstation"])], columns=40)
+        lines = on_terminal([*arguments, str(node.root)], columns=40)
         assert "\x1b[" in lines[0], "no colours: it did not take this for a terminal"
         bare = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
         assert bare == [line.rstrip() for line in bare]
