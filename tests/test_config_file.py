@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -89,6 +88,12 @@ def test_a_flag_beats_the_environment_which_beats_the_file(tmp_path: Path) -> No
     assert (found.gpu_alias, found.nvswitch_alias, found.log_level) == ("flag", "variable-switch", "error")
 
 
+def test_an_empty_variable_is_none_but_one_of_the_reference_plugins_is_an_empty_alias_as_there() -> None:
+    aliases = {"P_GPU_ALIAS": "", "NVSWITCH_ALIAS": ""}
+    found = load_settings({}, {**aliases, "SANDBOX_PLUGIN_CDI_DIR": "", "SANDBOX_PLUGIN_CONFIG": ""})
+    assert found == Settings(gpu_alias="", nvswitch_alias="")
+
+
 def test_rules_are_read_in_their_order_with_every_condition_as_a_word_or_a_list(tmp_path: Path) -> None:
     text = """
         [[resources]]
@@ -127,7 +132,6 @@ def test_models_are_named_by_their_ids_in_any_case(tmp_path: Path) -> None:
 WRONG = [
     # No TOML, or no text
     (b"gpu-alias = 'a'\r\ngpu-alias = [\r\n'b', # b\r\n]\r\n\r\n# end\r\n", "line 2: 'gpu-alias' has a value already"),
-    ("gpu-alias = 'a'\ngpu-alias = 'b'", "line 2: 'gpu-alias' has a value already"),
     ("names = 1\n[names]\n", "line 2: '[names]' has a value already"),
     ("names = {a = 1, a.b = 2}\n", "Cannot overwrite a value (at line 1, column 24)"),
     ("[[resources]]\nname = amd\n", "Invalid value (at line 2, column 8)"),
@@ -137,21 +141,17 @@ WRONG = [
     ("log-level = " + "[" * 20000, "brackets are nested too deeply"),
     # Settings
     ('gpu_alias = "x"', f"unknown key 'gpu_alias'; allowed are {EVERY_KEY}"),
-    ('config = "x"', f"unknown key 'config'; allowed are {EVERY_KEY}"),
     ("gpu-alias = 9", f"gpu-alias: '9' is not a valid resource name: {ALIAS}"),
     ("gpu-alias = false", "gpu-alias must be a string or a number, not false"),
     ("cdi-dir = 2026-01-01", "cdi-dir must be a string or a number"),
     ('cdi-dir = ""', "cdi-dir: '' is not a path"),
-    ('cdi-dir = "a\\u0000b"', "cdi-dir: 'a\\x00b' is not a path"),
     ('consumer = "docker"', "consumer: 'docker' is not one of kata, kubevirt"),
-    ('allocation-policy = "best"', "allocation-policy: 'best' is not one of packed, spread"),
     ("require-iommufd = [true]", "require-iommufd must be true or false"),
     ("require-iommufd = 1", "require-iommufd: '1' is not one of true, false"),
     ("health-interval = 0", f"health-interval: '0' {SECONDS}"),
     ("health-interval = 3601", f"health-interval: '3601' {SECONDS}"),
     ("health-interval = nan", f"health-interval: 'nan' {SECONDS}"),
     ('health-interval = "soon"', f"health-interval: 'soon' {SECONDS}"),
-    ('log-format = "xml"', "log-format: 'xml' is not one of json, console"),
     ('log-level = "loud"', "log-level: 'loud' is not one of debug, info, warning, error"),
     # Names of models
     ("names = 1", "names must be a table of lines such as '10de:2330' = 'H100'"),
@@ -182,7 +182,6 @@ WRONG_RULES = [
     ),
     ("exclude = true\nvendor = 4318", f"vendor {STRINGS}"),
     ("exclude = true\nvendor = []", f"vendor {STRINGS}"),
-    ('exclude = true\nvendor = ["10de", ""]', f"vendor {STRINGS}"),
     ('exclude = true\nvendor = "10de\\n"', f"vendor: '10de\\n' {HEX}"),
     ('exclude = true\ndevice = ["2330", "23300"]', f"device: '23300' {HEX}"),
     ('exclude = true\ndevice = "٢٣٣٠"', f"device: '٢٣٣٠' {HEX}"),
@@ -216,42 +215,16 @@ def test_a_file_that_is_not_there_is_refused_with_the_reason(tmp_path: Path) -> 
 # Whatever stands in it
 
 
-def quoted(text: str) -> str:
-    """A TOML basic string."""
-    return '"' + "".join(c if c.isalnum() and c.isascii() else f"\\U{ord(c):08x}" for c in text) + '"'
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(toml, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{quoted(key)} = {toml(each)}" for key, each in value.items()) + "}"
-    return str(value)
-
-
-words = st.sampled_from(["10de", "10de:2330", "0302", "a.b/cc", "0000:41:00.*", "kata", "true", "", "2.5", "*", "\n"])
-texts = words | st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-values = st.recursive(
-    st.booleans() | st.integers() | st.floats() | texts | st.datetimes(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
-    max_leaves=6,
+pieces = st.sampled_from(
+    ["1", "-0.5", "nan", "1e999", "true", "[]", "[1]", "{}", "{a = 1}", "2026-01-01", '"', "'\\u0000'"]
+    + [f"'{word}'" for word in ("", "10de", "10de:2330", "0302", "a.b/cc", "0000:41:00.*", "kata", "true", "2.5", "*")]
+    + ["['10de', '']", "[['a']]", "{'10de:2330' = 'H100'}", "{'10de:2330' = 1}", "[{vendor = '10de', name = 'a.b/cc'}]"]
 )
-rule_keys = st.sampled_from(["name", "exclude", *CONDITIONS.split(", ")]) | texts
-rules = st.lists(st.dictionaries(rule_keys, values, max_size=4) | values, max_size=3)
-names = st.dictionaries(texts, texts | values, max_size=3)
-keys = st.sampled_from(sorted(KEYS)) | texts
-tables = st.fixed_dictionaries({}, optional={"resources": rules | values, "names": names | values})
-documents = st.builds(lambda one, other: one | other, st.dictionaries(keys, values, max_size=3), tables)
+keys = st.sampled_from([*sorted(KEYS), "name", "exclude", *CONDITIONS.split(", "), "names", "resources", "'10de:2330'"])
+lines = st.builds("{} = {}".format, keys, pieces) | st.sampled_from(["[[resources]]", "[names]", "[resources]"])
 
 
-@given(
-    documents.map(lambda document: "\n".join(f"{quoted(key)} = {toml(value)}" for key, value in document.items()))
-    | st.lists(st.sampled_from([*string.printable, "[[resources]]\n", "names", '"""']), max_size=60).map("".join)
-)
+@given(st.lists(lines, max_size=5).map("\n".join) | st.text(string.printable, max_size=60))
 @example("health-interval = 1e999999999")
 @example("gpu-alias = 2026-13-40\n")
 @example("\0")
@@ -259,10 +232,9 @@ def test_whatever_is_in_it_a_file_is_read_or_refused_in_one_line_that_names_it(
     tmp_path_factory: pytest.TempPathFactory, text: str
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
-    said = None
     try:
         load(folder, text)
     except UsageError as error:
         said = str(error)
-    assert said is None or said.startswith(f"config file {folder}/plugin.toml: ")
-    assert said is None or len(said.splitlines()) == 1
+        assert said.startswith(f"config file {folder}/plugin.toml: ")
+        assert len(said.splitlines()) == 1

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import structlog
+from cdi_bench import OURS, refusing
 from cdi_reader import read_folder
 from conftest import MakeNode, StartDaemon
-from daemon import Daemon, Places
+from daemon import Places
 from kubelet import TIMEOUT, GrpcKubelet
 from loop import LIMIT, in_loop
 from names import PGPU
@@ -33,7 +34,6 @@ from sandbox_plugin.config.settings import Settings
 
 Log = MutableMapping[str, Any]
 Logs = list[Log]
-OURS = "nvidia.com-pgpu.yaml"
 GOOD, NO_DEVICES = as_text(document()), as_text(document(devices=[]))
 
 
@@ -89,13 +89,9 @@ def test_a_spec_that_has_not_changed_is_not_read_again(tmp_path: Path) -> None:
 def test_for_want_of_descriptors_or_memory_nothing_is_said_of_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    (tmp_path / "a.yaml").write_bytes(as_text(document()))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
+    (tmp_path / "a.yaml").write_bytes(GOOD)
     with monkeypatch.context() as patched:
-        patched.setattr(os, name, refuse)
+        patched.setattr(os, name, refusing(errno.EMFILE))
         with pytest.raises(OSError, match="Too many open files"):
             read_specs(tmp_path, {})
 
@@ -134,61 +130,42 @@ def test_a_folder_that_does_not_answer_goes_by_its_name(tmp_path: Path, monkeypa
 # The real process
 
 
-@contextmanager
-def untouched(*folders: Path) -> Iterator[None]:
-    """Whatever happens meanwhile, nobody touches the files that are in these folders now."""
-
-    def state(file: Path) -> tuple[object, ...]:
-        status = file.stat()
-        return (file.read_bytes(), status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_mode)
-
-    before = {file: state(file) for folder in folders for file in folder.rglob("*") if file.is_file()}
-    yield
-    assert {file: state(file) for file in before} == before
-
-
-def wait_for_word(plugin: Daemon, file: Path, **about: Any) -> None:
-    said = plugin.wait_for("bad cdi spec", path=str(file), **about)
-    assert said["level"] == "error"
-    assert "Kata fails every pod of this node until this spec is repaired, or moved out" in said["action"]
-
-
 def test_bad_specs_in_either_folder_are_named_once_at_start_and_never_touched(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
 ) -> None:
     node = fake_node("workstation")
     etc = node.root / "etc/cdi"
-    etc.mkdir(parents=True)
+    (etc / "deeper").mkdir(parents=True)
     places.cdi.mkdir()
+    rivals = document(kind=PGPU, devices=[device("11")])
     bad = {
-        places.cdi / "management.nvidia.com-gpu.yaml": (as_text(document(cdiVersion="1.0.0")), "cdiVersion is '1.0.0'"),
         places.cdi / "broken.json": (b"kind: [unclosed\n", "not valid YAML or JSON"),
-        places.cdi / "a-rival.json": (
-            as_text(document(kind=PGPU, devices=[device("11")])),
-            f"device {PGPU}=11 is in {OURS} too",
-        ),
-        etc / "vendor.yaml": (as_text(document(devices=[device(additionalGids=[1])])), "'additionalGids'"),
+        places.cdi / "a-rival.json": (as_text(rivals), f"device {PGPU}=11 is in {OURS} too"),
         etc / "deeper/empty.yaml": (b"", "it is empty"),
     }
-    good = {places.cdi / "nvidia.yaml": GOOD, etc / "nvidia.yaml": GOOD}
-    (etc / "deeper").mkdir()
-    for file, content in {**good, **{file: content for file, (content, _) in bad.items()}}.items():
+    good = [folder / "nvidia.yaml" for folder in (places.cdi, etc)]
+    for file in good:
+        file.write_bytes(GOOD)
+    for file, (content, _) in bad.items():
         file.write_bytes(content)
-    (places.cdi / "link.yaml").symlink_to("nowhere")
-    with untouched(places.cdi, etc):
-        plugin = daemon(node, QUICK)
-        kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
-        for file, (_, words) in bad.items():
-            wait_for_word(plugin, file, reason=words)
-        wait_for_word(plugin, places.cdi / "link.yaml", reason="a dangling symlink")
-        since = plugin.mark()
-        (etc / "new.yaml").write_bytes(NO_DEVICES)  # seen by its event or by the next look, after the others
-        plugin.wait_for("bad cdi spec", since=since, path=str(etc / "new.yaml"), reason="it has no devices")
-        twice = plugin.wait_for("cdi device in two folders", path=str(etc / "nvidia.yaml"))
-        assert f"device vendor.com/class=0 is in {places.cdi / 'nvidia.yaml'} too" in twice["reason"]
+    before = {file: (file.read_bytes(), file.stat().st_ino, file.stat().st_ctime_ns) for file in [*bad, *good]}
+    plugin = daemon(node, QUICK)
+    kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
+    for file, (_, words) in bad.items():
+        told = plugin.wait_for("bad cdi spec", path=str(file), reason=words)
+        assert told["level"] == "error"
+        assert "Kata fails every pod of this node until this spec is repaired, or moved out" in told["action"]
+    (etc / "new.yaml").write_bytes(NO_DEVICES)  # seen by its event or by the next look, after the others
+    plugin.wait_for("bad cdi spec", path=str(etc / "new.yaml"), reason="it has no devices")
+    twice = plugin.wait_for("cdi device in two folders", path=str(etc / "nvidia.yaml"))
+    assert f"device vendor.com/class=0 is in {places.cdi / 'nvidia.yaml'} too" in twice["reason"]
     assert len(plugin.events("cdi device in two folders")) == 1
     names = [event["path"] for event in plugin.events("bad cdi spec")]
-    assert sorted(names) == sorted(map(str, [*bad, places.cdi / "link.yaml", etc / "new.yaml"]))
+    assert sorted(names) == sorted(map(str, [*bad, etc / "new.yaml"]))
+    assert before == {file: (file.read_bytes(), file.stat().st_ino, file.stat().st_ctime_ns) for file in before}
+
+
+# The watch in this process
 
 
 @asynccontextmanager
@@ -215,7 +192,7 @@ async def test_a_spec_that_turns_bad_is_named_when_it_does_and_one_that_is_heale
     file = tmp_path / "vendor.yaml"
 
     async with watch(tmp_path) as logs:
-        for content, words in ((as_text(document(cdiVersion="0.7.0")), "'0.7.0'"), (NO_DEVICES, "no devices")):
+        for content, words in ((b"", "it is empty"), (NO_DEVICES, "no devices")):
             replace_whole(file, content)
             await said(logs, "bad cdi spec", file, words)
         assert len(logs) == 2
@@ -247,10 +224,8 @@ def replace_whole(file: Path, content: bytes) -> None:
     beside.replace(file)
 
 
-def reference_spec(**nodes: str) -> bytes:
-    """Our spec as another program would write it."""
-    devices = [device(name, deviceNodes=[{"path": path}]) for name, path in nodes.items()]
-    return as_text(document(cdiVersion="0.5.0", kind=PGPU, devices=devices))
+THEIRS = as_text(document(kind=PGPU, devices=[device("0", deviceNodes=[{"path": "/dev/vfio/11"}])]))
+"""Our spec as another program would write it."""
 
 
 @contextmanager
@@ -276,15 +251,15 @@ def test_against_another_writer_of_our_spec_ours_wins_and_the_fight_is_named_onc
 ) -> None:
     plugin = daemon(fake_node("workstation"))
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
-    ours, theirs = places.cdi / OURS, reference_spec(**{"0": "/dev/vfio/11"})
+    ours = places.cdi / OURS
     wanted = ours.read_bytes()
     rounds = 0
 
     def act() -> None:
         """As kata-manager would: whenever its own text does not stand there, it puts it there."""
         nonlocal rounds
-        if ours.read_bytes() != theirs:
-            replace_whole(ours, theirs)
+        if ours.read_bytes() != THEIRS:
+            replace_whole(ours, THEIRS)
             rounds += 1
 
     since, started = plugin.mark(), time.monotonic()
@@ -311,10 +286,10 @@ def test_against_a_rival_that_writes_every_second_our_spec_is_there_most_of_the_
 ) -> None:
     daemon(fake_node("workstation"), "--health-interval=3600")
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == {"11", "13"})
-    ours, theirs = places.cdi / OURS, reference_spec(**{"11": "/dev/vfio/13"})
+    ours = places.cdi / OURS
     wanted = ours.read_bytes()
     samples = []
-    with rival(lambda: replace_whole(ours, theirs), 1):
+    with rival(lambda: replace_whole(ours, THEIRS), 1):
         end = time.monotonic() + 6.5
         while time.monotonic() < end:
             samples.append(ours.read_bytes() == wanted)

@@ -1,7 +1,6 @@
 """`sandbox-plugin list`: what would be advertised, and why the rest would not be; also on trees that are broken.
 
-The trees are those of fake nodes; the command runs within the test's own process, where nothing hangs, and else as a
-process of its own. What each fault of a device is called is for test_health.py and test_host_read.py.
+What each fault of a device is called is for test_health.py, test_devices.py and test_host_read.py.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MakeNode
 from daemon import ROOT, Places, clean_environment, run_command
-from daemon import places as make_places
 from kubelet import TIMEOUT
 from mediated import Mediated
 from names import AUDIO, GEFORCE, T4
@@ -38,13 +37,6 @@ GH200 = "0009:01:00.0"
 def node(places: Places) -> FakeNode:
     """A workstation to break."""
     return places.node("workstation")
-
-
-@pytest.fixture(scope="module")
-def whole() -> Iterator[dict[str, Path]]:
-    """Trees for tests that change nothing."""
-    with make_places() as places:
-        yield {preset: places.node(preset).root for preset in ("hgx-h100", "workstation", "gh200", "empty")}
 
 
 @pytest.fixture
@@ -77,33 +69,25 @@ def not_offered(document: Any) -> dict[str, str]:
 # Whole trees
 
 
-def test_the_json_tells_all_about_a_device(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
-    assert listed(whole["gh200"]) == {
-        "resources": [
-            {
-                "name": "nvidia.com/pgpu",
-                "devices": [
-                    {
-                        "id": "0",
-                        "pci_addresses": [GH200],
-                        "model": "GH100 [GH200 120GB / 480GB]",
-                        "numa_nodes": [0],
-                        "node": "/dev/vfio/devices/vfio0",
-                        "iommu_group": FakeNode.open(whole["gh200"]).function(GH200).iommu_group,
-                        "health": "Healthy",
-                        "reason": None,
-                        "detail": "",
-                    }
-                ],
-            }
-        ],
-        "not_offered": [],
-        "unreachable": None,
+def test_the_json_tells_all_about_a_device(fake_node: MakeNode, listed: Callable[..., Any]) -> None:
+    node = fake_node("gh200")
+    device = {
+        "id": "0",
+        "pci_addresses": [GH200],
+        "model": "GH100 [GH200 120GB / 480GB]",
+        "numa_nodes": [0],
+        "node": "/dev/vfio/devices/vfio0",
+        "iommu_group": node.function(GH200).iommu_group,
+        "health": "Healthy",
+        "reason": None,
+        "detail": "",
     }
+    resources = [{"name": "nvidia.com/pgpu", "devices": [device]}]
+    assert listed(node.root) == {"resources": resources, "not_offered": [], "unreachable": None}
 
 
-def test_the_table_has_a_line_for_each_device(whole: dict[str, Path], shown: Callable[..., str]) -> None:
-    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in shown(whole["hgx-h100"]).splitlines())
+def test_the_table_has_a_line_for_each_device(fake_node: MakeNode, shown: Callable[..., str]) -> None:
+    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in shown(fake_node("hgx-h100").root).splitlines())
     assert header == ["RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH"]
     assert [row[0] for row in rows] == ["nvidia.com/nvswitch"] * 4 + ["nvidia.com/pgpu"] * 8
     assert [row[1] for row in rows] == [str(number) for number in range(12)]
@@ -111,34 +95,30 @@ def test_the_table_has_a_line_for_each_device(whole: dict[str, Path], shown: Cal
     assert rows[-1] == ["nvidia.com/pgpu", "11", "0000:df:00.0", model, "1", node, "Healthy"]
 
 
-def test_the_topology_tells_how_close_two_devices_are(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
-    one, other = listed(whole["workstation"], "--topology")["topology"]
+def test_the_topology_tells_how_close_two_devices_are(fake_node: MakeNode, listed: Callable[..., Any]) -> None:
+    one, other = listed(fake_node("workstation").root, "--topology")["topology"]
     assert one == {"id": one["id"], "links": {other["id"]: other["links"][one["id"]]}}
 
 
-def test_an_empty_alias_gives_each_model_its_name(whole: dict[str, Path], listed: Callable[..., Any]) -> None:
-    names = [resource["name"] for resource in listed(whole["workstation"], "--gpu-alias=")["resources"]]
-    assert names == ["nvidia.com/TU104GL_TESLA_T4", "nvidia.com/TU116_GEFORCE_GTX_1660_SUPER"]
-
-
 def test_a_node_without_devices_has_nothing_to_advertise_and_that_is_no_fault(
-    whole: dict[str, Path], listed: Callable[..., Any], shown: Callable[..., str]
+    fake_node: MakeNode, listed: Callable[..., Any], shown: Callable[..., str]
 ) -> None:
-    assert listed(whole["empty"]) == {"resources": [], "not_offered": [], "unreachable": None}
-    table = shown(whole["empty"], "--topology")
+    root = fake_node("empty").root
+    assert listed(root) == {"resources": [], "not_offered": [], "unreachable": None}
+    table = shown(root, "--topology")
     assert table.startswith("Nothing would be advertised: no GPU, NVSwitch or other device")
     assert table.count("\n") == 1, "there is no matrix of nothing"
 
 
 def test_a_bus_that_cannot_be_read_is_said_and_is_a_failure(node: FakeNode, capsys: pytest.CaptureFixture[str]) -> None:
     (node.root / "sys/bus/pci").rename(node.root / "sys/bus/gone")
-    line = f"sandbox-plugin: the PCI bus cannot be read: {node.root}/sys/bus/pci/devices: No such file or directory\n"
+    why = f"{node.root}/sys/bus/pci/devices: No such file or directory"
+    line = f"sandbox-plugin: the PCI bus cannot be read: {why}\n"
     assert main(["list", f"--fake-sysfs={node.root}"]) == 1
     assert capsys.readouterr() == ("", line)
     assert main(["list", f"--fake-sysfs={node.root}", "--output=json"]) == 1
     said = capsys.readouterr()
-    assert said.err == line
-    assert "No such file" in json.loads(said.out)["unreachable"]
+    assert (json.loads(said.out)["unreachable"], said.err) == (why, line)
 
 
 def test_as_a_process_it_prints_json_for_other_programs_and_changes_nothing(node: FakeNode) -> None:
@@ -155,42 +135,28 @@ def test_as_a_process_it_prints_json_for_other_programs_and_changes_nothing(node
 # Why something is not offered, or not healthy
 
 
-def test_what_no_vfio_driver_has_is_not_offered(
-    node: FakeNode, listed: Callable[..., Any], shown: Callable[..., str]
-) -> None:
-    node.bind(GEFORCE, "nvidia")
-    node.unbind(T4)
-    document = listed(node.root)
-    assert document["resources"] == []
-    assert not_offered(document) == {GEFORCE: "bound to nvidia, not to vfio-pci", T4: "bound to no driver"}
-    assert re.search(rf"{T4} +TU104GL \[Tesla T4\] +bound to no driver", shown(node.root))
-
-
-def test_what_a_rule_excludes_is_named_with_the_rule(
-    node: FakeNode, listed: Callable[..., Any], tmp_path: Path
+def test_what_is_not_offered_has_a_reason_also_where_a_rule_excludes_it(
+    node: FakeNode, listed: Callable[..., Any], shown: Callable[..., str], tmp_path: Path
 ) -> None:
     config = tmp_path / "rules.toml"
     config.write_text('[[resources]]\nexclude = true\nvendor = "10de"\ndevice = "1eb8"\n')
+    node.bind(GEFORCE, "nvidia")
     document = listed(node.root, f"--config={config}")
-    assert healths(document) == {GEFORCE: "Healthy"}
-    assert not_offered(document) == {T4: "excluded by resources[0]"}
+    assert document["resources"] == []
+    assert not_offered(document) == {GEFORCE: "bound to nvidia, not to vfio-pci", T4: "excluded by resources[0]"}
+    assert re.search(rf"{T4} +TU104GL \[Tesla T4\] +excluded by resources", shown(node.root, f"--config={config}"))
 
 
-def test_a_group_mate_on_a_host_driver_makes_the_gpu_unhealthy(node: FakeNode, listed: Callable[..., Any]) -> None:
+def test_a_device_that_is_unhealthy_says_why_and_all_shows_what_was_read_of_it(
+    node: FakeNode, listed: Callable[..., Any], shown: Callable[..., str]
+) -> None:
     node.bind(AUDIO, "snd_hda_intel")
-    document = listed(node.root)
-    assert healths(document) == {GEFORCE: "not-viable", T4: "Healthy"}
+    node.sicken(T4, cold=True)
+    document = listed(node.root, "--all")
+    assert healths(document) == {GEFORCE: "not-viable", T4: "off-the-bus"}
     (geforce,) = (d for d in document["resources"][0]["devices"] if d["pci_addresses"] == [GEFORCE])
     assert geforce["health"] == "Unhealthy"
     assert f"{AUDIO} in its IOMMU group {geforce['iommu_group']} is bound to snd_hda_intel" in geforce["detail"]
-
-
-def test_a_gpu_that_is_dead_in_d3cold_is_unhealthy(
-    node: FakeNode, listed: Callable[..., Any], shown: Callable[..., str]
-) -> None:
-    node.sicken(T4, cold=True)
-    document = listed(node.root, "--all")
-    assert healths(document) == {GEFORCE: "Healthy", T4: "off-the-bus"}
     (facts,) = (function["facts"] for function in document["functions"] if function["pci_address"] == T4)
     assert (facts["power_state"], facts["runtime_status"], facts["has_power"]) == ("D3cold", "suspended", True)
     assert f"Unhealthy: off-the-bus: {T4} " in shown(node.root)
@@ -213,10 +179,8 @@ def test_what_is_odd_about_a_gpu_is_said_of_all_and_is_no_reason_not_to_offer_it
 
 
 @pytest.mark.parametrize("preset", ["hgx-h100", "workstation", "gh200"])
-def test_nothing_is_odd_about_a_node_that_is_well(
-    whole: dict[str, Path], listed: Callable[..., Any], preset: str
-) -> None:
-    assert {function["remarks"] for function in listed(whole[preset], "--all")["functions"]} == {None}
+def test_nothing_is_odd_about_a_node_that_is_well(fake_node: MakeNode, listed: Callable[..., Any], preset: str) -> None:
+    assert {function["remarks"] for function in listed(fake_node(preset).root, "--all")["functions"]} == {None}
 
 
 # Broken trees
@@ -225,19 +189,19 @@ def test_nothing_is_odd_about_a_node_that_is_well(
 def test_an_entry_that_is_broken_costs_that_function_alone(node: FakeNode, listed: Callable[..., Any]) -> None:
     (node.folder(T4) / "vendor").unlink()
     (node.root / "sys/bus/pci/devices/nonsense").symlink_to(node.folder(T4))
-    document = listed(node.root)
+    document = listed(node.root, "--all")
     assert healths(document) == {GEFORCE: "Healthy"}
     why = not_offered(document)
-    assert why.keys() == {T4, "nonsense"}
-    assert why["nonsense"] == "'nonsense' is not a PCI address"
+    assert why == {T4: why[T4], "nonsense": "'nonsense' is not a PCI address"}
     assert why[T4].startswith("vendor is missing")
+    in_all = {function["pci_address"]: function["reason"] for function in document["functions"]}
+    assert in_all[T4] == f"unreadable: {why[T4]}"
 
 
 def test_a_function_whose_read_hangs_is_named_and_the_command_ends(node: FakeNode) -> None:
     (node.folder(T4) / "numa_node").unlink()
     os.mkfifo(node.folder(T4) / "numa_node")
-    done = run_command("list", f"--fake-sysfs={node.root}", "--output=json")
-    document = json.loads(done.stdout)
+    document = json.loads(run_command("list", f"--fake-sysfs={node.root}", "--output=json").stdout)
     assert healths(document) == {GEFORCE: "Healthy"}
     assert "does not answer" in not_offered(document)[T4]
 
@@ -283,23 +247,21 @@ def test_in_the_log_on_a_console_names_are_shown_and_not_obeyed(node: FakeNode, 
     (node.folder(T4) / "driver").symlink_to(f"../drivers/{ESCAPE}")
     flags = [*places.flags(node), f"--kubelet-dir={places.top}/\x1b]0;x"]  # a value without a blank, and so unquoted
     command = [sys.executable, "-m", "sandbox_plugin", "run", *flags, "--log-format=console"]
+    said = ""
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, env=clean_environment({}), text=True) as process:
         assert process.stderr is not None
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if "not offered" in line and T4 in line:
-                break
+        while "not offered" not in said and (line := process.stderr.readline()):
+            said += line
         process.terminate()
-        said += process.stderr
-    assert any(SHOWN in line for line in said), said
-    assert any(rf"kubelet_dir={places.top}/\x1b]0;x " in line for line in said), said
-    assert_printable("".join(said))
+        said += process.stderr.read()
+    assert SHOWN in said
+    assert rf"kubelet_dir={places.top}/\x1b]0;x " in said
+    assert_printable(said)
 
 
-def test_on_a_terminal_no_line_has_blanks_at_its_end_and_none_is_folded(whole: dict[str, Path]) -> None:
+def test_on_a_terminal_no_line_has_blanks_at_its_end_and_none_is_folded(node: FakeNode) -> None:
     for arguments in (["list", "--all", "--fake-sysfs"], ["fake-node", "show"]):
-        lines = on_terminal([*arguments, str(whole["workstation"])], columns=40)
+        lines = on_terminal([*arguments, str(node.root)], columns=40)
         assert "\x1b[" in lines[0], "no colours: it did not take this for a terminal"
         bare = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in lines]
         assert bare == [line.rstrip() for line in bare]
@@ -321,23 +283,3 @@ def on_terminal(arguments: list[str], columns: int) -> list[str]:
                 text += piece
         assert process.wait(TIMEOUT) == 0
     return text.decode().splitlines()
-
-
-# Bad input
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [(["--output=xml"], ["--output", "table", "json"]), (["--gpu-alias=9"], ["--gpu-alias", "'9'"])],
-)
-def test_what_is_given_wrong_is_named_in_one_line(
-    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    try:
-        status: object = main(["list", *arguments])
-    except SystemExit as end:  # argparse's own way
-        status = end.code
-    said = capsys.readouterr()
-    assert (status, said.out) == (2, "")
-    assert said.err.count("\n") == 1
-    assert all(word in said.err for word in words)

@@ -76,18 +76,11 @@ def kata() -> Installed:
 
 
 @pytest.mark.parametrize("version", [OLDEST_KUBERNETES, NEWEST_KUBERNETES])
-@pytest.mark.parametrize("name", ["manifests/base", *OVERLAYS, ADMINISTRATORS])
-def test_everything_that_kustomize_builds_is_valid(name: str, version: str) -> None:
-    manifests = build(name)
+@pytest.mark.parametrize("name", ["manifests/base", *OVERLAYS, ADMINISTRATORS, *EXAMPLES])
+def test_everything_that_is_built_and_every_example_is_valid(name: str, version: str) -> None:
+    manifests = example(name) if name in EXAMPLES else build(name)
     assert manifests
     for manifest in manifests:
-        kubernetes_validate.validate(manifest, version, strict=True)
-
-
-@pytest.mark.parametrize("version", [OLDEST_KUBERNETES, NEWEST_KUBERNETES])
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_every_example_is_valid(name: str, version: str) -> None:
-    for manifest in example(name):
         if not manifest["apiVersion"].startswith("kubevirt.io/"):  # no part of Kubernetes: it brings its own schema
             kubernetes_validate.validate(manifest, version, strict=True)
 

@@ -6,11 +6,11 @@ What is valid is written down here once more, from the rules of the kubelet and 
 from __future__ import annotations
 
 import gzip
+import re
 import string
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,6 @@ from sandbox_plugin.names import (
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ModelNames.load()
 LETTERS, DIGITS = set(string.ascii_letters), set(string.digits)
-LONGEST_DOMAIN = 244  # `requests.` and the domain make a DNS subdomain of at most 253 characters
 
 any_id = st.integers(0, 0xFFFF)
 any_name = st.text() | st.text(alphabet=string.ascii_letters + string.digits + " ._-/[]()+'", max_size=90)
@@ -50,44 +49,6 @@ def is_class(name: str) -> bool:
         and name[-1] in LETTERS | DIGITS
         and set(name) <= LETTERS | DIGITS | {"-", "_"}
     )
-
-
-def is_domain(domain: str) -> bool:
-    """A CDI vendor that is a DNS subdomain too, and which the kubelet lets plugins use."""
-    inner = set(string.ascii_lowercase) | DIGITS
-    return (
-        1 < len(domain) <= LONGEST_DOMAIN
-        and domain[:1] in LETTERS
-        and "kubernetes.io" not in domain
-        and not domain.startswith("requests.")
-        and all(
-            0 < len(label) <= 63 and set(label) <= inner | {"-"} and {label[0], label[-1]} <= inner
-            for label in domain.split(".")
-        )
-    )
-
-
-def by_the_rule(name: str) -> str:
-    """The reference's name of a model in ASCII, valid or not: character by character, white space in a row as one."""
-    written = ""
-    space = False
-    for character in name.upper():
-        if character.isspace():
-            written += "" if space else "_"
-        elif character in "/.":
-            written += "_"
-        elif character in LETTERS | DIGITS | {"_", "-"}:
-            written += character
-        space = character.isspace()
-    return written
-
-
-def accepts(check: Callable[[str], None], value: str) -> bool:
-    try:
-        check(value)
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(
@@ -111,42 +72,27 @@ def test_people_see_the_name_as_pci_ids_has_it() -> None:
 
 def test_the_table_says_its_version_its_date_and_its_licence() -> None:
     table = (ROOT / "sandbox_plugin/inventory/pci_names.tsv").read_text(encoding="utf-8")
-    head = [line for line in table.splitlines() if line.startswith("#")]
-    assert head[0].startswith("# pci.ids 20")
-    assert "(20" in head[0]
-    assert "GNU General Public License" in head[1]
-    assert "3-clause BSD License" in head[2]
+    assert re.match(r"# pci.ids 20.* \(20.*\n#.*GNU General Public License.*\n#.*3-clause BSD License", table)
 
 
-def test_every_model_of_the_table_has_a_valid_name_that_is_the_rules_where_the_rules_is_valid() -> None:
+def test_every_model_of_the_table_has_a_valid_name() -> None:
     assert len(NAMES.table) > 1900
-    for (vendor, device), name in NAMES.table.items():
-        given_name = NAMES.resource_name(vendor, device)
-        assert is_class(given_name), (device, name)
-        rule = by_the_rule(name)
-        assert given_name == rule or (not is_class(rule) and given_name.endswith(f"_{device:04X}")), (device, name)
-
-
-def test_no_two_models_of_the_table_that_the_rule_tells_apart_share_a_name() -> None:
-    rules = defaultdict(set)
-    for (vendor, device), name in NAMES.table.items():
-        rules[NAMES.resource_name(vendor, device)].add(by_the_rule(name))
-    assert {name: several for name, several in rules.items() if len(several) > 1} == {}
+    assert {model: name for model in NAMES.table if not is_class(name := NAMES.resource_name(*model))} == {}
 
 
 @pytest.mark.parametrize(
-    ("name", "repaired"),
+    ("name", "cleaned"),
     [
+        ("Gx-100.5 [a/b \t c_(é+'d)]", "GX-100_5_A_B_C_D"),
         ("3D Controller", "MODEL_3D_CONTROLLER_2FFF"),
         ("GX100 [Sample /]", "GX100_SAMPLE_2FFF"),
         (".9", "MODEL__9_2FFF"),
         ("GX100 [" + "Long " * 20 + "]", "GX100_" + "LONG_" * 10 + "LO_2FFF"),
         ("[]", "MODEL_2FFF"),
-        ("", "MODEL_2FFF"),
     ],
 )
-def test_a_name_that_the_rule_leaves_invalid_is_repaired_and_ends_in_the_device_id(name: str, repaired: str) -> None:
-    assert ModelNames({(NVIDIA, 0x2FFF): name}).resource_name(NVIDIA, 0x2FFF) == repaired
+def test_a_name_is_by_the_references_rule_or_repaired_with_the_device_id_at_its_end(name: str, cleaned: str) -> None:
+    assert clean_name(name, 0x2FFF) == cleaned
 
 
 @given(name=any_name, device=any_id)
@@ -162,23 +108,17 @@ def test_whatever_pci_ids_may_say_the_name_is_valid_and_cleaning_it_again_change
     assert clean_name(cleaned, device) == cleaned
 
 
-def test_an_unknown_model_is_named_by_its_id() -> None:
-    assert ModelNames().resource_name(NVIDIA, 0x2FFF) == "UNKNOWN_10DE_2FFF"
-
-
 def test_names_of_models_are_known_again_and_others_are_not() -> None:
     assert all(NAMES.is_resource_name(NAMES.resource_name(*model)) for model in NAMES.table)
-    assert NAMES.is_resource_name(NAMES.resource_name(NVIDIA, 0xFFFF))
-    assert not NAMES.is_resource_name("pgpu")
+    assert NAMES.resource_name(NVIDIA, 0xFFFF) == "UNKNOWN_10DE_FFFF", "of a model that is not in the table"
+    assert NAMES.is_resource_name("UNKNOWN_10DE_FFFF")
     assert not NAMES.is_resource_name("UNKNOWN_10DE_FFFF\n")
-
-
-def test_a_type_of_vgpu_keeps_the_name_that_kubevirts_users_know() -> None:
-    assert type_name("GRID T4-1Q") == "GRID_T4-1Q"
+    assert not NAMES.is_resource_name("pgpu")
 
 
 @given(name=any_name)
-def test_a_type_of_vgpu_has_a_valid_name(name: str) -> None:
+def test_a_type_of_vgpu_has_a_valid_name_and_keeps_the_one_that_kubevirts_users_know(name: str) -> None:
+    assert type_name("GRID T4-1Q") == "GRID_T4-1Q"
     assert is_class(type_name(name))
 
 
@@ -188,11 +128,10 @@ def test_types_of_vgpus_whose_names_had_to_be_cut_are_still_told_apart(start: st
     assert type_name(start + "x" * 63 + one) != type_name(start + "x" * 63 + other)
 
 
-@pytest.mark.parametrize("alias", ["", "g", "NVIDIA GPU", "a" * 64, "3g", "g-", "a.b", "pgpu\n", "gpü"])
+@pytest.mark.parametrize("alias", ["", "NVIDIA GPU", "pgpu\n"])
 def test_a_wrong_alias_is_refused_in_one_line_that_says_what_is_allowed(alias: str) -> None:
-    with pytest.raises(ValueError, match="2 to 63 letters, digits, `-` and `_`") as refused:
+    with pytest.raises(ValueError, match=r"^[^\n]* 2 to 63 letters, digits, `-` and `_`[^\n]*$"):
         check_alias(alias)
-    assert "\n" not in str(refused.value)
 
 
 def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_domain() -> None:
@@ -201,11 +140,18 @@ def test_who_gives_a_whole_resource_name_as_an_alias_is_told_to_leave_out_the_do
 
 
 @given(alias=any_name | aliases)
+@example("g")
 @example("gx")
-@example("H100-80_GB")
+@example("g-")
+@example("3g")
+@example("a.b")
+@example("gpü")
+@example("pgpu\n")
 @example("a" * 63)
+@example("a" * 64)
 def test_an_alias_is_accepted_exactly_if_it_is_a_cdi_class_and_a_qualified_name(alias: str) -> None:
-    assert accepts(check_alias, alias) == is_class(alias)
+    with nullcontext() if is_class(alias) else pytest.raises(ValueError, match="is not a valid resource name"):
+        check_alias(alias)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +159,11 @@ def test_an_alias_is_accepted_exactly_if_it_is_a_cdi_class_and_a_qualified_name(
     [
         ("pgpu", "not domain/name"),
         ("NVIDIA.com/pgpu", "lower case"),
-        ("nvidia..com/pgpu", "not domain/name"),
         ("nvidia.com/", "2 to 63 letters"),
+        ("a..b/gpu", "not domain/name"),
+        ("a-.com/gpu", "not domain/name"),
         ("3com.com/nic", "begin with a letter"),
+        ("a/gpu", "begin with a letter and have at least 2 characters"),
         ("node.kubernetes.io/gpu", "belong to Kubernetes"),
         ("requests.nvidia.com/gpu", "quota"),
         ("a." * 122 + "b/gpu", "at most 244"),
@@ -227,12 +175,9 @@ def test_a_resource_name_that_the_kubelet_or_cdi_refuses_is_refused_with_the_rea
     assert "\n" not in str(refused.value)
 
 
-@given(domain=domains | st.text(alphabet="a1-.A", max_size=8), name=aliases | st.text(max_size=5))
-@example(domain="requests", name="gpu")
-@example(domain="a." * 121 + "bb", name="gpu")
-@example(domain="nvidia.com", name="a/b")
-def test_a_resource_name_is_accepted_exactly_if_its_domain_and_its_last_part_are(domain: str, name: str) -> None:
-    assert accepts(check_resource_name, f"{domain}/{name}") == (is_domain(domain) and is_class(name))
+@pytest.mark.parametrize("resource", ["ab/gx", "x-1.example.com/GPU_8-1", "requests/gpu", "a." * 121 + "bb/gpu"])
+def test_a_resource_name_that_the_kubelet_and_cdi_take_is_accepted(resource: str) -> None:
+    check_resource_name(resource)
 
 
 @pytest.mark.parametrize(
@@ -262,12 +207,10 @@ def test_no_files_name_passes_its_limit(resource: str, max_bytes: int) -> None:
 
 
 def test_a_socket_is_shortened_from_the_first_byte_too_many() -> None:
-    resource = "nvidia.com/" + "g" * 20
     whole = "sandbox-" + "g" * 20 + ".sock"
-    assert socket_name(resource, max_bytes=len(whole)) == whole
-    shortened = socket_name(resource, max_bytes=len(whole) - 1)
-    assert len(shortened) == len(whole) - 1
-    assert shortened.startswith("sandbox-ggg")
+    assert socket_name("nvidia.com/" + "g" * 20, max_bytes=len(whole)) == whole
+    shortened = socket_name("nvidia.com/" + "g" * 20, max_bytes=len(whole) - 1)
+    assert (len(shortened), shortened[:11]) == (len(whole) - 1, "sandbox-ggg")
 
 
 @st.composite

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.config.load import load_settings
-from sandbox_plugin.config.settings import OPTIONS, Option, Settings, UsageError
+from sandbox_plugin.config.settings import OPTIONS, Option, UsageError
 from sandbox_plugin.fake.node import FakeNode
 
 Said = Callable[..., tuple[int, str]]
@@ -38,16 +39,13 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("text", ["nope", "", "/etc/passwd", "/etc", "a\nb"])
-def test_what_is_no_host_is_refused_by_the_name_of_the_flag(said: Said, text: str) -> None:
+def test_what_is_no_host_is_refused_by_the_name_of_the_flag_or_variable(said: Said, text: str) -> None:
+    why = f"{text!r} is neither a folder with `sys` in it nor a preset (hgx-h100, "
     status, line = said(f"--fake-sysfs={text}", SANDBOX_PLUGIN_FAKE_SYSFS="gh200")
-    assert status == 2
-    assert line.startswith(f"--fake-sysfs: {text!r} is neither a folder with `sys` in it nor a preset (hgx-h100, ")
-
-
-def test_what_is_no_host_is_refused_by_the_name_of_the_variable(said: Said) -> None:
-    status, line = said(SANDBOX_PLUGIN_FAKE_SYSFS="nope")
-    assert status == 2
-    assert line.startswith("SANDBOX_PLUGIN_FAKE_SYSFS: 'nope' is neither")
+    assert (status, line.startswith(f"--fake-sysfs: {why}")) == (2, True), line
+    if text:  # an empty variable is as good as none
+        status, line = said(SANDBOX_PLUGIN_FAKE_SYSFS=text)
+        assert (status, line.startswith(f"SANDBOX_PLUGIN_FAKE_SYSFS: {why}")) == (2, True), line
 
 
 def test_a_host_that_cannot_be_looked_at_is_refused_with_the_reason(said: Said, tmp_path: Path) -> None:
@@ -72,8 +70,7 @@ def test_where_no_preset_can_be_made_it_is_a_failure_that_names_the_folder(
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     status, line = said("--fake-sysfs=gh200")
     assert status == 1
-    assert line.startswith("/nowhere/sandbox-plugin-")
-    assert line.endswith(": No such file or directory")
+    assert re.fullmatch("/nowhere/sandbox-plugin-.*: No such file or directory", line)
 
 
 # What is no flag
@@ -106,6 +103,13 @@ def test_what_a_terminal_would_obey_is_shown_in_messages(said: Said, flag: str) 
 # Paths
 
 
+def refused(flags: dict[str, str], environment: Mapping[str, str] | None = None) -> str:
+    """Why these are no settings."""
+    with pytest.raises(UsageError) as error:
+        load_settings(flags, environment or {})
+    return str(error.value)
+
+
 NO_UTF_8 = "/tmp/\udcff"
 """As the interpreter shows what is not."""
 PATHS = [option for option in OPTIONS if isinstance(option.default, Path)]
@@ -113,13 +117,9 @@ PATHS = [option for option in OPTIONS if isinstance(option.default, Path)]
 
 @pytest.mark.parametrize("option", PATHS, ids=lambda option: option.name)
 def test_a_path_that_is_not_utf_8_is_refused_by_the_name_of_its_flag_or_variable(option: Option) -> None:
-    for flags, environment, where in (
-        ({option.name: NO_UTF_8}, {}, option.flag),
-        ({}, {option.environment: NO_UTF_8}, option.environment),
-    ):
-        with pytest.raises(UsageError) as refused:
-            load_settings(flags, environment)
-        assert str(refused.value) == f"{where}: {NO_UTF_8!r} is not UTF-8, as a path must be here"
+    assert refused({option.name: NO_UTF_8}) == f"{option.flag}: {NO_UTF_8!r} is not UTF-8, as a path must be here"
+    why = refused({}, {option.environment: NO_UTF_8})
+    assert why == f"{option.environment}: {NO_UTF_8!r} is not UTF-8, as a path must be here"
 
 
 @pytest.mark.parametrize("variable", ["SANDBOX_PLUGIN_CONFIG", "SANDBOX_PLUGIN_FAKE_SYSFS"])
@@ -128,8 +128,9 @@ def test_a_config_file_or_a_fake_host_whose_path_is_not_utf_8_is_refused_too(
 ) -> None:
     host = FakeNode.create(tmp_path / "\udcff", "gh200").root
     flag = "--" + variable.removeprefix("SANDBOX_PLUGIN_").lower().replace("_", "-")
-    assert said(f"{flag}={host}") == (2, f"{flag}: {str(host)!r} is not UTF-8, as a path must be here")
-    assert said(**{variable: str(host)}) == (2, f"{variable}: {str(host)!r} is not UTF-8, as a path must be here")
+    why = f"{str(host)!r} is not UTF-8, as a path must be here"
+    assert said(f"{flag}={host}") == (2, f"{flag}: {why}")
+    assert said(**{variable: str(host)}) == (2, f"{variable}: {why}")
 
 
 def test_a_kubelet_folder_may_be_absent_and_must_leave_room_for_sockets(tmp_path: Path) -> None:
@@ -137,13 +138,9 @@ def test_a_kubelet_folder_may_be_absent_and_must_leave_room_for_sockets(tmp_path
     file.touch()
     longest = "/" + "x" * 87
     assert load_settings({"kubelet_dir": longest}, {}).kubelet_dir == Path(longest)
-    for text, why in (
-        (f"{longest}x", "the path has 89 bytes; at most 88 are allowed, so that the names of sockets fit behind it"),
-        (str(file), f"{file} is not a folder"),
-    ):
-        with pytest.raises(UsageError) as refused:
-            load_settings({"kubelet_dir": text}, {})
-        assert str(refused.value) == f"--kubelet-dir: {why}"
+    room = "at most 88 are allowed, so that the names of sockets fit behind it"
+    assert refused({"kubelet_dir": f"{longest}x"}) == f"--kubelet-dir: the path has 89 bytes; {room}"
+    assert refused({"kubelet_dir": str(file)}) == f"--kubelet-dir: {file} is not a folder"
 
 
 # Where a value comes from
@@ -190,23 +187,22 @@ def test_a_models_name_may_be_an_alias_where_no_model_has_a_resource_of_its_own(
     assert load_settings({"config": str(file), "gpu_alias": ""}, {}).gpu_alias == ""
 
 
-def test_an_empty_name_of_a_config_file_is_refused_as_a_flag_and_is_none_as_a_variable(said: Said) -> None:
+def test_an_empty_name_of_a_config_file_is_refused_as_a_flag(said: Said) -> None:
     assert said("--config=") == (2, "--config: '' is not a path")
-    assert load_settings({}, {"SANDBOX_PLUGIN_CONFIG": ""}) == Settings()
 
 
 @pytest.mark.parametrize(
-    ("text", "flag", "environment", "why"),
+    ("text", "why"),
     [
-        ('gpu-alias = "9"', "--gpu-alias=x", {}, "gpu-alias: '9' is not a valid resource name"),
-        ("health-interval = 0", "--all", {"SANDBOX_PLUGIN_HEALTH_INTERVAL": "1"}, "health-interval: '0' is not a"),
+        ('gpu-alias = "9"', "gpu-alias: '9' is not a valid resource name"),
+        ("health-interval = 0", "health-interval: '0' is not a"),
     ],
 )
 def test_a_wrong_value_in_the_config_file_is_refused_also_where_it_would_not_count(
-    said: Said, tmp_path: Path, text: str, flag: str, environment: dict[str, str], why: str
+    said: Said, tmp_path: Path, text: str, why: str
 ) -> None:
     file = tmp_path / "plugin.toml"
     file.write_text(text)
-    status, line = said(f"--config={file}", flag, **environment)
+    status, line = said(f"--config={file}", "--gpu-alias=x", SANDBOX_PLUGIN_HEALTH_INTERVAL="1")
     assert status == 2
     assert line.startswith(f"config file {file}: {why}")
