@@ -19,7 +19,7 @@ from search import search
 from world import GRACE_RULE, World
 
 from sandbox_plugin.config.settings import Consumer, Settings
-from sandbox_plugin.inventory import ledger
+from sandbox_plugin.inventory import ledger, uses
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.registry import Registry
@@ -445,7 +445,7 @@ FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "which group a pod has": _places_without("group"),
     "that what is not bound may be a pod's": _replacing(ledger.Ledger, "unplaced", property(_returning([]))),
     "what a look found in use": _without_news("busy"),
-    "what a scan saw in use": _replacing(ledger, "observe", _unchanged),
+    "what a scan saw in use": _replacing(uses, "observe", _unchanged),
     "to look before Allocate": _replacing(World, "_look", _returning(None)),
 }
 

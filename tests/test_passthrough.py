@@ -35,7 +35,8 @@ from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, NumaNode, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import GROUPS_ONLY, PRESETS, WITH_CDEVS
-from sandbox_plugin.inventory.devices import Found, find_devices, why_lost
+from sandbox_plugin.inventory.devices import Found, find_devices
+from sandbox_plugin.inventory.faults import assess, why_lost
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import NVIDIA, HostFacts, PciFunction, Reason
@@ -134,20 +135,24 @@ def test_before_there_was_a_vfio_device_the_name_of_a_variant_driver_tells() -> 
 @pytest.mark.parametrize("class_code", [0x050000, 0x050200, 0x058000, 0x040300, 0x088000])
 def test_a_gpu_with_functions_of_coherent_memory_is_one_device(cdev: bool, class_code: int) -> None:
     one = gpu(A, vfio=1, driver=GRACE, cdev=cdev)
-    found = find(host(one, memory_of(A, vfio=2, cdev=cdev, class_code=class_code)))
+    facts = host(one, memory_of(A, vfio=2, cdev=cdev, class_code=class_code))
+    found = find(facts)
     (device,) = found.devices
     assert (device.resource, device.id, device.mates) == (PGPU, "1" if cdev else "50", ())
     assert device.node == ("/dev/vfio/devices/vfio1" if cdev else "/dev/vfio/50")
     assert [p.address for p in device.placements] == [A]
-    assert (device.health.reason, found.unoffered) == (None, {})
+    assert (assess(device, facts), found.unoffered) == (None, {})
 
 
 @BOTH
 def test_coherent_memory_that_a_host_driver_has_keeps_its_gpu_from_vms(cdev: bool) -> None:
     memory = memory_of(A, vfio=None, driver="cxl_mem")
-    (device,) = find(host(gpu(A, vfio=1, driver=GRACE, cdev=cdev), memory)).devices
-    assert device.health.reason is Reason.NOT_VIABLE
-    assert f"{memory.address} in its IOMMU group 50 is bound to cxl_mem" in device.health.detail
+    facts = host(gpu(A, vfio=1, driver=GRACE, cdev=cdev), memory)
+    (device,) = find(facts).devices
+    fault = assess(device, facts)
+    assert fault is not None
+    assert fault.reason is Reason.NOT_VIABLE
+    assert f"{memory.address} in its IOMMU group 50 is bound to cxl_mem" in fault.detail
 
 
 def test_a_rule_may_take_what_the_variant_driver_has() -> None:

@@ -8,7 +8,7 @@ from facts import gpu, host
 from loop import run
 from names import PGPU
 
-from sandbox_plugin.inventory.advance import SETTLE
+from sandbox_plugin.inventory.health import SETTLE
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
