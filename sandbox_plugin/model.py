@@ -2,7 +2,8 @@
 
 All of them are frozen values that do no I/O, so a snapshot may be handed to any reader and kept for as long as the
 reader likes. Host facts (`PciFunction`, `IommuGroup`, `HostFacts`) say what sysfs says and nothing more; `Device` and
-`Health` are what follows from them.
+`Health` are what follows from them. A `Fault` is one thing that speaks against a device; its `Health` is what is listed
+in the end (inventory/health.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ pci_update_current_state in drivers/pci/pci.c)."""
 ROM = 6
 """Index of the expansion ROM among the BARs."""
 _CDEV_FOLDER = "/dev/vfio/devices/"
+_BRIDGE_CLASSES = (0x0600, 0x0604)
+"""Host bridge and PCI-to-PCI bridge: base class and subclass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +134,19 @@ class PciFunction:
         return self.vfio is not None or is_vfio_driver(self.driver)
 
     @property
+    def is_bridge(self) -> bool:
+        """It only leads to other functions: no consumer passes it to a VM with its group."""
+        return self.class_code >> 8 in _BRIDGE_CLASSES
+
+    @property
+    def is_left_enabled(self) -> bool:
+        """It is enabled without a driver: by a VM that had it when it was unbound, or by a careless host driver.
+
+        Bridges are enabled for what is below them.
+        """
+        return self.driver is None and self.enable == 1 and not self.is_bridge
+
+    @property
     def silence(self) -> str | None:
         """What proves that it does not answer on the bus, in words; None: nothing does."""
         return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)
@@ -196,8 +212,17 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One thing that speaks against giving a device to a pod."""
+
+    reason: Reason
+    detail: str
+    """For people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """A verdict on one device: healthy when `reason` is None, else why not, in words."""
+    """What is listed of one device: healthy when `reason` is None, else the fault that matters most."""
 
     reason: Reason | None = None
     detail: str = ""
@@ -211,6 +236,7 @@ class Health:
 
 
 HEALTHY = Health()
+_UNLISTED = Health(reason=Reason.HOLDERS_UNKNOWN, detail="it is not listed yet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,7 +279,13 @@ class Device:
     """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both."""
     node_exists: bool = True
     """Whether sysfs shows the node: what does not exist must not be in a CDI spec."""
-    health: Health = HEALTHY
+    health: Health = _UNLISTED
+    """Set when the device is listed (inventory/advance.py), and by nobody else."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the kubelet knows it by."""
+        return (self.resource, self.id)
 
     @property
     def is_cdev(self) -> bool:
@@ -317,3 +349,8 @@ def id_order(device_id: str) -> tuple[int, int, str]:
     """Sort key for device IDs: by number where it is one, then by text. Those of others may be of any length."""
     is_number = device_id.isdecimal() and len(device_id) < 20
     return (0, int(device_id), device_id) if is_number else (1, 0, device_id)
+
+
+def key_order(key: tuple[str, str]) -> tuple[str, tuple[int, int, str]]:
+    """Sort key for `Device.key`: by resource, then by ID."""
+    return (key[0], id_order(key[1]))

@@ -9,7 +9,7 @@ import structlog
 from sandbox_plugin.inventory.ledger import DeviceKey
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER
 from sandbox_plugin.inventory.state import Inventory
-from sandbox_plugin.model import Device, Reason, id_order
+from sandbox_plugin.model import Device, Reason, key_order
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.trouble import Troubles
 
@@ -35,9 +35,9 @@ async def report(registry: Registry) -> None:
 
 
 def _report_devices(known: dict[DeviceKey, Device], inventory: Inventory) -> dict[DeviceKey, Device]:
-    now = {(d.resource, d.id): d for devices in inventory.resources.values() for d in devices}
+    now = {d.key: d for devices in inventory.resources.values() for d in devices}
     now = {k: d for k, d in now.items() if k in known or d.health.reason is not Reason.NOT_IN_CDI}
-    for key in sorted(known.keys() | now.keys(), key=lambda k: (k[0], id_order(k[1]))):
+    for key in sorted(known.keys() | now.keys(), key=key_order):
         before, after = known.get(key), now.get(key)
         about = {"resource": key[0], "device": key[1]}
         if after is None:

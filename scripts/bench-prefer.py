@@ -28,7 +28,7 @@ from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer
-from sandbox_plugin.model import Device, Objection, Placement
+from sandbox_plugin.model import HEALTHY, Device, Objection, Placement
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc.codec import MessageCodec
 
@@ -110,6 +110,7 @@ def gpu(number: int, numa: int, host: int, switch: int, group: int | None = None
         model="GPU",
         placements=(Placement(address=f"{host:04x}:{number:x}:00.0", numa_node=numa, bridges=bridges),),
         iommu_group=10_000 + number if group is None else group,
+        health=HEALTHY,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,15 +16,16 @@ from hypothesis import strategies as st
 from names import PGPU
 
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.inventory.advance import ARRIVAL, SETTLE, advance, allocate
-from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, DeviceKey, Holdings
+from sandbox_plugin.inventory.advance import advance
+from sandbox_plugin.inventory.health import ARRIVAL, SETTLE
+from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
-from sandbox_plugin.inventory.tracking import DEAD, FATAL_QUIET, RETIRE
+from sandbox_plugin.inventory.symptoms import DEAD, FATAL_QUIET
+from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.model import Device, HostFacts, PciFunction, Reason, VfioDev
 
 A, B = "0000:01:00.0", "0000:02:00.0"
-OFF: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
 
 
 @dataclass
@@ -51,8 +54,7 @@ class Node:
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, Rules(self.settings))
         if allocated:
             devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
-            self.inventory = allocate(self.inventory, devices, self.signals, self.now, self.now)
-            return self.look()
+            return self.look(allocation=Allocation(devices=devices, looked_at=self.now))
         return self
 
     def pods(self, *held: str, after: float = 0.0, asked: float | None = None, complete: bool = True) -> Node:
@@ -69,6 +71,18 @@ class Node:
         """A scan that finds everything as it was."""
         return self.look(self.facts, after=after)
 
+    def follow(self, story: str) -> Node:
+        """Steps through a story of the only device of this node: see `STORIES`."""
+        for number, step in enumerate(story.split("; "), 1):
+            after, happening, reason = re.fullmatch(r"\+(\S+) (.+) = (\S+)", step).groups()  # type: ignore[union-attr]
+            if happening in EVENTS:
+                self.look(after=float(after), aer=EVENTS[happening])
+            else:
+                self.look(self.facts if happening == "scan" else SCANS[happening], after=float(after))
+            (device,) = self.inventory.by_key.values()
+            assert (device.health.reason or "healthy") == reason, f"step {number}: {device.health}"
+        return self
+
     def device(self, number: str, resource: str = PGPU) -> Device:
         found = self.inventory.device(resource, number)
         assert found is not None, f"{number} is not listed"
@@ -82,41 +96,193 @@ class Node:
         return [d.id for d in self.inventory.resources.get(PGPU, ())]
 
 
-def test_a_device_that_is_seen_for_the_first_time_is_healthy_at_once() -> None:
-    assert Node().look(host(gpu(A, vfio=3))).reason("3") is None
+# Stories of one device: what is remembered of it from scan to scan
+
+OFF: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
+ASLEEP: dict[str, Any] = {"link_speed": None, "link_width": None}
+COLD: dict[str, Any] = {**ASLEEP, "power_state": "D3cold", "runtime_status": "suspended", "has_power": True}
+"""In D3cold although nothing can have cut its power."""
+UNPOWERED = COLD | {"has_power": False}
+"""In D3cold below a bridge that sleeps too, or by ACPI."""
 
 
-def test_a_loss_counts_at_once_and_a_recovery_after_it_has_held() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10)
-    assert node.reason("0") is Reason.OFF_THE_BUS
-    assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
+def bound(binding: int | None, **changes: Any) -> HostFacts:
+    """GPU A, in the binding of this number, or not bound."""
+    vfio = None if binding is None else VfioDev(number=0, cdev="511:0", binding=binding)
+    return host(replace(gpu(A, **changes), vfio=vfio, driver="vfio-pci" if vfio else None))
+
+
+def two(*bindings: int | None, a: dict[str, Any] | None = None) -> HostFacts:
+    """GPUs A and B, of one IOMMU group on a kernel without cdevs, so one device; each in the binding of this number."""
+    functions = [gpu(A, group=9, cdev=False, fatal_errors=4, **(a or {})), gpu(B, group=9, cdev=False, fatal_errors=4)]
+    devs = [None if b is None else VfioDev(number=n, cdev=None, binding=b) for n, b in enumerate(bindings)]
+    return host(*(replace(f, vfio=d, driver="vfio-pci" if d else None) for f, d in zip(functions, devs, strict=True)))
+
+
+SCANS = {
+    "well": bound(1),
+    "well, bound again": bound(2),
+    "off": bound(1, **OFF),
+    "asleep": bound(1, **ASLEEP),
+    "cold": bound(1, **COLD),
+    "cold, bound again": bound(2, **COLD),
+    "cold and awake": bound(1, **COLD | {"runtime_status": "active"}),
+    "unpowered": bound(1, **UNPOWERED),
+    "unpowered, bound again": bound(2, **UNPOWERED),
+    "4 errors": bound(1, fatal_errors=4),
+    "5 errors": bound(1, fatal_errors=5),
+    "no node": replace(bound(1), dev_nodes=frozenset()),
+    "unbound": bound(None),
+    "silent": host(unreadable={A: "sysfs has not answered"}),
+    "1 and 1": two(1, 1),
+    "1 and 2": two(1, 2),
+    "3 and 2": two(3, 2),
+    "4 and 5": two(4, 5),
+    "1 and none": two(1, None),
+    "off and 1": two(1, 1, a=OFF),
+    "asleep and none": two(1, None, a={"link_speed": None}),
+    "silent and 1": replace(two(1, 1), functions={B: two(1, 1).functions[B]}, unreadable={A: "no answer"}),
+}
+EVENTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "nothing": (),
+    "begun": ((A, "BEGIN_RECOVERY"),),
+    "failed": ((A, "FAILED_RECOVERY"),),
+    "recovered": ((A, "SUCCESSFUL_RECOVERY"),),
+    "begun, recovered": ((A, "BEGIN_RECOVERY"), (A, "SUCCESSFUL_RECOVERY")),
+    "begun, failed above": ((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")),
+}
+STORIES = {
+    # Each step: seconds later, a scan shows this ("scan": the same as before) or AER uevents come, and the reason then.
+    "a device that is seen for the first time is Healthy at once": "+0 well = healthy",
+    "a loss counts at once, and a recovery after it has held": (
+        "+0 well = healthy; +10 off = off-the-bus; +10 well = settling; +1.9 nothing = settling; +0.2 nothing = healthy"
+    ),
+    "flapping starts the wait anew": (
+        "+0 well = healthy; +10 off = off-the-bus; +1 well = settling; +1.5 off = off-the-bus; +0.1 well = settling; "
+        "+1.9 nothing = settling"
+    ),
+    "one that was bound again is not held back": "+0 well = healthy; +10 unbound = not-bound; +0.1 well = healthy",
+    "a scan in the middle of a bind holds nothing back": "+0 no node = no-node; +0.5 well = healthy",
+    "one that came ill and stays so is held back": "+0 off = off-the-bus; +1 nothing = off-the-bus; +1 well = settling",
+    "silence of sysfs is no proof that it left": "+0 well = healthy; +1 silent = unreadable; +1 well = settling",
+    "a group mate that did not answer once does not undo the damping": (
+        "+0 1 and 1 = healthy; +10 silent and 1 = not-viable; +0.2 1 and 1 = settling"
+    ),
+    # Fatal errors
+    "a recovery that has begun is an error": "+0 well = healthy; +1 begun = fatal-error",
+    "a recovery that succeeded is none": "+0 well = healthy; +1 begun, recovered = healthy",
+    "a recovery that failed lasts until the device is bound again": (
+        "+0 well = healthy; +1 failed = fatal-error; +600 nothing = fatal-error; +0 unbound = not-bound; "
+        "+0 well = healthy"
+    ),
+    "a recovery that failed lasts until the device is bound again between two scans": (
+        "+0 well = healthy; +1 failed = fatal-error; +1 scan = fatal-error; +1 well, bound again = healthy"
+    ),
+    "a recovery that failed at the bridge above failed": (
+        "+0 well = healthy; +0 begun, failed above = fatal-error; +600 nothing = fatal-error"
+    ),
+    "a recovery that failed is not forgotten for a later error that is counted": (
+        "+0 4 errors = healthy; +1 failed = fatal-error; +3600 5 errors = fatal-error; +600 nothing = fatal-error; "
+        "+0 recovered = settling"
+    ),
+    "a recovery that failed is not forgotten for a later one that begins": (
+        "+0 well = healthy; +1 failed = fatal-error; +3600 begun = fatal-error; +600 nothing = fatal-error; "
+        "+0 recovered = settling"
+    ),
+    "only a rise of the counter is news, and it passes": (
+        "+0 4 errors = healthy; +1 nothing = healthy; +1 5 errors = fatal-error; +60 nothing = settling"
+    ),
+    "an error of one function outlives changes of its group mates": (
+        "+0 1 and 1 = healthy; +1 failed = fatal-error; +1 1 and none = fatal-error; +1 1 and 1 = fatal-error; "
+        "+1 silent and 1 = not-viable; +0.2 1 and 1 = fatal-error"
+    ),
+    "a device of several functions is bound again when all of them are": (
+        "+0 1 and 1 = healthy; +1 failed = fatal-error; +1 1 and 2 = fatal-error; +1 3 and 2 = settling; "
+        "+1 4 and 5 = healthy"
+    ),
+    # Dead or asleep
+    "a dead device that falls asleep is still dead, also when sysfs is silent for a while": (
+        "+0 well = healthy; +10 off = off-the-bus; +3 scan = off-the-bus; +10 asleep = off-the-bus; "
+        "+20 nothing = off-the-bus; +10 silent = unreadable; +10 asleep = off-the-bus; +20 scan = off-the-bus; "
+        "+10 well = settling"
+    ),
+    "a dead function that sleeps is dead whatever its group mates do": (
+        "+0 1 and 1 = healthy; +1 off and 1 = off-the-bus; +3 scan = off-the-bus; +1 asleep and none = off-the-bus"
+    ),
+    "two resets, after each of which the device falls asleep, are not one death": (
+        "+0 well = healthy; +10 off = off-the-bus; +1.5 scan = off-the-bus; +30 nothing = off-the-bus; "
+        "+1 asleep = settling; +2 scan = healthy; +10 off = off-the-bus; +1 asleep = settling; +2 scan = healthy"
+    ),
+    "one that sleeps without power is well however long": "+0 unpowered = healthy; +30 scan = healthy",
+    "one whose bridge was woken shortly before it is well": (
+        "+0 unpowered = healthy; +10 cold = healthy; +2.9 well = healthy; +0.2 cold = healthy; +2.9 well = healthy"
+    ),
+    "one that is in D3cold with power is dead after a while": (
+        "+0 well = healthy; +10 cold = healthy; +2.9 scan = healthy; +0.1 scan = off-the-bus; +30 scan = off-the-bus"
+    ),
+    "one that is in D3cold with power when it is first seen is not given away meanwhile": (
+        "+0 cold = off-the-bus; +0.5 well = healthy"
+    ),
+    "one that was seen dead by its link and is suspended in D3cold is not Healthy in between": (
+        "+0 well = healthy; +10 off = off-the-bus; +0.1 cold = off-the-bus; +0.6 scan = off-the-bus; "
+        "+2 scan = off-the-bus; +2 scan = off-the-bus"
+    ),
+    "one that was seen dead in D3cold and is suspended there is not Healthy in between": (
+        "+0 well = healthy; +10 cold and awake = off-the-bus; +0.1 cold = off-the-bus; +0.6 scan = off-the-bus; "
+        "+2 scan = off-the-bus; +2 scan = off-the-bus"
+    ),
+    "one that was dead in D3cold is dead until its link is read or it is bound again": (
+        "+0 well = healthy; +10 cold = healthy; +3 scan = off-the-bus; +1 unpowered = off-the-bus; "
+        "+20 scan = off-the-bus; +1 cold, bound again = off-the-bus; +0.1 unpowered, bound again = healthy; "
+        "+1 cold, bound again = healthy; +3 scan = off-the-bus; +1 well, bound again = settling; +2 scan = healthy"
+    ),
+}
+
+
+@pytest.mark.parametrize("story", STORIES.values(), ids=STORIES)
+def test_in_the_story_of_one_device_each_step_has_its_reason(story: str) -> None:
+    Node().follow(story)
+
+
+def test_a_device_that_is_in_d3cold_with_power_is_dead_after_a_while_and_says_so_in_its_own_words() -> None:
+    node = Node().follow("+0 well = healthy; +10 cold = healthy")
+    assert node.wake_at == node.now + DEAD
+    node.follow("+3 scan = off-the-bus")
+    assert f"{A} does not answer on the PCI bus: it is in D3cold although" in node.device("0").health.detail
+    assert node.look_again(after=10 * DEAD).wake_at is None
+    node.follow("+1 unpowered = off-the-bus")
+    assert "has been asleep since" in node.device("0").health.detail
+
+
+def test_a_scan_is_due_when_a_device_has_settled() -> None:
+    node = Node().follow("+0 well = healthy; +10 off = off-the-bus; +10 well = settling")
     assert node.wake_at == node.now + SETTLE
-    assert node.look(after=SETTLE - 0.1).reason("0") is Reason.SETTLING
-    assert node.look(after=0.2).reason("0") is None
 
 
-def test_flapping_starts_the_wait_anew() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look(host(gpu(A)), after=1)
-    node.look(host(gpu(A, **OFF)), after=1.5).look(host(gpu(A)), after=0.1)
-    assert node.look(after=SETTLE - 0.2).reason("0") is Reason.SETTLING
+def test_of_a_function_that_is_bound_again_and_again_no_more_is_remembered_than_of_one_that_stays() -> None:
+    node = Node()
+    for binding in range(2, 20):
+        node.look(two(1, binding), after=1)
+    (track,) = node.inventory.memory.tracks.values()
+    assert set(track.fatal_counts) == {(A, 1), (B, 19)}
 
 
-def test_a_device_that_was_bound_anew_is_not_held_back() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, vfio=None)), after=10)
-    assert node.reason("0") is Reason.NOT_BOUND
-    assert node.look(host(gpu(A)), after=0.1).reason("0") is None
+def test_the_node_of_a_device_that_does_not_answer_counts_only_while_nothing_says_that_it_is_gone() -> None:
+    as_group = host(gpu(A, group=5, cdev=False))
+    silent = replace(as_group, functions={}, unreadable={A: "no answer"})
+    for kept in (silent, HostFacts(unreachable="no answer")):
+        assert Node().look(as_group).look(kept, after=1).device("5").node_exists
+    for gone in (replace(silent, group_nodes=frozenset()), replace(silent, dev_nodes=frozenset())):
+        assert not Node().look(as_group).look(gone, after=1).device("5").node_exists
+    assert Node().look(SCANS["well"]).look(SCANS["silent"], after=1).device("0").node_exists
 
 
-def test_a_look_in_the_middle_of_a_bind_holds_nothing_back() -> None:
-    arriving = host(gpu(A), dev_nodes=frozenset())
-    node = Node().look(arriving)
-    assert node.reason("0") is Reason.NO_NODE
-    assert node.look(host(gpu(A)), after=ARRIVAL / 2).reason("0") is None
+def test_confidential_nodes_refuse_group_nodes() -> None:
+    node = Node(settings=Settings(require_iommufd=True)).look(host(gpu(A, group=5, cdev=False)))
+    assert node.reason("5") is Reason.NO_CDEV
 
 
-def test_a_device_that_came_ill_and_stayed_so_is_held_back() -> None:
-    node = Node().look(host(gpu(A, **OFF))).look(after=ARRIVAL).look(host(gpu(A)), after=1)
-    assert node.reason("0") is Reason.SETTLING
+# What leaves
 
 
 def test_an_unbound_device_stays_listed_until_no_pod_has_held_it_for_a_minute() -> None:
@@ -138,10 +304,6 @@ def test_a_pod_that_the_newest_answer_names_keeps_it_however_old_the_one_before_
     assert node.device("0").placements
 
 
-def test_the_times_are_those_that_were_promised() -> None:
-    assert (SETTLE, RETIRE, GRANT_UNUSED) == (2.0, 60.0, 600.0)
-
-
 def test_an_answer_that_was_asked_for_before_the_loss_says_nothing() -> None:
     node = Node().look(host(gpu(A))).look(host(), after=10)
     node.pods(asked=node.now - 5).pods(after=RETIRE - 1)
@@ -150,6 +312,17 @@ def test_an_answer_that_was_asked_for_before_the_loss_says_nothing() -> None:
 
 def test_without_pod_resources_nothing_is_ever_dropped() -> None:
     assert Node().look(host(gpu(A))).look(host(), after=1).look(after=1e6).listed == ["0"]
+
+
+def test_an_id_never_changes_its_node_while_it_may_be_held() -> None:
+    as_group = host(gpu(A, vfio=4, group=5, cdev=False))
+    node = Node().look(as_group).pods("5", after=1)
+    assert node.device("5").node == "/dev/vfio/5"
+    as_cdev = host(gpu(B, vfio=5, group=60))
+    assert node.look(as_cdev, after=1).reason("5") is Reason.ID_HELD
+    node.pods(after=1)
+    node.pods(after=RETIRE).look()
+    assert (node.device("5").node, node.reason("5")) == ("/dev/vfio/devices/vfio5", None)
 
 
 def test_an_id_that_only_pod_resources_knows_is_listed_unhealthy() -> None:
@@ -163,6 +336,19 @@ def test_ids_of_others_are_not_ours() -> None:
     node.look(holdings=Holdings(asked_at=200, pods={("nvidia.com/gpu", "7"): "a/b", (PGPU, "GPU-1"): "a/b"}))
     assert list(node.inventory.resources) == [PGPU]
     assert node.listed == ["0"]
+
+
+def test_a_node_that_was_only_guessed_promises_nothing() -> None:
+    node = Node().pods("3").look(HostFacts())
+    assert node.reason("3") is Reason.GONE
+    assert node.look(host(gpu(A, vfio=3)), after=1).reason("3") is None
+
+
+def test_the_times_are_those_that_were_promised() -> None:
+    assert (SETTLE, ARRIVAL, DEAD, FATAL_QUIET, RETIRE, GRANT_UNUSED) == (2, 1, 3, 60, 60, 600)
+
+
+# Who holds what, and who uses it
 
 
 def test_enabled_although_no_pod_holds_it_is_in_use_elsewhere() -> None:
@@ -181,11 +367,6 @@ def test_a_pod_that_ended_with_its_vm_between_two_looks_leaves_nothing_in_use() 
     assert node.look(host(gpu(A)), after=0.1).reason("0") is None
 
 
-def test_enabled_by_the_pod_that_holds_it_is_fine() -> None:
-    node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
-    assert node.pods("0", after=5).reason("0") is None
-
-
 def test_a_vm_that_outlives_its_pod_is_in_use_elsewhere() -> None:
     node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
     assert node.pods("0", after=5).pods(after=5).look_again().reason("0") is Reason.IN_USE_ELSEWHERE
@@ -193,11 +374,6 @@ def test_a_vm_that_outlives_its_pod_is_in_use_elsewhere() -> None:
 
 def mates(**changes: Any) -> HostFacts:
     return host(gpu(A, vfio=1, group=9, **changes), gpu(B, vfio=2, group=9))
-
-
-def test_an_allocation_takes_the_whole_group() -> None:
-    node = Node().look(mates()).look(allocated=((PGPU, "1"),))
-    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
 
 
 def test_the_group_is_free_when_the_holder_is_gone() -> None:
@@ -215,12 +391,6 @@ def test_a_promise_is_not_kept_by_the_use_of_the_vm_before() -> None:
     assert node.reason("2") is Reason.GROUP_TAKEN
     node.look(mates(enable=1), after=20).look(mates(), after=100)
     assert node.reason("2") is Reason.SETTLING
-
-
-def test_an_allocation_that_never_shows_ends_after_the_admission() -> None:
-    node = Node().look(mates()).look(allocated=((PGPU, "1"),)).pods(after=ADMISSION - 1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.pods(after=2).reason("2") is Reason.SETTLING
 
 
 def test_without_pod_resources_the_group_is_free_after_it_was_used() -> None:
@@ -242,144 +412,64 @@ def test_a_group_mate_that_somebody_uses_is_enough() -> None:
     assert node.look_again().reason("2") is Reason.IN_USE_ELSEWHERE
 
 
-def test_an_id_never_changes_its_node_while_it_may_be_held() -> None:
-    as_group = host(gpu(A, vfio=4, group=5, cdev=False))
-    node = Node().look(as_group).pods("5", after=1)
-    assert node.device("5").node == "/dev/vfio/5"
-    as_cdev = host(gpu(B, vfio=5, group=60))
-    assert node.look(as_cdev, after=1).reason("5") is Reason.ID_HELD
-    node.pods(after=1)
-    node.pods(after=RETIRE).look()
-    assert (node.device("5").node, node.reason("5")) == ("/dev/vfio/devices/vfio5", None)
+def test_what_is_in_use_when_it_is_first_seen_was_so_when_pod_resources_was_asked() -> None:
+    node = Node().pods(asked=90).look(host(gpu(A, enable=1)))
+    assert node.reason("0") is Reason.IN_USE_ELSEWHERE
+    assert Node().pods("0", asked=90).look(host(gpu(A, enable=1))).reason("0") is None
 
 
-@pytest.mark.parametrize(
-    ("events", "reason"),
-    [
-        (["BEGIN_RECOVERY"], Reason.FATAL_ERROR),
-        (["BEGIN_RECOVERY", "FAILED_RECOVERY"], Reason.FATAL_ERROR),
-        (["BEGIN_RECOVERY", "SUCCESSFUL_RECOVERY"], None),
-    ],
-)
-def test_the_outcome_of_a_recovery_decides(events: list[str], reason: Reason | None) -> None:
-    node = Node().look(host(gpu(A))).look(aer=tuple((A, event) for event in events), after=1)
-    assert node.reason("0") is reason
+def test_an_answer_that_may_lack_anything_says_who_holds_what_and_no_more() -> None:
+    node = Node().pods("1", complete=False).look(mates(enable=1))
+    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
+    assert Node().pods(complete=False).look(host(gpu(A, enable=1))).reason("0") is None
+    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(complete=False)
+    assert gone.look(after=10 * RETIRE).pods(complete=False).listed == ["0"]
 
 
-def test_a_failed_recovery_lasts_until_the_device_is_bound_anew() -> None:
-    node = Node().look(host(gpu(A))).look(aer=((A, "FAILED_RECOVERY"),)).look(after=10 * FATAL_QUIET)
-    assert node.reason("0") is Reason.FATAL_ERROR
-    assert node.look(host(gpu(A, vfio=None))).look(host(gpu(A))).reason("0") is None
+def test_a_promise_ends_although_pod_resources_has_fallen_silent() -> None:
+    node = Node().look(mates()).pods(after=1).look(allocated=((PGPU, "1"),), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    assert node.look(after=GRANT_UNUSED + 1).reason("2") is Reason.SETTLING
 
 
-@pytest.mark.parametrize("later", ["a rise", "BEGIN_RECOVERY"])
-def test_a_recovery_that_failed_is_not_forgotten_for_a_later_error(later: str) -> None:
-    node = Node().look(host(gpu(A, fatal_errors=1))).look(aer=((A, "FAILED_RECOVERY"),), after=1)
-    if later == "a rise":
-        node.look(host(gpu(A, fatal_errors=2)), after=3600)
-    else:
-        node.look(aer=((A, later),), after=3600)
-    assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
-    assert node.look(aer=((A, "SUCCESSFUL_RECOVERY"),)).reason("0") is Reason.SETTLING
+def test_a_mate_is_taken_while_the_holder_is_unbound_under_its_vm() -> None:
+    node = Node().look(mates()).pods("1", after=1)
+    node.look(host(gpu(A, vfio=None, group=9), gpu(B, vfio=2, group=9)), after=1)
+    assert node.reason("2") is Reason.GROUP_TAKEN
 
 
-def bound(vfio: VfioDev | None, **changes: Any) -> HostFacts:
-    return host(replace(gpu(A), vfio=vfio, driver="vfio-pci" if vfio else None, **changes))
+def unbound_under_its_vm(enable: int = 1, driver: str | None = None) -> HostFacts:
+    return host(gpu(A, vfio=None, group=9, enable=enable, driver=driver), gpu(B, vfio=2, group=9))
 
 
-def test_a_device_that_was_unbound_and_bound_between_two_looks_is_known_to_be_bound_again() -> None:
-    before, after = (VfioDev(number=0, cdev="511:0", binding=inode) for inode in (77, 78))
-    node = Node().look(bound(before)).look(aer=((A, "FAILED_RECOVERY"),), after=1)
-    assert node.look(bound(before), after=1).reason("0") is Reason.FATAL_ERROR
-    assert node.look(bound(after), after=1).reason("0") is None
+def test_a_group_stays_a_vms_although_its_device_was_unbound_and_its_pod_is_gone() -> None:
+    node = Node().look(mates()).pods("1", after=1).look(mates(enable=1), after=1)
+    node.look(unbound_under_its_vm(), after=1)
+    assert node.pods(after=1).reason("2") is Reason.GROUP_TAKEN
+    assert node.look_again().reason("2") is Reason.IN_USE_ELSEWHERE
+    assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
 
 
-def group_of_two(*, a: dict[str, Any] | None = None, b: dict[str, Any] | None = None, **changes: Any) -> HostFacts:
-    """Two GPUs of one IOMMU group on a kernel without cdevs: one device, 9."""
-    first = gpu(A, group=9, cdev=False, **(a or {}))
-    second = gpu(B, group=9, cdev=False, **({"vfio": 1} | (b or {})))
-    return host(first, second, **changes)
+def test_without_pod_resources_a_group_is_a_vms_while_its_device_is_unbound_under_it() -> None:
+    node = Node().look(mates()).look(allocated=((PGPU, "1"),), after=1).look(mates(enable=1), after=1)
+    assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.GROUP_TAKEN
+    assert node.look_again(after=10 * GRANT_UNUSED).reason("2") is Reason.GROUP_TAKEN
+    assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
 
 
-def test_what_is_remembered_of_a_function_outlives_changes_of_its_group_mates() -> None:
-    node = Node().look(group_of_two()).look(aer=((A, "FAILED_RECOVERY"),), after=1)
-    assert node.look(group_of_two(b={"vfio": None}), after=1).reason("9") is Reason.FATAL_ERROR
-    assert node.look(group_of_two(), after=1).reason("9") is Reason.FATAL_ERROR
-    node = Node().look(group_of_two()).look(group_of_two(a=OFF), after=1).look_again(after=DEAD)
-    assert node.look(group_of_two(a={"link_speed": None}, b={"vfio": None}), after=1).reason("9") is Reason.OFF_THE_BUS
+def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
+    node = Node().look(mates()).pods(after=1).look(mates(enable=1), after=1)
+    node.look(unbound_under_its_vm(driver="nvidia"), after=1)
+    assert node.reason("2") is Reason.NOT_VIABLE
+    assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.SETTLING
 
 
-def test_a_group_mate_that_did_not_answer_once_does_not_undo_the_damping() -> None:
-    silent = replace(group_of_two(), functions={B: gpu(B, vfio=1, group=9, cdev=False)}, unreadable={A: "no answer"})
-    node = Node().look(group_of_two()).look(aer=((A, "FAILED_RECOVERY"),), after=10)
-    assert node.look(silent, after=10).reason("9") is Reason.NOT_VIABLE
-    assert node.look(group_of_two(), after=0.2).reason("9") is Reason.FATAL_ERROR
-    node = Node().look(group_of_two()).look(silent, after=10)
-    assert node.look(group_of_two(), after=0.2).reason("9") is Reason.SETTLING
+def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
+    node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
+    assert node.look_again(after=GRANT_UNUSED + 1).wake_at is None
 
 
-def group_of_bindings(*bindings: int) -> HostFacts:
-    functions = [gpu(address, group=9, cdev=False, fatal_errors=4) for address in (A, B)]
-    devs = [VfioDev(number=n, cdev=None, binding=binding) for n, binding in enumerate(bindings)]
-    return host(*(replace(f, vfio=dev) for f, dev in zip(functions, devs, strict=True)))
-
-
-def test_a_device_of_several_functions_is_bound_again_when_all_of_them_are() -> None:
-    facts = group_of_bindings
-    node = Node().look(facts(1, 2)).look(aer=((A, "FAILED_RECOVERY"),), after=1)
-    assert node.look(facts(1, 3), after=1).reason("9") is Reason.FATAL_ERROR
-    assert node.look(facts(4, 3), after=1).reason("9") is Reason.SETTLING
-    assert node.look(facts(5, 6), after=1).reason("9") is None
-
-
-def test_of_a_function_that_is_bound_again_and_again_no_more_is_remembered_than_of_one_that_stays() -> None:
-    node = Node()
-    for binding in range(2, 20):
-        node.look(group_of_bindings(1, binding), after=1)
-    (track,) = node.inventory.memory.tracks.values()
-    assert set(track.fatal_counts) == {(A, 1), (B, 19)}
-
-
-def test_only_a_rise_of_the_counter_is_news() -> None:
-    node = Node().look(host(gpu(A, fatal_errors=4))).look(after=1)
-    assert node.reason("0") is None
-    assert node.look(host(gpu(A, fatal_errors=5)), after=1).reason("0") is Reason.FATAL_ERROR
-    assert node.look(after=FATAL_QUIET).reason("0") is Reason.SETTLING
-
-
-def test_a_device_is_healthy_only_when_it_stands_in_a_spec() -> None:
-    node = Node(signals=Signals(in_cdi={})).look(host(gpu(A)))
-    assert node.reason("0") is Reason.NOT_IN_CDI
-    node.signals = Signals(in_cdi={PGPU: frozenset({"0"})})
-    assert node.look().reason("0") is None
-
-
-def test_silence_of_sysfs_is_no_proof_of_absence() -> None:
-    node = Node().look(host(gpu(A))).look(host(unreadable={A: "sysfs has not answered"}), after=1)
-    assert node.reason("0") is Reason.UNREADABLE
-    assert node.device("0").node_exists
-    assert node.look(host(gpu(A)), after=1).reason("0") is Reason.SETTLING
-
-
-def test_the_node_of_a_device_that_does_not_answer_counts_only_while_nothing_says_that_it_is_gone() -> None:
-    as_group = host(gpu(A, group=5, cdev=False))
-    silent = replace(as_group, functions={}, unreadable={A: "no answer"})
-    assert Node().look(as_group).look(silent, after=1).device("5").node_exists
-    assert Node().look(as_group).look(HostFacts(unreachable="no answer"), after=1).device("5").node_exists
-    for gone in (replace(silent, group_nodes=frozenset()), replace(silent, dev_nodes=frozenset())):
-        assert not Node().look(as_group).look(gone, after=1).device("5").node_exists
-
-
-def test_confidential_nodes_refuse_group_nodes() -> None:
-    settings = Settings(require_iommufd=True)
-    assert Node(settings=settings).look(host(gpu(A, group=5, cdev=False))).reason("5") is Reason.NO_CDEV
-    assert Node(settings=settings).look(host(gpu(A))).reason("0") is None
-
-
-def test_a_function_without_a_cdev_is_not_ready_where_others_have_one() -> None:
-    node = Node().look(host(gpu(A, vfio=1), gpu(B, vfio=2, group=51, cdev=False)))
-    assert node.listed == ["1"]
-    assert "cdev" in node.inventory.unoffered[B]
+# Whatever happens
 
 
 @st.composite
@@ -431,165 +521,6 @@ def test_whatever_happens_the_inventory_keeps_its_promises(history: list[Any]) -
         assert again.version == node.inventory.version
 
 
-ASLEEP: dict[str, Any] = {"link_speed": None, "link_width": None}
-
-
-def test_a_dead_device_that_falls_asleep_is_still_dead() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look_again(after=DEAD)
-    node.look(host(gpu(A, **ASLEEP)), after=10)
-    assert node.look(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
-
-
-def test_a_device_that_did_not_answer_while_it_was_reset_and_then_falls_asleep_is_well_again() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look_again(after=DEAD / 2)
-    assert node.look(after=10 * DEAD).reason("0") is Reason.OFF_THE_BUS  # the same scan, however old
-    assert node.look(host(gpu(A, **ASLEEP)), after=1).reason("0") is Reason.SETTLING
-    assert node.look_again(after=SETTLE).reason("0") is None
-    node.look(host(gpu(A, **OFF)), after=10).look(host(gpu(A, **ASLEEP)), after=1)
-    assert node.look_again(after=SETTLE).reason("0") is None, "two resets are not one death"
-
-
-def test_a_dead_device_that_sleeps_is_dead_whatever_else_befalls_it_meanwhile() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **OFF)), after=10).look_again(after=DEAD)
-    node.look(host(gpu(A, **ASLEEP)), after=10).look(host(unreadable={A: "no answer"}), after=10)
-    assert node.reason("0") is Reason.UNREADABLE
-    assert node.look(host(gpu(A, **ASLEEP)), after=10).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
-    assert node.look(host(gpu(A)), after=10).reason("0") is Reason.SETTLING
-
-
-COLD: dict[str, Any] = {**ASLEEP, "power_state": "D3cold", "runtime_status": "suspended", "has_power": True}
-"""In D3cold although nothing can have cut its power."""
-UNPOWERED = COLD | {"has_power": False}
-"""In D3cold below a bridge that sleeps too, or by ACPI."""
-
-
-def test_a_device_that_is_in_d3cold_with_power_is_dead_after_a_while_and_says_so_in_its_own_words() -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **COLD)), after=10)
-    assert node.reason("0") is None, "the bridge above may just have been woken"
-    assert node.wake_at == node.now + DEAD
-    assert node.look_again(after=DEAD - 0.1).reason("0") is None
-    assert node.look_again(after=0.1).reason("0") is Reason.OFF_THE_BUS
-    assert f"{A} does not answer on the PCI bus: it is in D3cold although" in node.device("0").health.detail
-    assert node.look_again(after=10 * DEAD).reason("0") is Reason.OFF_THE_BUS
-    assert node.wake_at is None
-
-
-def test_a_device_that_sleeps_without_power_is_well_however_long() -> None:
-    node = Node().look(host(gpu(A, **UNPOWERED)))
-    assert node.reason("0") is None
-    assert node.wake_at is None
-    assert node.look_again(after=10 * DEAD).look_again(after=10 * DEAD).reason("0") is None
-
-
-def test_a_device_whose_bridge_was_woken_shortly_before_it_is_well() -> None:
-    node = Node().look(host(gpu(A, **UNPOWERED))).look(host(gpu(A, **COLD)), after=10)
-    for _ in range(3):
-        assert node.look(host(gpu(A)), after=DEAD - 0.1).reason("0") is None
-        assert node.look(host(gpu(A, **COLD)), after=0.2).reason("0") is None
-
-
-def test_a_device_that_is_in_d3cold_with_power_when_it_is_first_seen_is_not_given_away_meanwhile() -> None:
-    node = Node().look(host(gpu(A, **COLD)))
-    assert node.reason("0") is Reason.OFF_THE_BUS
-    assert node.look(host(gpu(A)), after=ARRIVAL / 2).reason("0") is None
-
-
-@pytest.mark.parametrize("sign", [OFF, COLD | {"runtime_status": "active"}])
-def test_a_device_that_was_seen_dead_and_is_suspended_in_d3cold_is_never_healthy_in_between(
-    sign: dict[str, Any],
-) -> None:
-    node = Node().look(host(gpu(A))).look(host(gpu(A, **sign)), after=10)
-    assert node.reason("0") is Reason.OFF_THE_BUS
-    node.look(host(gpu(A, **COLD)), after=0.1)
-    for _ in range(10):
-        assert node.reason("0") is Reason.OFF_THE_BUS
-        node.look_again(after=DEAD / 5)
-
-
-def test_a_device_that_was_dead_in_d3cold_is_dead_until_its_link_is_read_or_it_is_bound_again() -> None:
-    first, second = (VfioDev(number=0, cdev="511:0", binding=inode) for inode in (77, 78))
-    node = Node().look(bound(first)).look(bound(first, **COLD), after=10).look_again(after=DEAD)
-    assert node.look(bound(first, **UNPOWERED), after=1).look_again(after=10 * SETTLE).reason("0") is Reason.OFF_THE_BUS
-    assert "has been asleep since" in node.device("0").health.detail
-    assert node.look(bound(second, **COLD), after=1).reason("0") is Reason.OFF_THE_BUS, "still dead"
-    assert node.look(bound(second, **UNPOWERED), after=0.1).reason("0") is None
-    node.look(bound(second, **COLD), after=1).look_again(after=DEAD)
-    assert node.look(bound(second), after=1).look_again(after=SETTLE).reason("0") is None
-
-
-def test_a_recovery_that_failed_at_the_bridge_above_failed() -> None:
-    node = Node().look(host(gpu(A))).look(aer=((A, "BEGIN_RECOVERY"), ("0000:00:01.0", "FAILED_RECOVERY")))
-    assert node.look(after=10 * FATAL_QUIET).reason("0") is Reason.FATAL_ERROR
-
-
-def test_a_mate_that_was_used_after_the_last_answer_is_enough_too() -> None:
-    node = Node().look(mates()).pods(after=1).look(mates(enable=1), after=1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-
-
-def test_what_is_in_use_when_it_is_first_seen_was_so_when_pod_resources_was_asked() -> None:
-    node = Node().pods(asked=90).look(host(gpu(A, enable=1)))
-    assert node.reason("0") is Reason.IN_USE_ELSEWHERE
-    assert Node().pods("0", asked=90).look(host(gpu(A, enable=1))).reason("0") is None
-
-
-def test_an_answer_that_may_lack_anything_says_who_holds_what_and_no_more() -> None:
-    node = Node().pods("1", complete=False).look(mates(enable=1))
-    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
-    assert Node().pods(complete=False).look(host(gpu(A, enable=1))).reason("0") is None
-    gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(complete=False)
-    assert gone.look(after=10 * RETIRE).pods(complete=False).listed == ["0"]
-
-
-def test_a_node_that_was_only_guessed_promises_nothing() -> None:
-    node = Node().pods("3").look(HostFacts())
-    assert node.reason("3") is Reason.GONE
-    assert node.look(host(gpu(A, vfio=3)), after=1).reason("3") is None
-
-
-def test_a_promise_ends_although_pod_resources_has_fallen_silent() -> None:
-    node = Node().look(mates()).pods(after=1).look(allocated=((PGPU, "1"),), after=1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.look(after=GRANT_UNUSED + 1).reason("2") is Reason.SETTLING
-
-
-def test_a_mate_is_taken_while_the_holder_is_unbound_under_its_vm() -> None:
-    node = Node().look(mates()).pods("1", after=1)
-    node.look(host(gpu(A, vfio=None, group=9), gpu(B, vfio=2, group=9)), after=1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-
-
-def unbound_under_its_vm(enable: int = 1, driver: str | None = None) -> HostFacts:
-    return host(gpu(A, vfio=None, group=9, enable=enable, driver=driver), gpu(B, vfio=2, group=9))
-
-
-def test_a_group_stays_a_vms_although_its_device_was_unbound_and_its_pod_is_gone() -> None:
-    node = Node().look(mates()).pods("1", after=1).look(mates(enable=1), after=1)
-    node.look(unbound_under_its_vm(), after=1)
-    assert node.pods(after=1).reason("2") is Reason.GROUP_TAKEN
-    assert node.look_again().reason("2") is Reason.IN_USE_ELSEWHERE
-    assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
-
-
-def test_without_pod_resources_a_group_is_a_vms_while_its_device_is_unbound_under_it() -> None:
-    node = Node().look(mates()).look(allocated=((PGPU, "1"),), after=1).look(mates(enable=1), after=1)
-    assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.GROUP_TAKEN
-    assert node.look_again(after=10 * GRANT_UNUSED).reason("2") is Reason.GROUP_TAKEN
-    assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
-
-
-def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
-    node = Node().look(mates()).pods(after=1).look(mates(enable=1), after=1)
-    node.look(unbound_under_its_vm(driver="nvidia"), after=1)
-    assert node.reason("2") is Reason.NOT_VIABLE
-    assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.SETTLING
-
-
-def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
-    node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
-    assert node.look_again(after=GRANT_UNUSED + 1).wake_at is None
-
-
 # What a step costs, in calls of functions: that does not depend on the machine
 
 
@@ -613,20 +544,12 @@ def many(count: int) -> HostFacts:
     return host(*(gpu(f"{n >> 8:04x}:{n & 255:02x}:00.0", vfio=n, group=n) for n in range(count)))
 
 
-def test_an_allocate_costs_the_same_on_a_node_with_8_devices_and_with_1024() -> None:
-    costs = []
-    for count in (8, 1024):
-        node = Node().look(many(count)).pods(*map(str, range(count // 2)))
-        devices = [node.device("3")]
-        costs.append(calls_of(lambda n=node, d=devices: allocate(n.inventory, d, n.signals, n.now, n.now)))  # type: ignore[misc]
-    assert costs[0] == costs[1]
-
-
 @pytest.mark.parametrize("held", [0, 1], ids=["nothing held", "all held"])
-def test_what_a_scan_costs_grows_no_faster_than_the_node(held: int) -> None:
-    costs = []
+def test_what_a_scan_and_an_allocate_cost_grows_no_faster_than_the_node(held: int) -> None:
+    scans, allocates = [], []
     for count in (128, 1024):
-        facts = many(count)
-        node = Node().look(facts).pods(*map(str, range(count * held)))
-        costs.append(calls_of(lambda n=node, f=facts: n.look(f, after=1)))  # type: ignore[misc]
-    assert costs[1] <= 9 * costs[0]
+        node = Node().look(many(count)).pods(*map(str, range(count * held)))
+        scans.append(calls_of(partial(node.look, many(count), after=1)))
+        allocates.append(calls_of(partial(node.look, allocated=[(PGPU, "3")])))
+    assert scans[1] <= 9 * scans[0]
+    assert allocates[1] <= 9 * allocates[0]

@@ -1,4 +1,4 @@
-"""The verdict on one device from one set of facts, and who counts as bound to vfio."""
+"""What one scan shows against a device: of each fault when it is one, when it is none, and its words."""
 
 from __future__ import annotations
 
@@ -8,39 +8,50 @@ from typing import Any
 import pytest
 from facts import gpu, host
 
-from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.devices import find_devices
-from sandbox_plugin.inventory.health import assess, is_vfio_bound, remarks
+from sandbox_plugin.inventory.faults import assess, remarks, why_lost
+from sandbox_plugin.inventory.functions import is_vfio_bound
 from sandbox_plugin.inventory.rules import Rules
-from sandbox_plugin.model import HEALTHY, Bar, Device, Health, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
+from sandbox_plugin.model import Bar, Device, Fault, HostFacts, IommuGroup, PciFunction, Reason, VfioDev
 
 A, B = "0000:01:00.0", "0000:02:00.0"
 SOUND, BRIDGE = "0000:01:00.1", "0000:00:01.0"
-GONE: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
+OFF: dict[str, Any] = {"link_speed": "Unknown", "link_width": 63}
 
 
-def verdict(facts: HostFacts, *, require_iommufd: bool = False) -> Health:
-    """On the only device of this host."""
-    (device,) = find_devices(facts, Rules(Settings(require_iommufd=require_iommufd))).devices
-    assert device.health == assess(device, facts, require_iommufd=require_iommufd)
-    return device.health
+def only_device(facts: HostFacts) -> Device:
+    (device,) = find_devices(facts, Rules()).devices
+    return device
+
+
+def fault(facts: HostFacts, *, require_iommufd: bool = False) -> Fault | None:
+    """Of the only device of this host."""
+    return assess(only_device(facts), facts, require_iommufd=require_iommufd)
+
+
+def reason(facts: HostFacts) -> Reason | None:
+    found = fault(facts)
+    return found.reason if found is not None else None
 
 
 def sound(driver: str | None, *, group: int = 50, **changes: Any) -> PciFunction:
     return gpu(SOUND, vfio=None, group=group, driver=driver, device=0x10F8, class_code=0x040300, **changes)
 
 
-def bridge(driver: str | None, class_code: int, *, group: int = 50) -> PciFunction:
-    return gpu(BRIDGE, vfio=None, group=group, driver=driver, vendor=0x8086, class_code=class_code)
+def bridge(driver: str | None, class_code: int) -> PciFunction:
+    return gpu(BRIDGE, vfio=None, driver=driver, vendor=0x8086, class_code=class_code)
+
+
+def bar(index: int, *, io: bool = False, unset: bool = False) -> Bar:
+    return Bar(index=index, size=4096, prefetchable=False, wide=False, io=io, unset=unset)
 
 
 # Bound or not
 
 
-@pytest.mark.parametrize("driver", ["vfio-pci", "nvgrace_gpu_vfio_pci", "mlx5_vfio_pci", "some_driver"])
+@pytest.mark.parametrize("driver", ["vfio-pci", "nvgrace_gpu_vfio_pci", "some_driver"])
 def test_whoever_has_a_vfio_device_is_bound_whatever_the_drivers_name(driver: str) -> None:
-    function = gpu(A, driver=driver)
-    assert is_vfio_bound(function, HostFacts())
+    assert is_vfio_bound(gpu(A, driver=driver), HostFacts())
 
 
 def test_on_an_old_kernel_the_group_node_and_the_drivers_name_tell() -> None:
@@ -51,201 +62,214 @@ def test_on_an_old_kernel_the_group_node_and_the_drivers_name_tell() -> None:
 
 
 def test_without_a_driver_nothing_is_bound_though_a_vm_still_has_it() -> None:
-    leaving = replace(gpu(A, group=5), driver=None)
-    assert leaving.vfio is not None
-    assert not is_vfio_bound(leaving, HostFacts(group_nodes=frozenset({5})))
+    assert not is_vfio_bound(replace(gpu(A, group=5), driver=None), HostFacts(group_nodes=frozenset({5})))
 
 
-# The verdict
-
-
-def test_a_device_that_answers_in_a_viable_group_with_a_node_is_healthy() -> None:
-    assert verdict(host(gpu(A))) == HEALTHY
-    assert str(verdict(host(gpu(A)))) == "healthy"
+# The device itself
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "words"),
     [
-        {"link_speed": None, "link_width": None},
-        {"link_speed": "Unknown", "link_width": 16},
-        {"link_speed": "2.5 GT/s PCIe", "link_width": 63},
-        {"link_speed": "2.5 GT/s PCIe", "link_width": 1},
-        {"power_state": "D3hot"},
-        {"power_state": "D3hot", "runtime_status": "active"},
-        {"power_state": "D3cold", "link_speed": None, "link_width": None},
-        {"power_state": "D3cold", "runtime_status": "suspended", "has_power": False, "link_speed": None},
-        {"power_state": "D3cold", "runtime_status": "resuming", "has_power": True, "link_speed": None},
-        {"power_state": "unknown"},
-        {"enable": None, "numa_node": None, "fatal_errors": 7},
+        ({}, None),
+        ({"link_speed": None, "link_width": None}, None),
+        ({"link_speed": "Unknown", "link_width": 16}, None),
+        ({"link_speed": "2.5 GT/s PCIe", "link_width": 63}, None),
+        ({"power_state": "D3hot", "runtime_status": "active"}, None),
+        ({"power_state": "D3cold", "link_speed": None, "link_width": None}, None),
+        ({"power_state": "D3cold", "runtime_status": "suspended", "has_power": False, "link_speed": None}, None),
+        ({"power_state": "D3cold", "runtime_status": "resuming", "has_power": True, "link_speed": None}, None),
+        ({"power_state": "unknown"}, None),
+        ({"enable": 1, "fatal_errors": 7}, None),
+        ({"enable": None, "numa_node": None}, None),
+        (OFF, "link speed Unknown, width 63"),
+        ({"power_state": "D3cold", "runtime_status": "active", "has_power": True, "link_speed": None}, "D3cold alth"),
+        ({"power_state": "D3cold", "runtime_status": "active", "has_power": False, "link_speed": None}, "D3cold alth"),
     ],
 )
-def test_sleep_a_slow_link_and_old_errors_are_no_fault(changes: dict[str, Any]) -> None:
-    assert verdict(host(gpu(A, **changes))) == HEALTHY
-
-
-def test_a_device_that_does_not_answer_is_off_the_bus() -> None:
-    found = verdict(host(gpu(A, **GONE)))
-    assert found.reason is Reason.OFF_THE_BUS
-    assert A in found.detail
-
-
-@pytest.mark.parametrize("has_power", [True, False])
-def test_a_device_in_d3cold_that_the_kernel_takes_for_awake_is_off_the_bus(has_power: bool) -> None:
-    found = verdict(host(gpu(A, power_state="D3cold", runtime_status="active", has_power=has_power, link_speed=None)))
-    assert found.reason is Reason.OFF_THE_BUS
-    assert f"{A} does not answer" in found.detail
-    assert "D3cold although its runtime_status is active" in found.detail
+def test_a_device_is_off_the_bus_when_it_does_not_answer_and_not_when_it_sleeps(
+    changes: dict[str, Any], words: str | None
+) -> None:
+    found = fault(host(gpu(A, **changes)))
+    if words is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert found.reason is Reason.OFF_THE_BUS
+        assert found.detail.startswith(f"{A} does not answer on the PCI bus (")
+        assert words in found.detail
 
 
 def test_of_a_group_every_function_must_answer() -> None:
-    facts = host(gpu(A, group=5, cdev=False), gpu(B, vfio=1, group=5, cdev=False, **GONE))
-    assert verdict(facts).reason is Reason.OFF_THE_BUS
-    assert B in verdict(facts).detail
-
-
-def bar(index: int, *, io: bool = False, unset: bool = False) -> Bar:
-    return Bar(index=index, size=4096, prefetchable=False, wide=False, io=io, unset=unset)
+    found = fault(host(gpu(A, group=5, cdev=False), gpu(B, vfio=1, group=5, cdev=False, **OFF)))
+    assert found is not None
+    assert found.reason is Reason.OFF_THE_BUS
+    assert B in found.detail
 
 
 def test_a_device_with_a_bar_that_has_no_address_cannot_be_enabled_and_the_bar_is_named() -> None:
-    assert verdict(host(gpu(A, bars=(bar(0), bar(2), bar(4))))) == HEALTHY
-    found = verdict(host(gpu(A, bars=(bar(0), bar(2, unset=True), bar(4, unset=True)))))
+    assert fault(host(gpu(A, bars=(bar(0), bar(2), bar(4))))) is None
     detail = f"{A} has no address for BAR 2, BAR 4: the kernel cannot enable it"
-    assert found == Health(reason=Reason.NO_ADDRESS, detail=detail)
+    found = fault(host(gpu(A, bars=(bar(0), bar(2, unset=True), bar(4, unset=True)))))
+    assert found == Fault(reason=Reason.NO_ADDRESS, detail=detail)
 
 
-@pytest.mark.parametrize("driver", [None, "vfio-pci", "vfio_something", "pci-stub"])
-def test_a_sibling_on_no_driver_on_vfio_or_on_pci_stub_leaves_a_group_viable(driver: str | None) -> None:
-    assert verdict(host(gpu(A), sound(driver))) == HEALTHY
+def test_confidential_guests_need_cdevs() -> None:
+    by_group = host(gpu(A, group=5, cdev=False))
+    found = fault(by_group, require_iommufd=True)
+    assert found is not None
+    assert found.reason is Reason.NO_CDEV
+    assert fault(by_group) is None
+    assert fault(host(gpu(A)), require_iommufd=True) is None
 
 
-def test_a_sibling_with_a_vfio_device_leaves_a_group_viable_whatever_its_driver_is_called() -> None:
-    assert verdict(host(gpu(A), replace(sound("nvgrace"), vfio=VfioDev(number=9, cdev=None)))) == HEALTHY
-
-
-@pytest.mark.parametrize("driver", ["snd_hda_intel", "nvidia", "xhci_hcd", "pcieport", "shpchp"])
-def test_a_sibling_on_a_host_driver_does_not(driver: str) -> None:
-    found = verdict(host(gpu(A), sound(driver)))
-    assert found == Health(reason=Reason.NOT_VIABLE, detail=f"{SOUND} in its IOMMU group 50 is bound to {driver}")
+# Its group
 
 
 @pytest.mark.parametrize(
-    ("driver", "class_code", "is_viable"),
+    ("sibling", "is_viable"),
     [
-        ("pcieport", 0x060400, True),
-        ("pcieport", 0x060000, True),
-        (None, 0x060400, True),
-        ("shpchp", 0x060400, False),
-        ("pcieport", 0x068000, False),
+        (sound(None), True),
+        (sound("vfio-pci"), True),
+        (sound("vfio_something"), True),
+        (sound("pci-stub"), True),
+        (replace(sound("nvgrace"), vfio=VfioDev(number=9, cdev=None)), True),
+        (sound("snd_hda_intel"), False),
+        (sound("snd_hda_intel", group=51), True),
+        (sound("nvidia"), False),
+        (sound("pcieport"), False),
+        (bridge("pcieport", 0x060400), True),
+        (bridge("pcieport", 0x060000), True),
+        (bridge(None, 0x060400), True),
+        (bridge("shpchp", 0x060400), False),
+        (bridge("pcieport", 0x068000), False),
     ],
+    ids=lambda it: f"{it.address} on {it.driver}, {it.class_code:06x}" if isinstance(it, PciFunction) else None,
 )
-def test_a_bridge_in_the_group_is_harmless_on_its_own_driver_alone(
-    driver: str | None, class_code: int, is_viable: bool
+def test_a_group_is_viable_while_no_host_driver_has_a_function_of_it_but_the_bridges(
+    sibling: PciFunction, is_viable: bool
 ) -> None:
-    assert verdict(host(gpu(A), bridge(driver, class_code))).healthy is is_viable
+    detail = f"{sibling.address} in its IOMMU group 50 is bound to {sibling.driver}"
+    found = fault(host(gpu(A), sibling))
+    assert found == (None if is_viable else Fault(reason=Reason.NOT_VIABLE, detail=detail))
 
 
-def test_a_sibling_in_another_group_is_none() -> None:
-    assert verdict(host(gpu(A), sound("snd_hda_intel", group=51))) == HEALTHY
-
-
-def with_member(facts: HostFacts, address: str, **changes: Any) -> HostFacts:
-    """The same host, with one more member in group 50 that was not read."""
-    members = (*facts.groups[50].members, address)
-    return replace(facts, groups={50: IommuGroup(number=50, members=members)}, **changes)
-
-
-def test_a_sibling_that_cannot_be_read_may_be_anything() -> None:
-    facts = with_member(host(gpu(A)), SOUND, unreadable={SOUND: "sysfs has not answered"})
-    assert verdict(facts).reason is Reason.NOT_VIABLE
-    assert verdict(facts).detail.endswith("cannot be read: sysfs has not answered")
-
-
-def test_a_sibling_that_left_meanwhile_is_no_longer_one() -> None:
-    assert verdict(with_member(host(gpu(A)), SOUND)) == HEALTHY
+def test_a_sibling_that_cannot_be_read_may_be_anything_and_one_that_left_meanwhile_is_none() -> None:
+    facts = replace(host(gpu(A)), groups={50: IommuGroup(number=50, members=(A, SOUND))})
+    assert fault(facts) is None
+    found = fault(replace(facts, unreadable={SOUND: "sysfs has not answered"}))
+    detail = f"{SOUND} in its IOMMU group 50 cannot be read: sysfs has not answered"
+    assert found == Fault(reason=Reason.NOT_VIABLE, detail=detail)
 
 
 @pytest.mark.parametrize("cdev", [True, False])
 def test_a_group_in_which_the_firmware_maps_memory_cannot_be_given_to_a_vm(cdev: bool) -> None:
     facts = host(gpu(A, cdev=cdev), sound("snd_hda_intel"))
-    found = verdict(
-        replace(facts, groups={50: replace(facts.groups[50], firmware_mappings=("0x7e000000-0x7e0fffff",))})
-    )
+    group = replace(facts.groups[50], firmware_mappings=("0x7e000000-0x7e0fffff",))
+    found = fault(replace(facts, groups={50: group}))
+    assert found is not None
     assert found.reason is Reason.FIRMWARE_MAPPING, "whatever else is wrong can be put right, and does not help"
     assert "IOMMU group 50 at all times (0x7e000000-0x7e0fffff)" in found.detail
 
 
-def test_a_group_needs_its_node_in_sysfs() -> None:
-    facts = host(gpu(A, group=5, cdev=False))
-    assert verdict(facts) == HEALTHY
-    assert verdict(replace(facts, group_nodes=frozenset())).reason is Reason.NO_NODE
-
-
-def test_a_cdev_needs_no_group_node() -> None:
-    assert verdict(replace(host(gpu(A)), group_nodes=frozenset())) == HEALTHY
+# Its node
 
 
 @pytest.mark.parametrize(
-    ("dev_nodes", "reason"),
+    ("cdev", "changes", "detail"),
     [
-        (None, None),
-        (frozenset({"/dev/vfio/devices/vfio3", "/dev/vfio/50"}), None),
-        (frozenset({"/dev/vfio/50", "/dev/vfio/devices/vfio4"}), Reason.NO_NODE),
-        (frozenset(), Reason.NO_NODE),
+        (True, {}, None),
+        (True, {"group_nodes": frozenset()}, None),
+        (True, {"dev_nodes": frozenset({"/dev/vfio/devices/vfio3"})}, None),
+        (True, {"dev_nodes": frozenset({"/dev/vfio/50"})}, "/dev/vfio/devices/vfio3 is not in the host's /dev"),
+        (False, {}, None),
+        (False, {"dev_nodes": frozenset({"/dev/vfio/50"})}, None),
+        (False, {"dev_nodes": frozenset()}, "/dev/vfio/50 is not in the host's /dev"),
+        (False, {"group_nodes": frozenset()}, "sysfs shows no node /dev/vfio/50"),
     ],
 )
-def test_where_dev_is_the_hosts_own_the_node_must_be_in_it(
-    dev_nodes: frozenset[str] | None, reason: Reason | None
+def test_a_node_must_be_in_sysfs_and_in_the_hosts_dev_where_that_can_be_seen(
+    cdev: bool, changes: dict[str, Any], detail: str | None
 ) -> None:
-    assert verdict(host(gpu(A, vfio=3), dev_nodes=dev_nodes)).reason is reason
-
-
-def test_confidential_guests_need_cdevs() -> None:
-    by_group = host(gpu(A, group=5, cdev=False))
-    assert verdict(by_group, require_iommufd=True).reason is Reason.NO_CDEV
-    assert verdict(by_group, require_iommufd=False) == HEALTHY
-    assert verdict(host(gpu(A)), require_iommufd=True) == HEALTHY
+    facts = replace(host(gpu(A, vfio=3, cdev=cdev)), **changes)
+    assert fault(facts) == (None if detail is None else Fault(reason=Reason.NO_NODE, detail=detail))
+    assert only_device(facts).node_exists is (detail is None), "and no CDI spec names it"
 
 
 def test_of_several_faults_the_one_that_matters_most_is_told() -> None:
-    worst = host(gpu(A, group=50, cdev=False, **GONE), sound("snd_hda_intel"), dev_nodes=frozenset())
-    order = []
-    order.append(verdict(worst, require_iommufd=True).reason)
-    order.append(verdict(worst).reason)
-    order.append(verdict(host(gpu(A, cdev=False), sound("snd_hda_intel"), dev_nodes=frozenset())).reason)
-    order.append(verdict(host(gpu(A, cdev=False), dev_nodes=frozenset())).reason)
-    assert order == [Reason.NO_CDEV, Reason.OFF_THE_BUS, Reason.NOT_VIABLE, Reason.NO_NODE]
+    off, well = gpu(A, cdev=False, **OFF), gpu(A, cdev=False)
+    first = fault(host(off, sound("nvidia"), dev_nodes=frozenset()), require_iommufd=True)
+    assert first is not None
+    assert first.reason is Reason.NO_CDEV
+    assert reason(host(off, sound("nvidia"), dev_nodes=frozenset())) is Reason.OFF_THE_BUS
+    assert reason(host(well, sound("nvidia"), dev_nodes=frozenset())) is Reason.NOT_VIABLE
+    assert reason(host(well, dev_nodes=frozenset())) is Reason.NO_NODE
 
 
-def test_what_others_do_with_the_device_is_not_judged_here() -> None:
-    device: Device = find_devices(host(gpu(A, enable=1)), Rules()).devices[0]
-    assert device.health == HEALTHY
+# Why it is no longer there
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason", "detail"),
+    [
+        (host(), Reason.GONE, f"{A} is not on the PCI bus any more"),
+        (host(gpu(A, vfio=None)), Reason.NOT_BOUND, f"{A} is bound to no driver"),
+        (host(gpu(A, vfio=None, driver="nvidia")), Reason.NOT_BOUND, f"{A} is bound to nvidia, not to a vfio driver"),
+        (
+            host(gpu(A, vfio=None, driver="vfio-pci")),
+            Reason.NOT_BOUND,
+            f"{A} is still being bound: it has no VFIO cdev yet",
+        ),
+        (host(gpu(A, vfio=3, cdev=False)), Reason.NOT_BOUND, f"{A} is still being bound: it has no VFIO cdev yet"),
+        (host(gpu(A, vfio=4)), Reason.NOT_BOUND, f"{A} was bound again and is now vfio4"),
+        (
+            host(gpu(A, vfio=3, virtual_functions=2)),
+            Reason.NOT_BOUND,
+            f"{A} is no longer offered: it has 2 SR-IOV virtual functions enabled",
+        ),
+        (host(gpu(A, vfio=3)), Reason.NOT_BOUND, f"{A} is no longer offered"),
+        (host(unreadable={A: "sysfs has not answered"}), Reason.UNREADABLE, f"{A}: sysfs has not answered"),
+        (HostFacts(unreachable="no such folder"), Reason.UNREADABLE, "the PCI bus cannot be read: no such folder"),
+    ],
+)
+def test_a_device_that_is_not_there_any_more_says_why(facts: HostFacts, reason: Reason, detail: str) -> None:
+    assert why_lost(only_device(host(gpu(A, vfio=3))), facts) == Fault(reason=reason, detail=detail)
+
+
+def test_a_mediated_device_was_never_on_the_bus() -> None:
+    made = host(gpu(A, mdev_type="GRID T4-1Q", driver="vfio_mdev"))
+    assert why_lost(only_device(made), host()).detail == f"{A} is not there any more"
+
+
+def test_any_function_of_a_device_may_be_the_unreadable_one() -> None:
+    device = only_device(host(gpu(A, group=9, cdev=False), gpu(B, group=9, cdev=False)))
+    facts = host(gpu(A, group=9, cdev=False), unreadable={B: "sysfs has not answered"})
+    assert why_lost(device, facts) == Fault(reason=Reason.UNREADABLE, detail=f"{B}: sysfs has not answered")
 
 
 # Remarks
 
 
 @pytest.mark.parametrize(
-    ("function", "is_odd"),
+    ("function", "words"),
     [
-        (gpu(A, bars=(bar(0),)), True),
-        (gpu(A, bars=(bar(0), bar(5, io=True), bar(6))), True),
-        (gpu(A, bars=(bar(0), bar(2), bar(4))), False),
-        (gpu(A, bars=(bar(1),)), False),
-        (gpu(A, bars=()), False),
-        (gpu(A, bars=(bar(0),), class_code=0x068000), False),
-        (gpu(A, bars=(bar(0),), physical_function=B), False),
+        (gpu(A, bars=(bar(0),)), ["only BAR 0 is left"]),
+        (gpu(A, bars=(bar(0), bar(5, io=True), bar(6))), ["only BAR 0 is left"]),
+        (gpu(A, bars=(bar(0), bar(2), bar(4))), []),
+        (gpu(A, bars=(bar(1),)), []),
+        (gpu(A, bars=()), []),
+        (gpu(A, bars=(bar(0),), class_code=0x068000), []),
+        (gpu(A, bars=(bar(0),), physical_function=B), []),
+        (gpu(A, reset_methods=()), ["cannot reset it alone"]),
+        (gpu(A, reset_methods=("flr", "bus")), []),
+        (gpu(A, reset_methods=None), []),
     ],
 )
-def test_a_gpu_that_has_only_its_first_bar_left_is_remarked_on(function: PciFunction, is_odd: bool) -> None:
-    assert bool(remarks(function)) is is_odd
-    assert all("only BAR 0 is left" in remark for remark in remarks(function))
-
-
-@pytest.mark.parametrize(("methods", "is_odd"), [((), True), (("flr", "bus"), False), (None, False)])
-def test_a_function_that_cannot_be_reset_is_remarked_on(methods: tuple[str, ...] | None, is_odd: bool) -> None:
-    found = remarks(gpu(A, reset_methods=methods))
-    assert bool(found) is is_odd
-    assert all("cannot reset it" in remark for remark in found)
-    assert verdict(host(gpu(A, reset_methods=methods))) == HEALTHY
+def test_a_lost_bar_and_a_missing_reset_are_remarked_on_and_are_no_fault(
+    function: PciFunction, words: list[str]
+) -> None:
+    found = remarks(function)
+    assert len(found) == len(words)
+    assert all(word in remark for word, remark in zip(words, found, strict=True))
+    if function.class_code == 0x030200:
+        assert fault(host(function)) is None

@@ -1,8 +1,9 @@
 """A VFIO node, an IOMMU group and a PCI address are never in the hands of two pods at once.
 
 Whatever resource name and number they were given by, and by whatever run of the plugin; and the hands of a VM that
-outlives its pod count as well. Stories that went wrong once, and a random search for others, over the pure middle in a
-world of its own (`helpers/world.py`): it raises `TwoHolders` by itself wherever a pod gets what is in other hands.
+outlives its pod count as well. Stories that take a kernel, a kubelet and several plugins (shorter ones are in
+test_ledger.py), and a random search for others, over the pure middle in a world of its own (`helpers/world.py`): it
+raises `TwoHolders` by itself wherever a pod gets what is in other hands.
 
 `ONE_HOLDER_STEPS` makes the search longer; `just one-holder` does.
 """
@@ -16,11 +17,10 @@ import pytest
 import world
 from names import NVSWITCH, PGPU
 from search import search
-from world import GRACE_RULE, World
+from world import World
 
 from sandbox_plugin.config.settings import Consumer, Settings
-from sandbox_plugin.inventory import ledger
-from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory import ledger, uses
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.registry import Registry
 
@@ -69,25 +69,6 @@ def unbind(world: World, address: str) -> None:
 # An old holder hides a new grant
 
 
-@pytest.mark.parametrize("vm", ["whose VM runs", "without a VM"])
-@pytest.mark.parametrize("before", ["named by PodResources", "dropped at once"])
-def test_a_mate_is_not_given_because_a_pod_that_has_ended_had_both(before: str, vm: str) -> None:
-    world = serving("mates")
-    old = world.give(PGPU, "0", "1")
-    assert old is not None
-    if before == "named by PodResources":
-        world.tell()
-    world.end_pod(old)
-    new = world.give(PGPU, "0")
-    assert new is not None
-    if vm == "whose VM runs":
-        world.start_vm(new)
-        world.look()
-    assert world.give(PGPU, "1") is None
-    world.wait(60)
-    assert world.give(PGPU, "1") is None
-
-
 def test_a_mate_is_not_given_for_as_long_as_a_vm_runs_after_pod_resources_went_away() -> None:
     world = serving("mates")
     old = world.give(PGPU, "0", "1")
@@ -114,25 +95,6 @@ def test_a_promise_for_a_number_does_not_hide_who_has_the_group_that_the_number_
     assert world.give(PGPU, "2") is None
 
 
-# One node under two names
-
-
-def test_a_node_that_a_pod_holds_as_a_gpu_is_not_given_as_an_nvswitch() -> None:
-    world = serving("singles")
-    assert world.give(PGPU, "0")
-    unbind(world, FIRST)
-    bind_again(world, SWITCH)
-    assert world.kernel.functions[SWITCH].number == 0
-    assert world.give(NVSWITCH, "0") is None
-
-
-def test_a_gpu_that_a_rule_moves_to_another_resource_is_still_its_pods() -> None:
-    world = serving("singles", Settings(resources=(GRACE_RULE,)))
-    assert world.give(PGPU, "0")
-    bind_again(world, FIRST, driver="nvgrace_gpu_vfio_pci")
-    assert world.give(GRACE, "0") is None
-
-
 # Another run of the plugin
 
 
@@ -147,31 +109,6 @@ def test_what_a_pod_holds_under_the_old_alias_is_not_given_under_the_new_one(con
     world.tell()
     assert world.give(OTHER, held) is None
     assert world.give(OTHER, free)
-
-
-@pytest.mark.parametrize("consumer", list(Consumer))
-def test_what_a_pod_holds_under_the_old_alias_is_not_given_before_pod_resources_has_told_of_it(
-    consumer: Consumer,
-) -> None:
-    world = serving("singles", Settings(consumer=consumer))
-    assert world.give(PGPU, "0")
-    world.pod_resources = "silent"
-    restart(world, Settings(consumer=consumer, gpu_alias="other"))
-    world.wait(120)
-    assert world.give(OTHER, "0") is None
-
-
-@pytest.mark.parametrize("pod_resources", ["there", "silent"])
-def test_a_plugin_that_takes_over_does_not_rely_on_what_it_was_told_before_its_turn(pod_resources: str) -> None:
-    world = serving("mates")
-    world.start_plugin(world.settings, serves=False)
-    assert world.give(PGPU, "0")
-    world.end_plugin()
-    world.pod_resources = pod_resources
-    world.take_over()
-    world.wait(60)
-    assert "1" not in world.healthy(PGPU)
-    assert world.give(PGPU, "1") is None
 
 
 @pytest.mark.parametrize("consumer", list(Consumer))
@@ -198,40 +135,6 @@ def test_a_node_that_moved_to_another_resource_is_not_given_before_pod_resources
     restart(world)
     world.wait(60)
     assert world.give(NVSWITCH, "0") is None
-
-
-@pytest.mark.parametrize("vm", ["under its VM", "without a VM"])
-def test_after_a_restart_the_mate_of_a_held_device_that_is_not_bound_is_not_given(vm: str) -> None:
-    world = serving("mates")
-    pod = world.give(PGPU, "0")
-    assert pod is not None
-    if vm == "under its VM":
-        world.start_vm(pod)
-    unbind(world, A)
-    restart(world)
-    assert world.give(PGPU, "1") is None
-    world.tell()
-    assert world.give(PGPU, "1") is None
-
-
-def test_after_a_restart_a_group_node_is_its_pods_whatever_is_bound_in_the_group() -> None:
-    world = serving("mixed", cdevs=False)
-    assert world.give(PGPU, "1")
-    unbind(world, A)
-    restart(world)
-    world.tell()
-    assert [d.id for d in world.current.resources[NVSWITCH]] == ["1"]
-    assert world.give(NVSWITCH, "1") is None
-
-
-def test_a_gpu_that_was_bound_again_under_another_number_is_still_its_launchers() -> None:
-    world = serving("singles", KUBEVIRT)
-    assert world.give(PGPU, "0")
-    bind_again(world, SWITCH, FIRST)
-    assert world.kernel.functions[FIRST].number == 3
-    assert world.give(PGPU, "3") is None
-    world.wait(300)
-    assert world.give(PGPU, "3") is None
 
 
 def test_a_gpu_that_another_plugin_gave_under_another_alias_is_still_its_launchers_when_it_is_bound_again() -> None:
@@ -304,50 +207,6 @@ def test_short_pods_do_not_get_a_gpu_whose_vm_does_not_end(pod_resources: str) -
         assert world.give(PGPU, "2") is None
         assert "2" not in world.healthy(PGPU)
         world.wait(20)
-
-
-def test_an_answer_from_before_a_look_found_a_gpu_in_use_does_not_bring_its_pod_back() -> None:
-    world = serving("mates")
-    pod = world.give(PGPU, "2")
-    assert pod is not None
-    world.start_vm(pod)
-    world.tell()
-    asked_at = world.now
-    world.wait(1)
-    world.end_pod(pod)
-    assert world.give(PGPU, "2") is None
-    assert world.plugin is not None
-    world.pod_resources = "silent"
-    world.plugin.registry.learn(holdings=Holdings(asked_at=asked_at, pods={(PGPU, "2"): pod.name}))
-    world.wait(10)
-    assert "2" not in world.healthy(PGPU)
-
-
-def test_a_use_that_a_look_found_is_remembered_although_another_pod_had_its_mate() -> None:
-    world = serving("mates", pod_resources="absent")
-    old = world.give(PGPU, "0", "1")
-    assert old is not None
-    world.end_pod(old)
-    new = world.give(PGPU, "0")
-    assert new is not None
-    world.start_vm(new)
-    world.end_pod(new)
-    assert world.give(PGPU, "0") is None
-    world.look()
-    assert world.healthy(PGPU) == ["2"]
-    assert world.give(PGPU, "1") is None
-
-
-@pytest.mark.parametrize(("rider", "ids"), [(B, ["0"]), ("0000:02:00.2", ["2", "3"])])
-def test_a_group_is_not_given_while_somebody_uses_a_function_that_rides_along(rider: str, ids: list[str]) -> None:
-    world = serving("riders")
-    assert world.start_strangers_vm(world.kernel.functions[rider])
-    world.look()
-    world.tell()
-    world.look()
-    for number in ids:
-        assert number not in world.healthy(PGPU)
-        assert world.give(PGPU, number) is None
 
 
 # What must come back
@@ -445,7 +304,7 @@ FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "which group a pod has": _places_without("group"),
     "that what is not bound may be a pod's": _replacing(ledger.Ledger, "unplaced", property(_returning([]))),
     "what a look found in use": _without_news("busy"),
-    "what a scan saw in use": _replacing(ledger, "observe", _unchanged),
+    "what a scan saw in use": _replacing(uses, "observe", _unchanged),
     "to look before Allocate": _replacing(World, "_look", _returning(None)),
 }
 

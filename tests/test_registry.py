@@ -8,7 +8,7 @@ from facts import gpu, host
 from loop import run
 from names import PGPU
 
-from sandbox_plugin.inventory.advance import SETTLE
+from sandbox_plugin.inventory.health import SETTLE
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
@@ -37,17 +37,10 @@ def reason(inventory: Inventory, device_id: str) -> Reason | None:
     return device.health.reason
 
 
-def test_before_the_first_scan_there_is_nothing_and_nothing_can_be_learnt() -> None:
-    empty = registry()
-    assert (empty.current.version, empty.current.resources) == (0, {})
-    learnt = empty.learn(holdings=Holdings(asked_at=1, pods={(PGPU, "3"): "a/b"}))
-    assert learnt is empty.current
-    assert learnt.version == 0
-
-
-def test_what_was_learnt_before_the_first_scan_counts_with_it() -> None:
+def test_what_is_learnt_before_the_first_scan_counts_with_it_and_is_no_news_before() -> None:
     early = registry()
     early.learn(holdings=Holdings(asked_at=99, pods={(PGPU, "9"): "a/b"}))
+    assert (early.current.version, early.current.resources) == (0, {})
     early.observe(host(gpu(A, vfio=3)))
     assert reason(early.current, "9") is Reason.GONE
 
@@ -74,28 +67,20 @@ def test_a_scan_without_news_is_the_same_version() -> None:
 def test_a_reader_waits_until_there_is_something_newer_than_what_it_has() -> None:
     async def work() -> None:
         seen = registry()
-        waiting = asyncio.create_task(seen.newer_than(0))
+        waiting = [asyncio.create_task(seen.newer_than(0)) for _ in range(3)]
         await asyncio.sleep(0)
-        assert not waiting.done()
+        assert not any(task.done() for task in waiting)
+        waiting.pop().cancel()
         first = seen.observe(host(gpu(A)))
-        assert await waiting is first
-        waiting = asyncio.create_task(seen.newer_than(first.version))
+        assert [await task for task in waiting] == [first, first]
+        assert await seen.newer_than(0) is first, "who is behind does not wait"
+        reader = asyncio.create_task(seen.newer_than(first.version))
         await asyncio.sleep(0)
         seen.observe(host(gpu(A)))
         await asyncio.sleep(0)
-        assert not waiting.done()
+        assert not reader.done()
         second = seen.observe(host())
-        assert await waiting is second
-
-    run(work())
-
-
-def test_a_reader_who_is_behind_does_not_wait() -> None:
-    async def work() -> None:
-        seen = registry()
-        seen.observe(host(gpu(A)))
-        async with asyncio.timeout(0):
-            assert (await seen.newer_than(0)).version == 1
+        assert await reader is second
 
     run(work())
 
@@ -126,47 +111,18 @@ def test_a_slow_reader_gets_the_latest_and_no_backlog() -> None:
     assert len(versions) < 10
 
 
-def test_any_number_of_readers_get_the_same_snapshot() -> None:
-    async def work() -> None:
-        seen = registry()
-        readers = [asyncio.create_task(seen.newer_than(0)) for _ in range(50)]
-        await asyncio.sleep(0)
-        readers[7].cancel()
-        latest = seen.observe(host(gpu(A)))
-        found = await asyncio.gather(*readers, return_exceptions=True)
-        assert isinstance(found.pop(7), asyncio.CancelledError)
-        assert all(each is latest for each in found)
-
-    run(work())
-
-
-def test_a_snapshot_that_was_taken_never_changes() -> None:
-    seen = registry()
-    before = seen.observe(host(gpu(A)))
-    kept = dict(before.resources)
-    seen.observe(host())
-    assert dict(before.resources) == kept
-    assert before.version == 1
-
-
-def test_an_allocation_counts_from_the_moment_it_is_taken_in() -> None:
-    seen = registry()
-    seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+def test_an_allocation_counts_from_the_moment_it_is_taken_in_and_once() -> None:
+    clock = Clock()
+    seen = registry(clock=clock)
+    mates = host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9))
+    seen.observe(mates)
     after = seen.allocate([(PGPU, "1")])
     assert after is seen.current
     assert reason(after, "2") is Reason.GROUP_TAKEN
-
-
-def test_an_allocation_is_news_once() -> None:
-    clock = Clock()
-    seen = registry(clock=clock)
-    seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
-    seen.allocate([(PGPU, "1")])
     clock.now += GRANT_UNUSED / 2
-    seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
+    seen.observe(mates)
     clock.now += GRANT_UNUSED / 2
-    after = seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
-    assert reason(after, "2") is Reason.SETTLING
+    assert reason(seen.observe(mates), "2") is Reason.SETTLING
 
 
 def test_error_events_are_news_once() -> None:
@@ -207,8 +163,9 @@ def test_a_look_is_due_when_a_device_has_settled_by_the_registrys_own_clock() ->
     async def settle() -> None:
         seen.observe(host(gpu(A)))
         seen.observe(host(gpu(A, link_speed="Unknown", link_width=63)))
-        seen.observe(host(gpu(A)))
         due = asyncio.create_task(seen.look_is_due())
+        await asyncio.sleep(0)
+        seen.observe(host(gpu(A)))
         clock.now += SETTLE - 0.01
         await asyncio.sleep(0)
         assert not due.done()
@@ -218,23 +175,6 @@ def test_a_look_is_due_when_a_device_has_settled_by_the_registrys_own_clock() ->
         assert reason(seen.current, "0") is None
 
     run(settle())
-
-
-def test_what_is_learnt_between_two_looks_can_make_the_next_one_due_earlier() -> None:
-    seen = registry(clock=(clock := Clock()))
-
-    async def free() -> None:
-        seen.observe(host(gpu(A, vfio=1, group=9), gpu(B, vfio=2, group=9)))
-        seen.learn(holdings=Holdings(asked_at=clock.now, pods={(PGPU, "1"): "a/b"}))
-        due = asyncio.create_task(seen.look_is_due())
-        await asyncio.sleep(0)
-        clock.now += 5
-        seen.learn(holdings=Holdings(asked_at=clock.now))
-        assert reason(seen.current, "2") is Reason.SETTLING
-        clock.now += SETTLE
-        await due
-
-    run(free())
 
 
 def test_whoever_waits_for_a_step_is_told_of_one_without_news_too() -> None:

@@ -21,10 +21,34 @@ def between(one: Placement | Device, other: Placement | Device) -> str:
     return link(*places([a, b])).name
 
 
-def test_two_ports_of_one_switch_are_pix() -> None:
-    left = function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0)
-    right = function("0000:1b:00.0", HOST, ROOT_PORT, UP, DOWN_1, numa=0)
-    assert between(left, right) == "PIX"
+TOP = ("pci0000:00", "0000:00:01.1", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ((HOST, ROOT_PORT, UP, DOWN_0), (HOST, ROOT_PORT, UP, DOWN_1), "PIX"),
+        ((HOST, ROOT_PORT, UP), (HOST, ROOT_PORT, UP), "PIX"),
+        ((HOST, ROOT_PORT, UP, DOWN_0), (HOST, ROOT_PORT, UP, DOWN_2, INNER_UP, INNER_DOWN), "PXB"),
+        ((*TOP, "0000:04:00.0", "0000:05:00.0", "0000:06:00.0"), (*TOP, "0000:04:10.0", "0000:0d:00.0", "0e"), "PXB"),
+        ((HOST, ROOT_PORT), (HOST, "0000:15:02.0"), "PHB"),
+        ((HOST,), (HOST,), "PHB"),
+        (("pci0008:00", "0008:00:00.0"), ("pci0009:00", "0009:00:00.0"), "NODE"),
+    ],
+    ids=[
+        "two ports of one switch",
+        "two slots of one bridge",
+        "a switch below a switch, as NIC and GPU of a DGX H100",
+        "two switches below one switch, as on a DGX A100",
+        "two root ports",
+        "inside the root complex",
+        "the same bus number in two domains",
+    ],
+)
+def test_the_last_bridge_that_two_functions_share_tells_how_far_apart_they_are(
+    one: tuple[str, ...], other: tuple[str, ...], name: str
+) -> None:
+    assert between(function("0000:18:00.0", *one, numa=0), function("0000:1b:00.0", *other, numa=0)) == name
 
 
 def test_functions_of_one_board_are_pix_behind_a_switch_port_a_root_port_and_inside_the_root_complex() -> None:
@@ -46,29 +70,11 @@ def test_a_mediated_device_is_where_the_function_is_that_carries_it() -> None:
     assert between(mediated(1, "0000:15:04.0"), mediated(2, "0000:15:05.0")) == "PHB"
 
 
-def test_a_switch_below_a_switch_makes_it_pxb() -> None:
-    # As on a DGX H100: the NIC hangs on the first switch, the GPU on a second one below it.
-    nic = function("0000:18:00.0", HOST, ROOT_PORT, UP, DOWN_0, numa=0)
-    gpu = function("0000:1b:00.0", HOST, ROOT_PORT, UP, DOWN_2, INNER_UP, INNER_DOWN, numa=0)
-    assert between(nic, gpu) == "PXB"
-
-
-def test_two_switches_below_one_switch_are_pxb_as_on_a_dgx_a100() -> None:
-    top = ("pci0000:00", "0000:00:01.1", "0000:01:00.0", "0000:02:00.0", "0000:03:00.0")
-    one = function("0000:07:00.0", *top, "0000:04:00.0", "0000:05:00.0", "0000:06:00.0", numa=3)
-    other = function("0000:0f:00.0", *top, "0000:04:10.0", "0000:0d:00.0", "0000:0e:00.0", numa=3)
-    assert between(one, other) == "PXB"
-
-
 def test_root_ports_of_one_host_bridge_are_phb_whatever_the_numa_node_says() -> None:
     for numa, other_numa in [(0, 0), (None, None), (0, None), (0, 1)]:
         left = function("0000:16:00.0", HOST, ROOT_PORT, numa=numa)
         right = function("0000:1a:00.0", HOST, "0000:15:02.0", numa=other_numa)
         assert between(left, right) == "PHB"
-
-
-def test_functions_inside_the_root_complex_are_phb_to_each_other() -> None:
-    assert between(function("0000:15:04.0", HOST), function("0000:15:05.0", HOST)) == "PHB"
 
 
 @pytest.mark.parametrize(
@@ -91,10 +97,10 @@ def test_a_function_of_unknown_node_is_in_the_node_that_another_below_its_host_b
     assert link(*places([silent, elsewhere])) is Link.SYS
 
 
-def test_the_same_bus_number_in_another_domain_is_another_host_bridge() -> None:
-    left = function("0008:01:00.0", "pci0008:00", "0008:00:00.0", numa=0)
-    right = function("0009:01:00.0", "pci0009:00", "0009:00:00.0", numa=0)
-    assert between(left, right) == "NODE"
+def test_of_contradicting_numa_nodes_below_one_host_bridge_the_lowest_counts() -> None:
+    below = [device(str(n), function(f"0000:16:0{n}.0", HOST, f"0000:15:0{n}.0", numa=n)) for n in (1, 0)]
+    elsewhere = device("2", function("0000:3e:00.0", "pci0000:3d", "0000:3d:01.0", numa=0))
+    assert [link(place, places([*below, elsewhere])[2]) for place in places([*below, elsewhere])[:2]] == [Link.NODE] * 2
 
 
 def test_of_a_device_of_several_functions_the_slowest_pair_counts() -> None:
@@ -128,6 +134,12 @@ def test_an_iommu_group_counts_as_one_place_to_others_and_not_among_its_own() ->
 def test_a_device_that_the_host_no_longer_shows_is_far_from_everything() -> None:
     assert between(device("0"), function("0000:16:00.0", HOST, ROOT_PORT, numa=0)) == "SYS"
     assert between(device("0"), device("1")) == "SYS"
+
+
+def test_a_device_that_has_left_its_group_is_where_it_was_and_no_mate() -> None:
+    gone = device("2", function("0000:3e:00.0", "pci0000:3d", "0000:3d:01.0", numa=1), group=7)
+    mates = (device(str(n), function(f"0000:18:0{n}.0", HOST, ROOT_PORT, numa=0), group=7) for n in range(2))
+    assert matrix([*with_mates(*mates).values(), gone])[2] == (Link.SYS, Link.SYS, None)
 
 
 def test_the_matrix_prints_as_nvidia_smi_does() -> None:

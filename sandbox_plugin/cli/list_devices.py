@@ -19,7 +19,7 @@ from sandbox_plugin.cli.tables import add_row, print_unfolded, table
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
-from sandbox_plugin.inventory.health import remarks
+from sandbox_plugin.inventory.faults import remarks
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Offer, Rules
 from sandbox_plugin.inventory.state import Inventory, Signals

@@ -12,7 +12,8 @@ A `Grant` is one ID in the hands of one pod, with the places that go with it: it
 answer of PodResources about an Allocate of another run of this plugin. The kubelet gives an ID again only when its
 pod has ended, so a new grant of an ID ends the old one, and says nothing about the other devices of the old pod.
 
-What follows for the devices is in `sharing`.
+Here are the data, and the first two witnesses; what the kernel shows in use is in `uses`, and what all of it means for
+the devices in `sharing`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-from sandbox_plugin.inventory.health import is_left_enabled, is_vfio_bound
-from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
+from sandbox_plugin.model import Device
 
 ADMISSION = 10.0
 """Seconds that the kubelet may take to show an allocation in PodResources after Allocate was answered.
@@ -105,13 +106,11 @@ class Use:
     """It is proven that none of the pods that are known to hold its group uses it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Ledger:
     """All that is known about who holds what."""
 
     grants: Mapping[DeviceKey, Grant] = field(default_factory=dict)
-    by_place: Mapping[Place, tuple[DeviceKey, ...]] = field(default_factory=dict)
-    """The grants that have a place."""
     named_by: Mapping[DeviceKey, Holdings] = field(default_factory=dict)
     """The latest answer that named each ID."""
     refused: Mapping[DeviceKey, float] = field(default_factory=dict)
@@ -127,10 +126,17 @@ class Ledger:
     serving_since: float = -math.inf
     """As `Signals.serving_since`."""
 
+    @cached_property
+    def _by_place(self) -> Mapping[Place, Sequence[DeviceKey]]:
+        by_place: dict[Place, list[DeviceKey]] = {}
+        for key, grant in self.grants.items():
+            for place in grant.places.all:
+                by_place.setdefault(place, []).append(key)
+        return by_place
+
     def touching(self, places: Iterable[Place]) -> list[Grant]:
         """The grants that have one of these places, each once."""
-        by_place = self.by_place
-        keys = dict.fromkeys(key for place in places for key in by_place.get(place, ()))
+        keys = dict.fromkeys(key for place in places for key in self._by_place.get(place, ()))
         return [self.grants[key] for key in keys]
 
     def pod_of(self, grant: Grant) -> str | None:
@@ -174,40 +180,32 @@ class Ledger:
         return [grant for grant in self.grants.values() if not grant.places.are_known]
 
 
-def _with_grants(ledger: Ledger, grants: Mapping[DeviceKey, Grant]) -> Ledger:
-    by_place: dict[Place, tuple[DeviceKey, ...]] = {}
-    for key, grant in grants.items():
-        for place in grant.places.all:
-            by_place[place] = (*by_place.get(place, ()), key)
-    return replace(ledger, grants=grants, by_place=by_place)
+# Allocate
 
 
-def give(ledger: Ledger, devices: Sequence[Device], looked_at: float, now: float) -> Ledger:
-    """One Allocate was answered with these devices. Costs what they cost, and not what the node has.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """One Allocate that is being answered."""
 
-    A look that began at `looked_at` saw that no VM has a function of their groups: what earlier scans saw in use there
-    has ended.
-    """
+    devices: Sequence[Device]
+    looked_at: float
+    """When the look at them began that found nothing against them, in monotonic seconds."""
+
+
+def give(ledger: Ledger, allocation: Allocation, now: float) -> Ledger:
+    """The devices are a pod's. What earlier scans saw in use in their groups has ended: the look before did not."""
     number = ledger.allocations + 1
-    idle = {address for device in devices for address in device.group_functions}
-    uses = {a: use for a, use in ledger.uses.items() if a not in idle or use.seen_at > looked_at}
-    grants, by_place = dict(ledger.grants), dict(ledger.by_place)
-    for device in devices:
-        key = (device.resource, device.id)
-        if (old := grants.pop(key, None)) is not None:
-            for place in old.places.all:
-                if rest := tuple(k for k in by_place[place] if k != key):
-                    by_place[place] = rest
-                else:
-                    del by_place[place]
+    idle = {address for device in allocation.devices for address in device.group_functions}
+    uses = {a: use for a, use in ledger.uses.items() if a not in idle or use.seen_at > allocation.looked_at}
+    grants = dict(ledger.grants)
+    for device in allocation.devices:
+        if (old := grants.pop(device.key, None)) is not None:
             for other in ledger.touching(old.places.all):
                 is_old_pods = ledger.are_one_pods(other, old) or is_heir(old, other)
                 if is_old_pods and grants.get(other.key) is other:
                     grants[other.key] = replace(other, heir=number)
-        grants[key] = Grant(key=key, places=places_of(device), at=now, allocation=number)
-        for place in grants[key].places.all:
-            by_place[place] = (*by_place.get(place, ()), key)
-    return replace(ledger, grants=grants, by_place=by_place, uses=uses, allocations=number)
+        grants[device.key] = Grant(key=device.key, places=places_of(device), at=now, allocation=number)
+    return replace(ledger, grants=grants, uses=uses, allocations=number)
 
 
 def is_heir(grant: Grant, other: Grant) -> bool:
@@ -254,7 +252,10 @@ def found_busy(
                 elsewhere=True,
             )
     refused = {**ledger.refused, **dict.fromkeys(busy, now)}
-    return replace(_with_grants(ledger, grants), uses=uses, refused=refused)
+    return replace(ledger, grants=grants, uses=uses, refused=refused)
+
+
+# PodResources
 
 
 def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
@@ -281,10 +282,9 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
     if answer.complete and answer.asked_at >= ledger.serving_since:
         told_at = max(told_at, answer.asked_at)
         over = {k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)}
-    if found or over:
-        ledger = _with_grants(ledger, {k: g for k, g in {**ledger.grants, **found}.items() if k not in over})
-    named_by = {k: a for k, a in {**ledger.named_by, **dict.fromkeys(pods, answer)}.items() if k in ledger.grants}
-    return replace(ledger, told_at=told_at, heard=answer, named_by=named_by, refused=refused)
+    grants = {key: grant for key, grant in {**ledger.grants, **found}.items() if key not in over}
+    named_by = {key: a for key, a in {**ledger.named_by, **dict.fromkeys(pods, answer)}.items() if key in grants}
+    return replace(ledger, grants=grants, told_at=told_at, heard=answer, named_by=named_by, refused=refused)
 
 
 def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
@@ -293,7 +293,7 @@ def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | Non
         key: grant if grant.allocation else replace(grant, places=places_by_id(key) or grant.places)
         for key, grant in ledger.grants.items()
     }
-    return _with_grants(ledger, grants)
+    return replace(ledger, grants=grants)
 
 
 def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
@@ -306,12 +306,12 @@ def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
 def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
     """Ends grants of which PodResources tells nothing, where nobody uses them: when they were used since they were
     given, or after `GRANT_UNUSED`. One that it has named ends so only where it is not there any more."""
-    over = {
-        key
+    grants = {
+        key: grant
         for key, grant in ledger.grants.items()
-        if (not has_pod_resources or ledger.pod_of(grant) is None) and _is_expired(grant, ledger, now)
+        if (has_pod_resources and ledger.pod_of(grant) is not None) or not _is_expired(grant, ledger, now)
     }
-    return _with_grants(ledger, {k: g for k, g in ledger.grants.items() if k not in over}) if over else ledger
+    return replace(ledger, grants=grants)
 
 
 def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:
@@ -319,90 +319,3 @@ def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:
     if ledger.heard is not None and not is_late:
         return False  # the answer will come
     return (grant.was_used or is_late) and not any(a in ledger.uses for a in grant.places.addresses)
-
-
-def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: float) -> Ledger:
-    """Takes in what a scan saw in use that has ended by now; `before` is what the scan before that saw."""
-    seen_before = before.functions if before is not None else {}
-    uses: dict[str, Use] = {}
-    for address, function in facts.functions.items():
-        if function.enable == 1:
-            earlier, use = seen_before.get(address), ledger.uses.get(address)
-            if is_vfio_bound(function, facts) or _is_unbound_under_a_vm(function, earlier, use):
-                uses[address] = _used(function, earlier, use, facts, now)
-    for address, use in ledger.uses.items():
-        is_newer = use.seen_at > facts.began_at  # a look before Allocate saw it after this scan began
-        if facts.unreachable is not None or address in facts.unreadable or is_newer:
-            uses.setdefault(address, use)
-    if not uses and not ledger.uses:
-        return ledger
-    if uses != ledger.uses:
-        ledger = replace(ledger, uses=uses)
-    used = {key: grant for key, grant in ledger.grants.items() if not grant.was_used and _has_begun(grant, uses)}
-    if used:
-        grants = {key: replace(g, was_used=True) if key in used else g for key, g in ledger.grants.items()}
-        ledger = replace(ledger, grants=grants)  # with the same places
-    return ledger
-
-
-def _is_unbound_under_a_vm(function: PciFunction, before: PciFunction | None, use: Use | None) -> bool:
-    """Whether a VM may still have it: the kernel waits until the VM lets go. What a host driver left is no VM's."""
-    if not is_left_enabled(function):
-        return False
-    return before is None or use is not None or before.vfio is not None or is_vfio_driver(before.driver)
-
-
-def _used(function: PciFunction, before: PciFunction | None, use: Use | None, facts: HostFacts, now: float) -> Use:
-    if use is not None and (before is None or _is_bound_again(before, function)):
-        use = None
-    return Use(
-        group=function.iommu_group,
-        first_seen_at=facts.began_at if use is None else use.first_seen_at,
-        proven_at=now if use is None else use.proven_at,
-        since=use.since if use is not None else (-math.inf if before is None else facts.began_at),
-        seen_at=facts.began_at,
-        elsewhere=use is not None and use.elsewhere,
-    )
-
-
-def _is_bound_again(before: PciFunction, function: PciFunction) -> bool:
-    return None not in (before.vfio, function.vfio) and before.binding != function.binding
-
-
-def _has_begun(grant: Grant, uses: Mapping[str, Use]) -> bool:
-    return any(address in uses and uses[address].first_seen_at >= grant.at for address in grant.places.addresses)
-
-
-def attribute_uses(ledger: Ledger) -> Ledger:
-    """Finds out which uses are none of the pods' that are known to hold the group.
-
-    One that began before all of them were given; or one that no pod holds, and that was so both before PodResources was
-    asked and after. Only so: a pod that has just ended is not named any more, and its VM is gone although that was not
-    seen yet.
-    """
-    uses = {address: replace(u, elsewhere=_is_elsewhere(address, u, ledger)) for address, u in ledger.uses.items()}
-    return ledger if uses == ledger.uses else replace(ledger, uses=uses)
-
-
-def _is_elsewhere(address: str, use: Use, ledger: Ledger) -> bool:
-    holders = ledger.touching(_places_of_use(address, use))
-    if holders:
-        return all(use.proven_at < grant.at for grant in holders)  # -inf: PodResources names it, so it is a pod's
-    return use.elsewhere or (ledger.is_told and use.since <= ledger.told_at <= use.seen_at)
-
-
-def has_undecided(ledger: Ledger, facts: HostFacts) -> bool:
-    """Whether any use `is_undecided` that another look at the host would show: of a function that answers."""
-    return any(a in facts.functions and is_undecided(a, use, ledger) for a, use in ledger.uses.items())
-
-
-def is_undecided(address: str, use: Use, ledger: Ledger) -> bool:
-    """Whether nobody is known to hold what is in use, and another look at the host would tell: it was in use when it
-    was last looked at, and PodResources was asked after that."""
-    if use.elsewhere or ledger.touching(_places_of_use(address, use)):
-        return False
-    return ledger.is_told and use.seen_at < ledger.told_at
-
-
-def _places_of_use(address: str, use: Use) -> list[Place]:
-    return [address] if use.group is None else [address, use.group]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sandbox_plugin.inventory.devices import Found
-from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger
-from sandbox_plugin.model import Device, HostFacts
+from sandbox_plugin.inventory.ledger import Allocation, DeviceKey, Holdings, Ledger
+from sandbox_plugin.model import Device, Fault, HostFacts
 
 Bound = tuple[str, int | None]
 """PCI address and `VfioDev.binding`: one function for as long as it stays bound. None before Linux 6.1."""
@@ -21,12 +21,15 @@ Bound = tuple[str, int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What sysfs cannot say. `aer` and `busy` are news since the last step; the others are standing facts."""
+    """What sysfs cannot say. `aer`, `busy` and `allocation` are news since the last step; the others are standing
+    facts."""
 
     aer: tuple[tuple[str, str], ...] = ()
     """(PCI address, ERROR_EVENT) of AER uevents, in order."""
     busy: Mapping[DeviceKey, frozenset[str]] = field(default_factory=dict)
     """Devices that an Allocate asked for -> functions of their groups that a look just then saw in use."""
+    allocation: Allocation | None = None
+    """The Allocate that is being answered."""
     holdings: Holdings | None = None
     """The latest answer of PodResources, if it ever gave one."""
     pod_resources: bool = False
@@ -57,6 +60,9 @@ class Track:
     """What is remembered about one device."""
 
     device: Device
+    """As it was found last. What is listed of it is in `Inventory`."""
+    fault: Fault | None
+    """What the latest scan shows against it. Always something while it is gone."""
     arrived_at: float = -math.inf
     been_well: bool = False
     """It was well at least once since it arrived."""
@@ -78,13 +84,7 @@ class Track:
 
     @property
     def key(self) -> DeviceKey:
-        return (self.device.resource, self.device.id)
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether the next scan, if it shows the same device, leads to the same track."""
-        remembered = self.unanswered or self.silent or self.fatal_errors
-        return self.gone_since is None and not remembered
+        return self.device.key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +96,7 @@ class Memory:
     facts: HostFacts | None = None
     """The latest scan."""
     found: Found | None = None
-    """What was found in the latest scan."""
-    signals: Signals | None = None
-    """What was told last."""
+    """What was found in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

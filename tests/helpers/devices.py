@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sandbox_plugin.model import Device, Health, Objection, Placement, Reason
+from sandbox_plugin.model import HEALTHY, Device, Health, Objection, Placement, Reason
 
 DEAD = Health(reason=Reason.GONE, detail="taken out for a test")
 
@@ -29,6 +29,7 @@ def device(device_id: str, *functions: Placement, group: int | None = None) -> D
         model="GPU",
         placements=functions,
         iommu_group=1000 + int(device_id) if group is None else group,
+        health=HEALTHY,
     )
 
 
