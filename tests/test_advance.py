@@ -18,7 +18,7 @@ from names import PGPU
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.advance import advance
 from sandbox_plugin.inventory.health import ARRIVAL, SETTLE
-from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings
+from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, Allocation, DeviceKey, Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.symptoms import DEAD, FATAL_QUIET
@@ -131,6 +131,7 @@ SCANS = {
     "unpowered, bound again": bound(2, **UNPOWERED),
     "4 errors": bound(1, fatal_errors=4),
     "5 errors": bound(1, fatal_errors=5),
+    "carrying": bound(1, virtual_functions=2),
     "no node": replace(bound(1), dev_nodes=frozenset()),
     "unbound": bound(None),
     "silent": host(unreadable={A: "sysfs has not answered"}),
@@ -192,6 +193,9 @@ STORIES = {
     "only a rise of the counter is news, and it passes": (
         "+0 4 errors = healthy; +1 nothing = healthy; +1 5 errors = fatal-error; +60 nothing = settling"
     ),
+    "an error that is counted while sysfs is silent is news afterwards": (
+        "+0 4 errors = healthy; +1 silent = unreadable; +1 5 errors = fatal-error"
+    ),
     "an error of one function outlives changes of its group mates": (
         "+0 1 and 1 = healthy; +1 failed = fatal-error; +1 1 and none = fatal-error; +1 1 and 1 = fatal-error; "
         "+1 silent and 1 = not-viable; +0.2 1 and 1 = fatal-error"
@@ -252,6 +256,12 @@ def test_a_device_that_is_in_d3cold_with_power_is_dead_after_a_while_and_says_so
     assert node.look_again(after=10 * DEAD).wake_at is None
     node.follow("+1 unpowered = off-the-bus")
     assert "has been asleep since" in node.device("0").health.detail
+
+
+def test_of_a_device_that_is_offered_again_it_is_not_remembered_that_it_was_not() -> None:
+    node = Node().follow("+0 well = healthy; +1 carrying = not-bound")
+    assert node.inventory.waits_for_holdings
+    assert not node.follow("+1 well = healthy").inventory.waits_for_holdings
 
 
 def test_a_scan_is_due_when_a_device_has_settled() -> None:
@@ -345,7 +355,7 @@ def test_a_node_that_was_only_guessed_promises_nothing() -> None:
 
 
 def test_the_times_are_those_that_were_promised() -> None:
-    assert (SETTLE, ARRIVAL, DEAD, FATAL_QUIET, RETIRE, GRANT_UNUSED) == (2, 1, 3, 60, 60, 600)
+    assert (SETTLE, ARRIVAL, DEAD, FATAL_QUIET, RETIRE, ADMISSION, GRANT_UNUSED) == (2, 1, 3, 60, 60, 10, 600)
 
 
 # Who holds what, and who uses it
@@ -454,6 +464,7 @@ def test_without_pod_resources_a_group_is_a_vms_while_its_device_is_unbound_unde
     node = Node().look(mates()).look(allocated=((PGPU, "1"),), after=1).look(mates(enable=1), after=1)
     assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.GROUP_TAKEN
     assert node.look_again(after=10 * GRANT_UNUSED).reason("2") is Reason.GROUP_TAKEN
+    assert node.device("2").health.detail.startswith("IOMMU group 9 is held by a pod"), "and not only in use"
     assert node.look(unbound_under_its_vm(enable=0), after=1).reason("2") is Reason.SETTLING
 
 

@@ -117,6 +117,12 @@ def test_a_number_that_went_to_another_gpu_does_not_bring_its_holder_along() -> 
     assert plugin.reason("2") is Reason.GROUP_TAKEN, "whoever holds ID 0 can open its node, and so has the group"
 
 
+def test_a_number_that_went_to_a_function_that_rides_along_gives_its_holder_the_group() -> None:
+    plugin = Plugin().sees(gpu(A, vfio=0, group=1), gpu(B, vfio=1, group=9)).gives("0")
+    plugin.sees(gpu(A, vfio=None, group=1), gpu(B, vfio=1, group=9), gpu(C, vfio=0, group=9, **AUDIO))
+    assert plugin.reason("1") is Reason.GROUP_TAKEN
+
+
 @pytest.mark.parametrize("moved", [{"driver": "nvgrace_gpu_vfio_pci"}, SWITCH], ids=["by a rule", "another function"])
 def test_a_node_is_not_given_under_two_names(moved: dict[str, Any]) -> None:
     grace = frozenset({"nvgrace_gpu_vfio_pci"})
@@ -171,6 +177,8 @@ def test_an_answer_that_is_older_than_the_turn_frees_nothing() -> None:
     assert (standby.reason("0"), standby.reason("1")) == (Reason.HOLDERS_UNKNOWN, Reason.HOLDERS_UNKNOWN)
     standby.registry.learn(holdings=Holdings(asked_at=standby.now - 0.5))
     assert standby.reason("1") is Reason.HOLDERS_UNKNOWN
+    standby.hears(held(P="0"), complete=False)
+    assert standby.reason("0") is Reason.HOLDERS_UNKNOWN, "its mate may have another holder"
     standby.hears(held(P="0"))
     assert (standby.reason("0"), standby.reason("1")) == (None, Reason.GROUP_TAKEN)
 
@@ -227,6 +235,13 @@ def test_a_held_function_that_hangs_leaves_the_spec_when_its_number_is_another_f
     assert plugin.reason("0", NVSWITCH) is Reason.HELD_AS_ANOTHER
 
 
+def test_a_held_id_whose_number_is_another_functions_leaves_the_spec() -> None:
+    plugin = Plugin().hears({(NVSWITCH, "0"): "default/P"}).sees(gpu(A, vfio=0), vfio_devs={"vfio0": A})
+    device = plugin.registry.current.device(NVSWITCH, "0")
+    assert device is not None
+    assert (device.health.reason, device.node_exists) == (Reason.GONE, False)
+
+
 def test_while_pod_resources_has_not_answered_nothing_is_given_and_what_shares_a_group_waits_for_all_pods() -> None:
     plugin = Plugin()
     plugin.registry.learn(pod_resources=True)
@@ -260,6 +275,29 @@ def test_a_use_that_the_look_before_allocate_saw_ended_is_not_held_against_the_n
     assert plugin.sees(used).reason("0") is None, "and the new pod's has begun"
 
 
+def test_a_use_that_began_after_the_look_before_allocate_is_not_the_new_pods() -> None:
+    plugin = Plugin().hears().sees(gpu(A, vfio=0))
+    looked_at = plugin.now
+    plugin.sees(gpu(A, vfio=0, enable=1))
+    plugin.now += 1
+    plugin.registry.allocate([(PGPU, "0")], looked_at=looked_at)
+    assert plugin.reason("0") is Reason.IN_USE_ELSEWHERE
+
+
+def test_a_scan_that_began_before_a_look_found_a_gpu_in_use_does_not_end_that_use() -> None:
+    plugin = Plugin().sees(*MATES)
+    began_at = plugin.now + 0.1
+    plugin.now += 1
+    plugin.registry.learn(busy={(PGPU, "0"): frozenset({A})})
+    plugin.registry.observe(replace(host(*MATES), began_at=began_at))
+    assert plugin.reason("0") is Reason.IN_USE_ELSEWHERE
+
+
+def test_while_pod_resources_will_tell_the_end_of_a_vm_frees_nothing() -> None:
+    plugin = Plugin().hears().sees(*MATES).gives("0").sees(replace(MATES[0], enable=1), MATES[1]).sees(*MATES)
+    assert plugin.reason("1") is Reason.GROUP_TAKEN, "the pod may start its VM again"
+
+
 def test_a_use_that_a_look_saw_goes_on_whatever_pod_holds_the_device_later() -> None:
     used = replace(MATES[0], enable=1)
     plugin = Plugin().sees(*MATES).gives("0").hears(held(P="0"))
@@ -280,6 +318,7 @@ def test_what_a_look_before_allocate_saw_in_use_is_unhealthy_at_once_and_well_wh
 def test_a_rider_in_use_takes_a_group_with_one_gpu_and_one_with_two() -> None:
     rider = gpu(C, vfio=2, group=9, enable=1, **AUDIO)
     assert Plugin().hears().sees(MATES[0], rider).reason("0") is Reason.IN_USE_ELSEWHERE
+    assert Plugin().sees(MATES[0], rider).reason("0") is None, "nobody says that it is not its own pod's VM"
     plugin = Plugin().hears().sees(*MATES, rider)
     assert plugin.reason("0") is plugin.reason("1") is Reason.IN_USE_ELSEWHERE
 

@@ -144,7 +144,7 @@ def test_what_is_not_told_anew_stays_as_it_was() -> None:
     assert device is not None
     assert (device.health.reason, device.health.detail) == (Reason.NOT_IN_CDI, "the disk is full")
     seen.learn(in_cdi={PGPU: frozenset({"0"})}, cdi_trouble={})
-    assert reason(seen.current, "0") is None
+    assert (reason(seen.current, "0"), seen.current.without_spec) == (None, frozenset())
     assert seen.learn().device(PGPU, "0") == seen.current.device(PGPU, "0")
     assert reason(seen.observe(host(gpu(A, enable=1))), "0") is None  # the pod of before still holds it
 
@@ -154,6 +154,8 @@ def test_only_a_consumer_that_needs_specs_waits_for_them() -> None:
     waiting = registry(requires_cdi=True).observe(host(gpu(A)))
     assert reason(waiting, "0") is Reason.NOT_IN_CDI
     assert waiting.without_spec == {PGPU}
+    without_node = registry(requires_cdi=True).observe(host(gpu(A), dev_nodes=frozenset()))
+    assert without_node.without_spec == frozenset()
 
 
 def test_a_look_is_due_when_a_device_has_settled_by_the_registrys_own_clock() -> None:

@@ -20,7 +20,7 @@ SETTLE = 2.0
 """Seconds for which a device that recovered must be well before it is Healthy again."""
 ARRIVAL = 1.0
 """Seconds in which a device that has just arrived may still be ill without being held back: a bind is several steps,
-and a look in between sees the driver without the node."""
+and a scan in between sees the driver without the node."""
 
 
 def fault_of(track: Track, withheld: Fault | None) -> Fault | None:
@@ -37,7 +37,7 @@ def damp(track: Track, fault: Fault | None, now: float) -> Track:
         return track
     if fault is not None and fault.reason is not Reason.HOLDERS_UNKNOWN:
         still_arriving = not track.been_well and now - track.arrived_at < ARRIVAL
-        return replace(track, ill=track.ill or not still_arriving, well_since=None)
+        return replace(track, ill=not still_arriving, well_since=None)
     if not track.ill:
         return track if track.been_well else replace(track, been_well=True)
     well_since = now if track.well_since is None else track.well_since

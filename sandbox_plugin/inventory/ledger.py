@@ -266,8 +266,6 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
     """
     if answer is None or answer is ledger.heard:
         return ledger
-    if ledger.heard is not None and answer.asked_at < ledger.heard.asked_at:
-        return ledger  # it comes late, after a newer one
     refused = {key: at for key, at in ledger.refused.items() if answer.asked_at < at}
     pods = {key: pod for key, pod in answer.pods.items() if key not in refused} if refused else answer.pods
     found: dict[DeviceKey, Grant] = {}
@@ -297,9 +295,10 @@ def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | Non
 
 
 def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
-    """Whether a complete answer that does not name it ends it: the kubelet may show a new pod late."""
-    if asked_at < grant.at:
-        return False
+    """Whether a complete answer that does not name it ends it: the kubelet may show a new pod late.
+
+    An answer that was asked for before the grant never does: no pod counts as named for it by then.
+    """
     return ledger.pod_of(grant) is not None or asked_at - grant.at >= ADMISSION
 
 

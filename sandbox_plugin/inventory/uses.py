@@ -81,13 +81,13 @@ def _is_elsewhere(address: str, use: Use, ledger: Ledger) -> bool:
 
 
 def has_undecided(ledger: Ledger, facts: HostFacts) -> bool:
-    """Whether any use `is_undecided` that another look at the host would show: of a function that answers."""
+    """Whether any use `is_undecided` that another scan would show: of a function that answers."""
     return any(a in facts.functions and is_undecided(a, use, ledger) for a, use in ledger.uses.items())
 
 
 def is_undecided(address: str, use: Use, ledger: Ledger) -> bool:
-    """Whether nobody is known to hold what is in use, and another look at the host would tell: it was in use when it
-    was last looked at, and PodResources was asked after that."""
+    """Whether nobody is known to hold what is in use, and another scan would tell: it was in use when it was last
+    looked at, and PodResources was asked after that."""
     if use.elsewhere or ledger.touching(_places_of_use(address, use)):
         return False
     return ledger.is_told and use.seen_at < ledger.told_at

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from hardware import VFIO_DRIVERS, Function
 from world import GRACE_RULE, LAYOUTS, World
@@ -30,7 +29,6 @@ def _some(world: World, *, present: bool = True) -> Function | None:
 
 def _an_event(world: World) -> None:
     """The kernel tells of a change, most of the time; then the plugins look, soon."""
-    world.disturbed_at = world.now
     for plugin in world.plugins:
         if plugin.has_started and plugin.scan is None and world.dice.random() < 0.75:
             world.begin_scan(plugin, takes=world.dice.choice((0.0, 0.0, 0.3)))
@@ -105,7 +103,6 @@ def _sicken(world: World) -> None:
     if function is not None and function.kind in ("gpu", "switch"):
         function.is_off = not function.is_off
         world.note(function.address, "is off the bus" if function.is_off else "answers again")
-        world.disturbed_at = world.now
 
 
 def _hang(world: World) -> None:
@@ -303,7 +300,8 @@ class Outcome:
     """Of many episodes."""
 
     steps: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
+    granted: int = 0
+    """Allocates that pods were given."""
     failed: Episode | None = None
     error: Exception | None = None
 
@@ -347,7 +345,7 @@ def search(steps: int, *, first_seed: int = 0) -> Outcome:
         episode = random_episode(seed)
         played = episode.play()
         outcome.steps += played.done
-        outcome.counts += played.world.counts
+        outcome.granted += played.world.granted
         if played.error is not None:
             outcome.failed = replace(episode, steps=episode.steps[: played.done])
             outcome.error = played.error

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -35,7 +34,6 @@ from sandbox_plugin.model import Device, HostFacts, node_of_cdev, node_of_group
 from sandbox_plugin.registry import Registry
 
 NAMES = ModelNames({(0x10DE, 0x2330): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x22A3): "GH100 [H100 NVSwitch]"})
-NEEDLESS = "VMs refused although nothing had changed since the last scan"
 UNUSED = 600.0
 """Seconds after which, without PodResources, a pod that uses nothing counts as gone: that is what is promised."""
 BEGINNING = 1000.0
@@ -77,8 +75,6 @@ class Grant:
     consumer: Consumer
     plugin: Plugin
     at: float
-    scan_began: float
-    """Of the latest scan that the plugin knew then."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -90,30 +86,22 @@ class Pod:
     is_live: bool = True
     """The kubelet keeps its IDs from other pods."""
     vm: Vm | None = None
-    is_excused: bool = False
-    """It was given something that is in other hands, as nobody could know."""
 
 
-@dataclass(frozen=True)
-class Hands:
-    """What somebody has, or will have as soon as the VM starts."""
+Hands = frozenset[str | int]
+"""What somebody has, or will have when the VM starts: paths of nodes, numbers of groups, addresses of functions."""
 
-    nodes: frozenset[str] = frozenset()
-    groups: frozenset[int] = frozenset()
-    addresses: frozenset[str] = frozenset()
 
-    def __and__(self, other: Hands) -> Hands:
-        return Hands(self.nodes & other.nodes, self.groups & other.groups, self.addresses & other.addresses)
+def groups_in(hands: Hands) -> set[int]:
+    return {each for each in hands if isinstance(each, int)}
 
-    def __or__(self, other: Hands) -> Hands:
-        return Hands(self.nodes | other.nodes, self.groups | other.groups, self.addresses | other.addresses)
 
-    def __bool__(self) -> bool:
-        return bool(self.nodes or self.groups or self.addresses)
+def nodes_in(hands: Hands) -> set[str]:
+    return {each for each in hands if isinstance(each, str) and each.startswith("/dev")}
 
-    def __str__(self) -> str:
-        groups = [f"group {n}" for n in sorted(self.groups)]
-        return ", ".join([*sorted(self.nodes), *groups, *sorted(self.addresses)])
+
+def addresses_in(hands: Hands) -> set[str]:
+    return {each for each in hands if isinstance(each, str) and not each.startswith("/dev")}
 
 
 # Plugins
@@ -237,10 +225,9 @@ class World:
         self.plugin: Plugin | None = None
         """The one that serves."""
         self.standby: Plugin | None = None
-        self.disturbed_at = self.now
-        """When something happened to the hardware, or somebody took it, that no Allocate told of."""
         self.settings = settings or Settings()
-        self.counts: Counter[str] = Counter()
+        self.granted = 0
+        """How many Allocates."""
         self.history: list[str] | None = None
         self.dice = random.Random(0)
         self._names = 0
@@ -506,8 +493,8 @@ class World:
             if ids is None or not self.allocate(pod, resource, ids):
                 self.end_pod(pod)
                 return None
-            if self.dice.random() < again and not self.allocate(pod, resource, ids):
-                self.counts["refused to the same pod again"] += 1
+            if self.dice.random() < again:
+                self.allocate(pod, resource, ids)
         return pod
 
     def give(self, resource: str, *ids: str) -> Pod | None:
@@ -531,7 +518,6 @@ class World:
             return False
         against = {d.id: why for d in devices if (why := self._look(d)) is not None}
         if against:
-            self.counts["refused at the look"] += 1
             self.note(plugin.name, "refuses", pod.name, resource, against)
             if busy := {(resource, i): used for i, (_, used) in against.items() if used}:
                 self._must_be_news(plugin, busy)
@@ -550,7 +536,7 @@ class World:
         given = [self._grant(device, plugin) for device in devices]
         self.allocated |= dict.fromkeys((grant.key for grant in given), pod)
         pod.grants += given
-        self.counts["grants"] += 1
+        self.granted += 1
         self._judge(pod, given, before)
         return True
 
@@ -576,7 +562,6 @@ class World:
             consumer=consumer,
             plugin=plugin,
             at=self.now,
-            scan_began=plugin.scan_began,
         )
 
     def _look(self, device: Device) -> tuple[str, frozenset[str]] | None:
@@ -612,17 +597,13 @@ class World:
         for grant in pod.grants:
             opened = self._functions_of(grant)
             if opened is None:
-                self.counts["VMs that found a node gone"] += 1
                 return False
             functions |= opened
         vm = Vm(f"the VM of {pod.name}", self.now)
         if not self.kernel.open(vm, functions):
-            is_expected = pod.is_excused or any(g.scan_began <= self.disturbed_at for g in pod.grants)
-            self.counts["VMs refused by the kernel" if is_expected else NEEDLESS] += 1
             self.note(pod.name, "cannot start its VM")
             return False
         self.note(pod.name, "starts its VM with", sorted(f.address for f in functions))
-        self.counts["VMs"] += 1
         pod.vm = vm
         return True
 
@@ -643,7 +624,6 @@ class World:
         if not self.kernel.open(vm, {function}):
             return False
         self.note(vm.name, "starts")
-        self.disturbed_at = self.now
         return True
 
     def stop_vm(self, vm: Vm) -> None:
@@ -659,13 +639,11 @@ class World:
     def hands(self, pod: Pod) -> Hands:
         """What a pod has by its grants while it lives, and what its VM has."""
         hands = self.hands_of_vm(pod.vm) if pod.vm is not None else Hands()
-        for grant in pod.grants if pod.is_live else ():
-            hands |= self.hands_of_grant(grant)
-        return hands
+        return hands.union(*(self.hands_of_grant(grant) for grant in pod.grants if pod.is_live))
 
     def hands_of_vm(self, vm: Vm) -> Hands:
         nodes = {node for f in vm.functions if (node := self.kernel.node_of(f)) is not None}
-        return Hands(frozenset(nodes), frozenset(vm.groups), frozenset(f.address for f in vm.functions))
+        return Hands({*nodes, *vm.groups, *(f.address for f in vm.functions)})
 
     def hands_of_grant(self, grant: Grant) -> Hands:
         """A pod's VM opens nodes by their paths, whatever is behind them by then.
@@ -692,12 +670,11 @@ class World:
         addresses = {f.address for f in there}
         given = addresses.intersection(grant.functions)
         addresses |= {f.address for f in self.kernel.present if f.carrier in given}
-        return Hands(frozenset(nodes), frozenset(groups), frozenset(addresses))
+        return Hands({*nodes, *groups, *addresses})
 
     def _judge(self, pod: Pod, given: Sequence[Grant], before: Hands) -> None:
         """Whether what the pod has just got is in other hands."""
-        mine = self.hands(pod)
-        got = Hands(mine.nodes - before.nodes, mine.groups - before.groups, mine.addresses - before.addresses)
+        got = self.hands(pod) - before
         addresses = frozenset(address for grant in given for address in grant.functions)
         for other in self.pods:
             if other is not pod and (common := got & self.hands(other)):
@@ -710,15 +687,12 @@ class World:
     def _accuse(self, pod: Pod, clash: Clash) -> None:
         for excuse in EXCUSES:
             if excuse(clash):
-                name = excuse.__name__.strip("_").replace("_", " ")
-                self.counts[f"excused: {name}"] += 1
-                self.note("excused:", name)
-                pod.is_excused = True
+                self.note("excused:", excuse.__name__)
                 return
         who = clash.vm.name if clash.vm is not None else "nobody"
         if clash.other is not None:
             who = clash.other.name if clash.other.is_live else f"{who}, which has outlived it,"
-        raise TwoHolders(f"{pod.name} was given what {who} has: {clash.common}")
+        raise TwoHolders(f"{pod.name} was given what {who} has: {sorted(map(str, clash.common))}")
 
     # Everybody leaves
 
@@ -806,7 +780,7 @@ class Clash:
     @property
     def shows_in_use(self) -> bool:
         """Whether a scan would see that the VM has the group."""
-        return self.vm is not None and any(f.is_enabled and f.group in self.common.groups for f in self.vm.functions)
+        return self.vm is not None and any(f.is_enabled and f.group in self.common for f in self.vm.functions)
 
     @property
     def are_others(self) -> bool:
@@ -834,7 +808,7 @@ def _no_witness(clash: Clash) -> bool:
 
 def _mediated_device(clash: Clash) -> bool:
     """A mediated device has no `enable`: a VM that has one and outlives its pod does not show at all."""
-    kinds = {clash.world.kernel.functions[address].kind for address in clash.common.addresses}
+    kinds = {clash.world.kernel.functions[address].kind for address in addresses_in(clash.common)}
     return clash.vm is not None and not clash.grants and kinds == {"mdev"}
 
 
@@ -851,7 +825,7 @@ def _unseen_bind(clash: Clash) -> bool:
     """A node that a pod has from before came to mean a function of the group, since the last scan: the look before
     Allocate sees the node of the device that is given, and no others."""
     began = [clash.world.kernel.last_at_node.get(grant.node, (None, -math.inf))[1] for grant in clash.grants]
-    return bool(began) and min(began) >= clash.plugin.scan_began and not clash.common.nodes
+    return bool(began) and min(began) >= clash.plugin.scan_began and not nodes_in(clash.common)
 
 
 def _bound_again_unwatched(clash: Clash) -> bool:
@@ -884,7 +858,7 @@ def _young_kubelet(clash: Clash) -> bool:
         g.key in plugin.former or (g.key, clash.other.name) in plugin.named for g in clash.grants
     ):
         return False
-    is_shared = any(sum(f.kind != "audio" for f in kernel.members(n)) > 1 for n in clash.common.groups)
+    is_shared = any(sum(f.kind != "audio" for f in kernel.members(n)) > 1 for n in groups_in(clash.common))
     return bool(clash.grants) and not (is_shared and kernel.cdevs)
 
 
