@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
-from sandbox_plugin.inventory.advance import advance
-from sandbox_plugin.inventory.ledger import Allocation, DeviceKey, Holdings
+from sandbox_plugin.inventory.advance import advance, allocate
+from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts
@@ -96,8 +96,11 @@ class Registry:
         `looked_at`: when the look at them began that found nothing against them; None: just now.
         """
         devices = [self._inventory.by_key[key] for key in keys]
-        allocation = Allocation(devices=devices, looked_at=self._clock() if looked_at is None else looked_at)
-        return self._step(replace(self._signals, allocation=allocation))
+        now = self._clock()
+        allocation = Allocation(devices=devices, looked_at=now if looked_at is None else looked_at)
+        late = now + GRANT_UNUSED
+        self._wake_at = late if self._wake_at is None else min(self._wake_at, late)
+        return self._replace(allocate(self._inventory, allocation, self._signals, now))
 
     def serve(self, since: float | None = None) -> Inventory:
         """Takes in that this plugin serves since then, or now, and that another one may have done so until then."""
@@ -131,8 +134,11 @@ class Registry:
     def _step(self, signals: Signals) -> Inventory:
         if self._facts is None:
             return self._inventory
-        before = self._inventory
-        self._inventory, self._wake_at = advance(before, self._facts, signals, self._clock(), self._rules)
+        inventory, self._wake_at = advance(self._inventory, self._facts, signals, self._clock(), self._rules)
+        return self._replace(inventory)
+
+    def _replace(self, inventory: Inventory) -> Inventory:
+        before, self._inventory = self._inventory, inventory
         self._stepped.set()
         self._stepped = asyncio.Event()
         if self._inventory.version != before.version:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from names import PGPU
 
 from sandbox_plugin.config.settings import Settings
-from sandbox_plugin.inventory.advance import advance
+from sandbox_plugin.inventory.advance import advance, allocate
 from sandbox_plugin.inventory.health import ARRIVAL, SETTLE
 from sandbox_plugin.inventory.ledger import ADMISSION, GRANT_UNUSED, Allocation, DeviceKey, Holdings
 from sandbox_plugin.inventory.rules import Rules
@@ -54,7 +54,10 @@ class Node:
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, Rules(self.settings))
         if allocated:
             devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
-            return self.look(allocation=Allocation(devices=devices, looked_at=self.now))
+            given = allocate(self.inventory, Allocation(devices=devices, looked_at=self.now), self.signals, self.now)
+            self.inventory = given
+            self.look()
+            assert self.inventory.by_key == given.by_key, "a step finds nothing else than the Allocate did"
         return self
 
     def pods(self, *held: str, after: float = 0.0, asked: float | None = None, complete: bool = True) -> Node:
@@ -556,11 +559,30 @@ def many(count: int) -> HostFacts:
 
 
 @pytest.mark.parametrize("held", [0, 1], ids=["nothing held", "all held"])
-def test_what_a_scan_and_an_allocate_cost_grows_no_faster_than_the_node(held: int) -> None:
-    scans, allocates = [], []
+def test_what_a_scan_costs_grows_no_faster_than_the_node(held: int) -> None:
+    costs = []
     for count in (128, 1024):
         node = Node().look(many(count)).pods(*map(str, range(count * held)))
-        scans.append(calls_of(partial(node.look, many(count), after=1)))
-        allocates.append(calls_of(partial(node.look, allocated=[(PGPU, "3")])))
-    assert scans[1] <= 9 * scans[0]
-    assert allocates[1] <= 9 * allocates[0]
+        costs.append(calls_of(partial(node.look, many(count), after=1)))
+    assert costs[1] <= 9 * costs[0]
+
+
+@pytest.mark.parametrize("held", [0, 0.5], ids=["nothing held", "half of all held"])
+def test_an_allocate_costs_the_same_on_a_node_with_8_devices_and_with_1024(held: float) -> None:
+    costs = []
+    for count in (8, 1024):
+        node = Node().look(many(count)).pods(*map(str, range(int(count * held))))
+        allocate(node.inventory, Allocation(devices=[node.device("0")], looked_at=node.now), node.signals, node.now)
+        allocation = Allocation(devices=[node.device(str(count - 1))], looked_at=node.now)
+        costs.append(calls_of(partial(allocate, node.inventory, allocation, node.signals, node.now)))
+    assert costs[0] == costs[1]
+
+
+def test_a_scan_judges_anew_only_the_groups_of_which_something_has_changed() -> None:
+    node = Node().look(many(64))
+    before = {device.id: device for device in node.inventory.memory.found.devices}  # type: ignore[union-attr]
+    changed = replace(node.facts.functions["0000:07:00.0"], enable=1)
+    node.look(replace(node.facts, functions={**node.facts.functions, changed.address: changed}), after=1)
+    found = node.inventory.memory.found
+    assert found is not None
+    assert [device.id for device in found.devices if device is not before[device.id]] == ["7"]

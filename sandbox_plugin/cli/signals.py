@@ -7,6 +7,7 @@ and removed after it. What is imported here is imported before signals are atten
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
@@ -90,6 +91,7 @@ def run_until_signal(
                 signal.signal(number, _nothing)
 
     asyncio.run(attended())
+    faulthandler.cancel_dump_traceback_later()  # nothing is left that could hang; a starved process exits slowly
     return ended_by[0] if ended_by else None
 
 

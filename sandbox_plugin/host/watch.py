@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
-from watchfiles import awatch
+from watchfiles import Change, awatch
 from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.host.paths import HostPaths
@@ -116,6 +116,8 @@ class FolderWatcher:
                     places = {place for _, path in changes for place in (path, os.path.dirname(path))}
                     for on_change in set[OnChange]().union(*(waiting.get(place, ()) for place in places)):
                         on_change()
+                    if any(change is Change.deleted and path in waiting for change, path in changes):
+                        stop.set()  # the folder that comes in its place may get its inode number, as on ext4
                     changed.set()
             await confirming
         finally:
@@ -130,7 +132,7 @@ class FolderWatcher:
         try:
             for on_change in self.groups:
                 on_change()
-            while await self._find() == found:
+            while await self._find() == found and not stop.is_set():
                 await happens(changed, within=_CONFIRM)
                 changed.clear()
                 self._trouble.update(None)  # not earlier: a thread for the watch may not have been had

@@ -14,15 +14,15 @@ from types import MappingProxyType
 from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory import symptoms, uses
 from sandbox_plugin.inventory.devices import Found, find_devices
-from sandbox_plugin.inventory.health import SETTLE, damp, fault_of, health_of
+from sandbox_plugin.inventory.health import SETTLE, damp, fault_of, health_of, is_changing
 from sandbox_plugin.inventory.ids import places_of_id
-from sandbox_plugin.inventory.ledger import DeviceKey, Ledger, Places
+from sandbox_plugin.inventory.ledger import Allocation, DeviceKey, Ledger, Places
 from sandbox_plugin.inventory.nodes import vfio_nodes
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.sharing import withheld
 from sandbox_plugin.inventory.state import Inventory, Memory, Signals, Track
 from sandbox_plugin.inventory.tracking import Moment, follow, held_but_unknown
-from sandbox_plugin.model import Device, HostFacts, key_order
+from sandbox_plugin.model import Device, Fault, HostFacts, key_order
 
 
 def advance(
@@ -38,13 +38,15 @@ def advance(
     moment = Moment(found=found, facts=facts, signals=signals, now=now, require_iommufd=rules.settings.require_iommufd)
     tracks = follow(memory.tracks, moment)
     ledger = _who_holds_what(memory, tracks, moment, rules)
+    if _is_steady(previous, found, tracks, ledger, signals):
+        nodes = previous.nodes if facts is memory.facts else vfio_nodes(facts)
+        unchanged = replace(previous, nodes=nodes, memory=replace(memory, facts=facts))
+        return unchanged, _wake_at(tracks.values(), ledger, facts, now)
     tracks |= held_but_unknown(ledger, rules.may_be_ours, tracks, moment)
     against = withheld(found.groups, ledger, signals, previous.is_healthy)
     devices: dict[DeviceKey, Device] = {}
     for key, track in sorted(tracks.items(), key=lambda item: key_order(item[0])):
-        fault = fault_of(track, against.get(key))
-        tracks[key] = damped = damp(track, fault, now)
-        devices[key] = replace(damped.device, health=health_of(damped, fault, signals))
+        tracks[key], devices[key] = _listed(track, against.get(key), signals, now)
     inventory = Inventory(
         version=previous.version,
         resources=_by_resource(devices.values()),
@@ -53,20 +55,72 @@ def advance(
         without_spec=_without_spec(devices.values(), signals),
         waits_for_holdings=_waits_for_holdings(tracks.values(), ledger, signals),
         nodes=vfio_nodes(facts),
-        memory=Memory(tracks=tracks, ledger=ledger, facts=facts, found=found),
+        memory=Memory(tracks=tracks, ledger=ledger, facts=facts, found=found, signals=signals),
     )
     if not previous.version or _shown(inventory) != _shown(previous):
         inventory = replace(inventory, version=previous.version + 1)
-    if uses.has_undecided(ledger, facts):
-        return inventory, now
-    # What was due until now has been taken into account.
-    return inventory, min((time for time in _wake_times(tracks.values(), ledger) if time > now), default=None)
+    return inventory, _wake_at(tracks.values(), ledger, facts, now)
+
+
+def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now: float) -> Inventory:
+    """The step after one Allocate was answered with these devices: what shares a place with them is withheld.
+
+    The same rules as in `advance`, for the groups that it concerns alone: it costs what its devices cost and not what
+    the node has, since all pod admission of the node waits for it.
+    """
+    memory = previous.memory
+    assert memory.found is not None
+    functions = {address for device in allocation.devices for address in device.group_functions}
+    ledger = uses.attribute(ledgers.give(memory.ledger, allocation, now), among=functions)
+    # Also of what pods had by these IDs before: that is free now.
+    grants = [each.grants.get(device.key) for each in (memory.ledger, ledger) for device in allocation.devices]
+    places = {place for grant in grants if grant is not None for place in grant.places.all}
+    numbers = {number for place in places for number in memory.found.groups_by_place.get(place, ())}
+    if any(grant is not None and not grant.places.are_known for grant in grants):
+        numbers |= {number for number, group in memory.found.groups.items() if group.has_unbound}
+    groups = {number: memory.found.groups[number] for number in numbers}
+    against = withheld(groups, ledger, signals, previous.is_healthy)
+    tracks, devices = dict(memory.tracks), dict(previous.by_key)
+    concerned = [device.key for group in groups.values() for device in group.devices]
+    for key in concerned:
+        tracks[key], devices[key] = _listed(tracks[key], against.get(key), signals, now)
+    resources = dict(previous.resources)
+    for resource in {resource for resource, _ in concerned}:
+        resources[resource] = tuple([devices[resource, device.id] for device in resources[resource]])
+    inventory = replace(
+        previous,
+        resources=MappingProxyType(resources),
+        by_key=MappingProxyType(devices),
+        waits_for_holdings=True,
+        memory=replace(memory, tracks=tracks, ledger=ledger),
+    )
+    return replace(inventory, version=previous.version + 1) if _shown(inventory) != _shown(previous) else inventory
+
+
+def _listed(track: Track, withheld: Fault | None, signals: Signals, now: float) -> tuple[Track, Device]:
+    """The track after damping, and the device as it is listed."""
+    fault = fault_of(track, withheld)
+    damped = damp(track, fault, now)
+    return damped, replace(damped.device, health=health_of(damped, fault, signals))
+
+
+def _is_steady(
+    previous: Inventory, found: Found, tracks: Mapping[DeviceKey, Track], ledger: Ledger, signals: Signals
+) -> bool:
+    """Whether nothing has changed since the step before, as it is nearly always: then nothing new can follow."""
+    memory = previous.memory
+    if found is not memory.found or ledger is not memory.ledger or signals != memory.signals:
+        return False
+    if len(tracks) != len(memory.tracks):
+        return False
+    return all(track is memory.tracks.get(key) and not is_changing(track) for key, track in tracks.items())
 
 
 def _found(memory: Memory, facts: HostFacts, rules: Rules) -> Found:
-    if memory.found is not None and facts is memory.facts:
-        return memory.found
-    return find_devices(facts, rules, cdevs_known=memory.found is not None and memory.found.cdevs)
+    before = memory.found
+    if before is not None and facts is memory.facts:
+        return before
+    return find_devices(facts, rules, cdevs_known=before is not None and before.cdevs, before=before)
 
 
 def _who_holds_what(memory: Memory, tracks: Mapping[DeviceKey, Track], moment: Moment, rules: Rules) -> Ledger:
@@ -84,8 +138,6 @@ def _who_holds_what(memory: Memory, tracks: Mapping[DeviceKey, Track], moment: M
         ledger = ledgers.place_again(ledger, places)
     busy = {key: addresses for key, addresses in signals.busy.items() if key in tracks}
     ledger = ledgers.found_busy(ledger, busy, lambda key: tracks[key].device.iommu_group, now)
-    if signals.allocation is not None:
-        ledger = ledgers.give(ledger, signals.allocation, now)
     ledger = ledgers.expire(ledger, now, has_pod_resources=signals.pod_resources)
     return uses.attribute(ledger)
 
@@ -119,6 +171,13 @@ def _waits_for_holdings(tracks: Iterable[Track], ledger: Ledger, signals: Signal
 def _shown(inventory: Inventory) -> tuple[object, ...]:
     """What readers see, and so what makes a new version."""
     return (inventory.resources, inventory.unoffered, inventory.without_spec, inventory.waits_for_holdings)
+
+
+def _wake_at(tracks: Iterable[Track], ledger: Ledger, facts: HostFacts, now: float) -> float | None:
+    if uses.has_undecided(ledger, facts):
+        return now
+    # What was due until now has been taken into account.
+    return min((time for time in _wake_times(tracks, ledger) if time > now), default=None)
 
 
 def _wake_times(tracks: Iterable[Track], ledger: Ledger) -> Iterator[float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from sandbox_plugin.config.settings import Consumer
@@ -23,6 +23,7 @@ from sandbox_plugin.inventory.rules import Offer, Rules
 from sandbox_plugin.model import (
     Device,
     HostFacts,
+    IommuGroup,
     PciFunction,
     Placement,
     key_order,
@@ -59,6 +60,19 @@ class Found:
     """Whether devices are cdevs (else groups)."""
     groups: Mapping[int, Group]
     """Those with a device in them."""
+    unreadable: Mapping[str, str]
+    """PCI address -> why a function could not be read."""
+    parts: Mapping[int | None, _Part] = field(repr=False)
+    """What each group amounts to, and from what: one of which nothing has changed keeps its devices."""
+
+    @cached_property
+    def groups_by_place(self) -> Mapping[Place, Sequence[int]]:
+        """Which groups have a place."""
+        by_place: dict[Place, list[int]] = defaultdict(list)
+        for number, group in self.groups.items():
+            for place in group.places:
+                by_place[place].append(number)
+        return by_place
 
     @cached_property
     def nodes(self) -> frozenset[str]:
@@ -71,26 +85,100 @@ class Found:
         return self.cdevs or bool(self.groups)
 
 
-def find_devices(facts: HostFacts, rules: Rules, *, cdevs_known: bool = False) -> Found:
-    """Groups functions into devices. `cdevs_known`: this kernel has shown cdevs before."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """All of the facts that the devices of one group, and what speaks against them, follow from."""
+
+    functions: tuple[PciFunction, ...]
+    group: IommuGroup | None
+    """None: no vfio driver has any of them."""
+    unreadable: tuple[tuple[str, str], ...]
+    """Those of its members that could not be read, and why."""
+    has_group_node: bool
+    nodes_in_dev: frozenset[str] | None
+    """Those of its nodes that the host's /dev has; None: that cannot be seen."""
+    carried: tuple[str | None, ...]
+    """What each of the functions carries, in words."""
+    cdevs: bool
+
+    def is_same_as(self, other: _Seen) -> bool:
+        """Whether the same follows from both. `VfioDev.binding` does not count in comparisons elsewhere."""
+        return self == other and all(
+            f is g or f.binding == g.binding for f, g in zip(self.functions, other.functions, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What one group amounts to."""
+
+    seen: _Seen
+    devices: Sequence[Device]
+    unoffered: Mapping[str, str]
+    group: Group | None
+    """None: no device is in it."""
+
+
+def find_devices(facts: HostFacts, rules: Rules, *, cdevs_known: bool = False, before: Found | None = None) -> Found:
+    """Groups functions into devices. `cdevs_known`: this kernel has shown cdevs before.
+
+    `before` is what was found earlier by the same rules. It is the answer again if nothing has changed, and devices of
+    groups of which nothing has changed are the same objects again: a scan costs what has changed.
+    """
     cdevs = cdevs_known or facts.kernel_has_cdevs or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
     by_group: dict[int | None, list[PciFunction]] = defaultdict(list)
     for function in facts.functions.values():
         by_group[function.iommu_group].append(function)
     carried = what_they_carry(facts)
-    devices: list[Device] = []
-    unoffered = dict(facts.unreadable)
-    groups: dict[int, Group] = {}
+    known = before.parts if before is not None else {}
+    parts: dict[int | None, _Part] = {}
     for number, functions in by_group.items():
-        offered = [(f, offer) for f in functions if (offer := rules.offer(f)) is not None]
-        wanted, left_out = _wanted(functions, offered, facts, rules, carried, cdevs=cdevs)
-        unoffered |= left_out
-        if wanted and number is not None:
-            made = _devices(number, wanted, functions, facts, rules.names, cdevs=cdevs)
-            groups[number] = _group(number, made, functions, offered, facts)
-            devices += made
-    devices.sort(key=lambda d: key_order(d.key))
-    return Found(devices=tuple(devices), unoffered=unoffered, cdevs=cdevs, groups=groups)
+        seen = _seen(number, functions, facts, carried, cdevs=cdevs)
+        part = known.get(number)
+        parts[number] = part if part is not None and part.seen.is_same_as(seen) else _part(number, seen, facts, rules)
+    is_same = parts.keys() == known.keys() and all(part is known[number] for number, part in parts.items())
+    if before is not None and is_same and facts.unreadable == before.unreadable:
+        return before
+    unoffered = dict(facts.unreadable)
+    for part in parts.values():
+        unoffered |= part.unoffered
+    return Found(
+        devices=tuple(sorted((d for part in parts.values() for d in part.devices), key=lambda d: key_order(d.key))),
+        unoffered=unoffered,
+        cdevs=cdevs,
+        groups={number: part.group for number, part in parts.items() if number is not None and part.group is not None},
+        unreadable=facts.unreadable,
+        parts=parts,
+    )
+
+
+def _seen(
+    number: int | None, functions: Sequence[PciFunction], facts: HostFacts, carried: Mapping[str, str], *, cdevs: bool
+) -> _Seen:
+    group = facts.groups.get(number) if number is not None else None
+    members = group.members if group is not None and facts.unreadable else ()
+    nodes = [node_of_cdev(f.vfio.number) for f in functions if f.vfio is not None]
+    if number is not None:
+        nodes.append(node_of_group(number))
+    return _Seen(
+        functions=tuple(functions),
+        group=group,
+        unreadable=tuple((a, facts.unreadable[a]) for a in members if a in facts.unreadable),
+        has_group_node=number in facts.group_nodes,
+        nodes_in_dev=facts.dev_nodes.intersection(nodes) if facts.dev_nodes is not None else None,
+        carried=tuple([carried.get(f.address) for f in functions]),
+        cdevs=cdevs,
+    )
+
+
+def _part(number: int | None, seen: _Seen, facts: HostFacts, rules: Rules) -> _Part:
+    offered = [(f, offer) for f in seen.functions if (offer := rules.offer(f)) is not None]
+    wanted, left_out = _wanted(seen, offered, facts, rules)
+    if not wanted or number is None:
+        return _Part(seen=seen, devices=(), unoffered=left_out, group=None)
+    devices = _devices(number, wanted, seen.functions, facts, rules.names, cdevs=seen.cdevs)
+    group = _group(number, devices, seen.functions, offered, facts)
+    return _Part(seen=seen, devices=devices, unoffered=left_out, group=group)
 
 
 _Offered = tuple[PciFunction, Offer]
@@ -100,24 +188,20 @@ _Offered = tuple[PciFunction, Offer]
 
 
 def _wanted(
-    functions: Sequence[PciFunction],
-    offered: Sequence[_Offered],
-    facts: HostFacts,
-    rules: Rules,
-    carried: Mapping[str, str],
-    *,
-    cdevs: bool,
+    seen: _Seen, offered: Sequence[_Offered], facts: HostFacts, rules: Rules
 ) -> tuple[list[_Offered], dict[str, str]]:
     """Of the functions of one group: those that become devices, and why the others that a rule takes do not."""
+    functions, cdevs = seen.functions, seen.cdevs
+    carried = {f.address: words for f, words in zip(functions, seen.carried, strict=True)}
     wanted: list[_Offered] = []
     left_out: dict[str, str] = {}
     for function, offer in offered:
-        if why_not := _why_not(function, offer, facts, carried.get(function.address), cdevs=cdevs):
+        if why_not := _why_not(function, offer, facts, carried[function.address], cdevs=cdevs):
             left_out[function.address] = why_not
         else:
             wanted.append((function, offer))
     # KubeVirt gets the group's node beside the cdev, on every kernel that has both.
-    is_passed_whole = rules.settings.consumer is Consumer.KUBEVIRT and functions[0].iommu_group in facts.group_nodes
+    is_passed_whole = rules.settings.consumer is Consumer.KUBEVIRT and seen.has_group_node
     if (is_passed_whole or not cdevs) and (other := _must_not_be_passed(functions, offered)):
         shares = {f.address: f"shares IOMMU group {f.iommu_group} with {other}" for f, _ in wanted}
         return [], left_out | shares

@@ -44,6 +44,11 @@ def damp(track: Track, fault: Fault | None, now: float) -> Track:
     return replace(track, been_well=True, well_since=well_since, ill=now < well_since + SETTLE)
 
 
+def is_changing(track: Track) -> bool:
+    """Whether time alone changes it: it is about to have settled, or to count as ill since it arrived."""
+    return track.well_since is not None if track.ill else not track.been_well
+
+
 def health_of(track: Track, fault: Fault | None, signals: Signals) -> Health:
     """What is listed of a device, after damping, that has this fault or none."""
     fault = fault or _settling(track) or _not_in_cdi(track, signals)

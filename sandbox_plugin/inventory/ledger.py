@@ -22,6 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from sandbox_plugin.model import Device
 
@@ -120,7 +121,7 @@ class Ledger:
     allocations: int = 0
     """How many Allocates there were."""
     told_at: float = -math.inf
-    """`asked_at` of the latest complete answer; -inf: there was none since this plugin's turn began."""
+    """`asked_at` of the latest complete answer; -inf: there was none since this plugin got the lock."""
     heard: Holdings | None = None
     """The latest answer that was taken in."""
     serving_since: float = -math.inf
@@ -192,6 +193,12 @@ class Allocation:
     """When the look at them began that found nothing against them, in monotonic seconds."""
 
 
+def changed(ledger: Ledger, **fields: Any) -> Ledger:
+    """The ledger with these fields; the same one where they say what it says already: then nothing follows from it."""
+    is_same = all(getattr(ledger, name) == value for name, value in fields.items())
+    return ledger if is_same else replace(ledger, **fields)
+
+
 def give(ledger: Ledger, allocation: Allocation, now: float) -> Ledger:
     """The devices are a pod's. What earlier scans saw in use in their groups has ended: the look before did not."""
     number = ledger.allocations + 1
@@ -205,7 +212,24 @@ def give(ledger: Ledger, allocation: Allocation, now: float) -> Ledger:
                 if is_old_pods and grants.get(other.key) is other:
                     grants[other.key] = replace(other, heir=number)
         grants[device.key] = Grant(key=device.key, places=places_of(device), at=now, allocation=number)
-    return replace(ledger, grants=grants, uses=uses, allocations=number)
+    given = replace(ledger, grants=grants, uses=uses, allocations=number)
+    # Brought along, and not made anew from all grants of the node: all pod admission waits for an Allocate.
+    vars(given)["_by_place"] = _placed_anew(ledger, grants, [device.key for device in allocation.devices])
+    return given
+
+
+def _placed_anew(
+    ledger: Ledger, grants: Mapping[DeviceKey, Grant], keys: Iterable[DeviceKey]
+) -> dict[Place, Sequence[DeviceKey]]:
+    """`Ledger._by_place` after the grants of these keys have become others."""
+    by_place = dict(ledger._by_place)
+    for key in keys:
+        if key in ledger.grants:
+            for place in ledger.grants[key].places.all:
+                by_place[place] = [other for other in by_place[place] if other != key]
+        for place in grants[key].places.all:
+            by_place[place] = [*by_place.get(place, ()), key]
+    return by_place
 
 
 def is_heir(grant: Grant, other: Grant) -> bool:
@@ -222,7 +246,7 @@ def places_of(device: Device) -> Places:
 def serve_since(ledger: Ledger, since: float) -> Ledger:
     """This plugin serves since then. Another one may have served until then.
 
-    So an answer that was asked for earlier is not complete, and the Allocates of an earlier turn are like those of
+    So an answer that was asked for earlier is not complete, and the Allocates of the time before are like those of
     another run: what was given together then may be in several hands by now.
     """
     if since == ledger.serving_since:
@@ -239,6 +263,8 @@ def found_busy(
 
     A VM of the pod that asks cannot be it: its sandbox is made after all its Allocates.
     """
+    if not busy:
+        return ledger
     grants, uses = {key: grant for key, grant in ledger.grants.items() if key not in busy}, dict(ledger.uses)
     for key, addresses in busy.items():
         for address in addresses:
@@ -310,7 +336,7 @@ def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
         for key, grant in ledger.grants.items()
         if (has_pod_resources and ledger.pod_of(grant) is not None) or not _is_expired(grant, ledger, now)
     }
-    return replace(ledger, grants=grants)
+    return changed(ledger, grants=grants)
 
 
 def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:

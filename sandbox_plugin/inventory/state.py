@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sandbox_plugin.inventory.devices import Found
-from sandbox_plugin.inventory.ledger import Allocation, DeviceKey, Holdings, Ledger
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger
 from sandbox_plugin.model import Device, Fault, HostFacts
 
 Bound = tuple[str, int | None]
@@ -21,15 +21,12 @@ Bound = tuple[str, int | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signals:
-    """What sysfs cannot say. `aer`, `busy` and `allocation` are news since the last step; the others are standing
-    facts."""
+    """What sysfs cannot say. `aer` and `busy` are news since the last step; the others are standing facts."""
 
     aer: tuple[tuple[str, str], ...] = ()
     """(PCI address, ERROR_EVENT) of AER uevents, in order."""
     busy: Mapping[DeviceKey, frozenset[str]] = field(default_factory=dict)
     """Devices that an Allocate asked for -> functions of their groups that a look just then saw in use."""
-    allocation: Allocation | None = None
-    """The Allocate that is being answered."""
     holdings: Holdings | None = None
     """The latest answer of PodResources, if it ever gave one."""
     pod_resources: bool = False
@@ -97,6 +94,8 @@ class Memory:
     """The latest scan."""
     found: Found | None = None
     """What was found in it."""
+    signals: Signals | None = None
+    """Those of this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,8 +74,8 @@ def _arrived(device: Device, moment: Moment) -> Track:
 
 
 def _stayed(track: Track, device: Device, moment: Moment) -> Track:
-    if device is track.device and not (moment.signals.aer or track.fatal_errors):
-        return track  # there was no scan in between, and time alone changes nothing
+    if device is track.device and not (moment.signals.aer or track.fatal_errors or track.unanswered):
+        return track  # no scan has shown anything else of its group, and time alone changes nothing
     track = replace(track, device=device, fault=moment.assess(device))
     return examine(track, moment.facts, moment.signals.aer, moment.now)
 

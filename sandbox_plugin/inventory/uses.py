@@ -7,11 +7,11 @@ told; sometimes it follows from when the use began.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 from sandbox_plugin.inventory.functions import is_vfio_bound
-from sandbox_plugin.inventory.ledger import Grant, Ledger, Place, Use
+from sandbox_plugin.inventory.ledger import Grant, Ledger, Place, Use, changed
 from sandbox_plugin.model import HostFacts, PciFunction
 
 
@@ -31,7 +31,7 @@ def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: flo
     grants = {
         key: replace(grant, was_used=True) if _has_begun(grant, uses) else grant for key, grant in ledger.grants.items()
     }
-    return replace(ledger, grants=grants, uses=uses)
+    return changed(ledger, grants=grants, uses=uses)
 
 
 def _is_unbound_under_a_vm(function: PciFunction, before: PciFunction | None, use: Use | None) -> bool:
@@ -62,15 +62,20 @@ def _has_begun(grant: Grant, uses: Mapping[str, Use]) -> bool:
     return any(address in uses and uses[address].first_seen_at >= grant.at for address in grant.places.addresses)
 
 
-def attribute(ledger: Ledger) -> Ledger:
-    """Finds out which uses are none of the pods' that are known to hold the group.
+def attribute(ledger: Ledger, among: Container[str] | None = None) -> Ledger:
+    """Finds out which uses are none of the pods' that are known to hold the group; `among`: of these functions only.
 
     One that began before all of them were given; or one that no pod holds, and that was so both before PodResources was
     asked and after. Only so: a pod that has just ended is not named any more, and its VM is gone although that was not
     seen yet.
     """
-    uses = {address: replace(u, elsewhere=_is_elsewhere(address, u, ledger)) for address, u in ledger.uses.items()}
-    return replace(ledger, uses=uses)
+    uses = {
+        address: replace(use, elsewhere=_is_elsewhere(address, use, ledger))
+        if among is None or address in among
+        else use
+        for address, use in ledger.uses.items()
+    }
+    return changed(ledger, uses=uses)
 
 
 def _is_elsewhere(address: str, use: Use, ledger: Ledger) -> bool:
