@@ -46,14 +46,9 @@ class Tree:
         self.file(name, address).unlink(missing_ok=True)
         os.mkfifo(self.file(name, address))
 
-    def put_folder(self, name: str, address: str = T4) -> None:
-        """A file that root cannot read either."""
-        self.file(name, address).unlink()
-        self.file(name, address).mkdir()
-
-    def put_link(self, name: str, target: str | Path) -> None:
-        self.file(name).unlink(missing_ok=True)
-        self.file(name).symlink_to(target)
+    def lead_group_to(self, target: str) -> None:
+        self.file("iommu_group").unlink()
+        self.file("iommu_group").symlink_to(target)
 
     def move(self, to: Path) -> None:
         """The T4's folder to another place, where the bus finds it under its new name."""
@@ -267,7 +262,8 @@ def test_a_function_that_does_not_say_what_it_is_is_refused_in_words(tree: Tree,
         tree.node.set_attribute(T4, name, content.encode("utf-8", "surrogateescape"))
         with pytest.raises(pci_function.FunctionUnreadable, match=f"^{name} is '.*', not a hexadecimal number$"):
             tree.read()
-    tree.put_folder(name)
+    tree.file(name).unlink()
+    tree.file(name).mkdir()  # root cannot read it either
     with pytest.raises(pci_function.FunctionUnreadable, match=f"^{name} cannot be read: Is a directory$"):
         tree.read()
     tree.file(name).rmdir()
@@ -279,9 +275,9 @@ def test_a_function_that_does_not_say_what_it_is_is_refused_in_words(tree: Tree,
     ("spoil", "words"),
     [
         (lambda tree: (tree.file("driver").unlink(), tree.file("driver").touch()), r"^driver cannot be read: "),
-        (lambda tree: tree.put_link("iommu_group", "../../noiommu"), "not to a numbered group"),
-        (lambda tree: tree.put_link("iommu_group", "../../-1"), "not to a numbered group"),
-        (lambda tree: tree.put_link("iommu_group", "../../\u0661"), "not to a numbered group"),
+        (lambda tree: tree.lead_group_to("../../noiommu"), "not to a numbered group"),
+        (lambda tree: tree.lead_group_to("../../-1"), "not to a numbered group"),
+        (lambda tree: tree.lead_group_to("../../\u0661"), "not to a numbered group"),
         (lambda tree: tree.move(tree.paths.root / "elsewhere" / T4), "below a PCI host bridge"),
     ],
     ids=["driver is no link", "group has a name", "group is negative", "group is no ASCII", "below no host bridge"],
@@ -305,19 +301,19 @@ def test_a_domain_may_have_more_than_four_digits(tree: Tree) -> None:
     assert tree.read("10000:02:00.0").bridges == ("pci0000:00", "0000:00:1b.0")
 
 
-OPTIONAL = {
-    "numa_node": "numa_node",
-    "current_link_speed": "link_speed",
-    "current_link_width": "link_width",
-    "enable": "enable",
-    "power_state": "power_state",
-    "subsystem_vendor": "subsystem_vendor",
-    "revision": "revision",
-    "aer_dev_fatal": "fatal_errors",
-}
-
-
-@pytest.mark.parametrize(("name", "attribute"), OPTIONAL.items())
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        ("numa_node", "numa_node"),
+        ("current_link_speed", "link_speed"),
+        ("current_link_width", "link_width"),
+        ("enable", "enable"),
+        ("power_state", "power_state"),
+        ("subsystem_vendor", "subsystem_vendor"),
+        ("revision", "revision"),
+        ("aer_dev_fatal", "fatal_errors"),
+    ],
+)
 def test_a_function_may_lack_any_other_attribute_and_one_that_cannot_be_read_is_told(
     grace: Tree, name: str, attribute: str
 ) -> None:

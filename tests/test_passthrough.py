@@ -69,8 +69,8 @@ def on_disk(places: Places, *, text: str) -> str:
     return f"--config={path}"
 
 
-def made(places: Places, preset: Preset, name: str = "node") -> FakeNode:
-    return FakeNode.create(places.top / name, preset)
+def made(places: Places, preset: Preset) -> FakeNode:
+    return FakeNode.create(places.top / "node", preset)
 
 
 def nodes_of(node: FakeNode, *addresses: str) -> dict[str, str]:
@@ -273,8 +273,7 @@ def test_virtual_functions_are_devices_and_what_carries_them_is_not_until_they_a
     running.wait_for("device changed", resource=PGPU, pci_address=T4, reason=why)
     parts_now = nodes_of(node, *parts[:2])
     assert_allocates(kubelet.plugin(resource), [[device_id] for device_id in parts_now], parts_now)
-    specs = cdi_of(PGPU, nodes_of(node, GEFORCE)) | cdi_of(resource, parts_now)
-    wait_for_specs(places, specs)
+    wait_for_specs(places, cdi_of(PGPU, nodes_of(node, GEFORCE)) | cdi_of(resource, parts_now))
 
     carry_nothing(node, T4)
     kubelet.wait_for(lambda: kubelet.healthy(PGPU) == set(whole[PGPU]))
