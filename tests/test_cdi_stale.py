@@ -203,36 +203,26 @@ NODE = "/dev/vfio/devices/vfio3"
 HELD = Holdings(asked_at=100, pods={(OLD, "3"): "default/vm"})
 YOUNG = Holdings(asked_at=100, complete=False)
 LOST, KNOWN_BY_ITS_POD = offered(OLD, 3, node_exists=False), offered(OLD, 3, placements=())
+BY_A_POD = "pod default/vm holds a device of it"
+UNTOLD = "PodResources has not said yet which pods hold devices of it"
+KEPT: dict[str, tuple[Device | None, set[str], Holdings | None, str | None]] = {
+    "nobody has said who holds what": (None, {NODE}, None, UNTOLD),
+    "nor is there a node": (None, set(), None, UNTOLD),
+    "a pod holds a device whose node is gone": (None, set(), HELD, BY_A_POD),
+    "a young kubelet": (None, set(), YOUNG, "the kubelet has just started, and may not know of all its pods yet"),
+    "a lost device whose node stays with its audio function": (LOST, {NODE}, HELD, None),
+    "a device that only its pod makes known": (KNOWN_BY_ITS_POD, {NODE}, HELD, BY_A_POD),
+    "such a device whose node is gone": (KNOWN_BY_ITS_POD, set(), HELD, None),
+}
+"""What the resource serves, which nodes there are, what PodResources has said, and why the spec is kept."""
 
 
-@pytest.mark.parametrize(
-    ("served", "nodes", "holdings", "why"),
-    [
-        (None, {NODE}, None, "PodResources has not said yet which pods hold devices of it"),
-        (None, set(), None, "PodResources has not said yet which pods hold devices of it"),
-        (None, set(), HELD, "pod default/vm holds a device of it"),
-        (None, set(), YOUNG, "the kubelet has just started, and may not know of all its pods yet"),
-        (LOST, {NODE}, HELD, None),
-        (KNOWN_BY_ITS_POD, {NODE}, HELD, "pod default/vm holds a device of it"),
-        (KNOWN_BY_ITS_POD, set(), HELD, None),
-    ],
-    ids=[
-        "nobody has said who holds what",
-        "nor is there a node",
-        "a pod holds a device whose node is gone",
-        "the kubelet has just started",
-        "the resource is served and lost its device, whose node stays with the audio function",
-        "a device that only its pod makes known",
-        "such a device whose node is gone",
-    ],
-)
-def test_with_pod_resources_a_stale_spec_stays_for_pods_unless_its_served_resource_can_have_no_spec(
-    served: Device | None, nodes: set[str], holdings: Holdings | None, why: str | None
-) -> None:
+@pytest.mark.parametrize("name", KEPT)
+def test_with_pod_resources_a_stale_spec_stays_for_pods_unless_its_served_resource_can_have_no_spec(name: str) -> None:
+    served, nodes, holdings, why = KEPT[name]
     spec = StaleSpec(kind=OLD, nodes={"3": NODE})
     inventory = Inventory(version=1, resources={OLD: (served,)} if served else {}, nodes=frozenset(nodes))
-    found = why_kept(spec, inventory, holdings, {}, has_pod_resources=True)
-    assert found == why
+    assert why_kept(spec, inventory, holdings, {}, has_pod_resources=True) == why
 
 
 @in_loop

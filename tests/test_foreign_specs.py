@@ -1,7 +1,6 @@
 """Other people's specs that fail every Kata pod, and other people who write our spec: what is said of them, and when.
 
-Which files are found is asked of real folders; the rest is told by the real process. Verdicts on single specs are in
-test_cdi_lint.py.
+Verdicts on single specs are in test_cdi_lint.py.
 """
 
 from __future__ import annotations
