@@ -22,7 +22,7 @@ import structlog
 from sandbox_plugin.cdi.foreign import watch_foreign_specs
 from sandbox_plugin.cdi.stale import learn_former
 from sandbox_plugin.cdi.writer import CdiWriter
-from sandbox_plugin.config.settings import Consumer, Settings
+from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.uevents import UeventSource
@@ -64,7 +64,7 @@ class Daemon:
         self._settings = settings
         self._paths = HostPaths(settings.host_root)
         self._rules = Rules(settings, ModelNames.load())
-        self._needs_cdi = settings.consumer is Consumer.KATA
+        self._needs_cdi = settings.consumer.reads_cdi
         self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
         self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
         last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
@@ -139,5 +139,6 @@ class Daemon:
         log.info("tasks", count=sum(running.values()), running=running)
         log.info("scans", triggers=dict(self._rescans.scans))
         log.info("lock", held=self._lock.is_held)
+        log.info("held", nodes=self._registry.holders)
         for status in self._endpoints.status():
             log.info("endpoint", **asdict(status))

@@ -86,6 +86,11 @@ class Registry:
         """Whether there is a PodResources, as far as is known."""
         return self._signals.pod_resources
 
+    @property
+    def holders(self) -> dict[str, str | None]:
+        """As `Ledger.holders`."""
+        return self._inventory.memory.ledger.holders
+
     def now(self) -> float:
         """Monotonic seconds, as everything here counts them."""
         return self._clock()

@@ -179,6 +179,7 @@ def test_asked_by_sigusr1_it_logs_what_it_is_doing_and_goes_on(hgx: Hgx) -> None
     endpoint = hgx.daemon.wait_for("endpoint", resource=PGPU, since=asked)
     assert (endpoint["state"], endpoint["registrations"], endpoint["losses"]) == ("registered", 1, 0)
     assert hgx.daemon.wait_for("lock", since=asked)["held"]
+    assert "nodes" in hgx.daemon.wait_for("held", since=asked)
     assert hgx.daemon.wait_for("scans", since=asked)["triggers"]["start"] == 1
     assert hgx.kubelet.healthy(PGPU)
 

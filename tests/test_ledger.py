@@ -81,6 +81,13 @@ def held(**pods: str) -> dict[DeviceKey, str]:
     return {(PGPU, number): f"default/{pod}" for pod, numbers in pods.items() for number in numbers.split()}
 
 
+def test_which_pod_holds_a_node_is_told_as_far_as_it_is_known() -> None:
+    plugin = Plugin().sees(gpu(A, vfio=0)).hears().gives("0")
+    assert plugin.registry.holders == {"/dev/vfio/devices/vfio0": None}
+    assert plugin.hears(held(P="0")).registry.holders == {"/dev/vfio/devices/vfio0": "default/P"}
+    assert plugin.hears().registry.holders == {}
+
+
 def test_a_new_pod_with_one_device_of_an_old_pod_keeps_its_group_mate_from_the_next() -> None:
     plugin = Plugin().sees(*MATES).gives("0", "1").hears(held(P="0 1")).gives("0")
     assert plugin.reason("0") is None

@@ -100,6 +100,16 @@ class Consumer(StrEnum):
     KUBEVIRT = "kubevirt"
     """KubeVirt: PCI addresses in environment variables, and VFIO's own nodes in the container."""
 
+    @property
+    def reads_cdi(self) -> bool:
+        """Whether it finds the node of a device in a CDI spec: none is Healthy before it is in there."""
+        return self is Consumer.KATA
+
+    @property
+    def opens_group_nodes(self) -> bool:
+        """Whether it gets the group's node of each device, beside the cdev: with it the VM gets the whole group."""
+        return self is Consumer.KUBEVIRT
+
 
 class Policy(StrEnum):
     """How preferred allocation chooses among equally healthy devices."""

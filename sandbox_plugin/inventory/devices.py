@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from sandbox_plugin.config.settings import Consumer
 from sandbox_plugin.inventory.functions import is_vfio_bound, what_they_carry
 from sandbox_plugin.inventory.ledger import Place
 from sandbox_plugin.inventory.naming import ModelNames
@@ -201,7 +200,7 @@ def _wanted(
         else:
             wanted.append((function, offer))
     # KubeVirt gets the group's node beside the cdev, on every kernel that has both.
-    is_passed_whole = rules.settings.consumer is Consumer.KUBEVIRT and seen.has_group_node
+    is_passed_whole = rules.settings.consumer.opens_group_nodes and seen.has_group_node
     if (is_passed_whole or not cdevs) and (other := _must_not_be_passed(functions, offered)):
         shares = {f.address: f"shares IOMMU group {f.iommu_group} with {other}" for f, _ in wanted}
         return [], left_out | shares

@@ -140,6 +140,11 @@ class Ledger:
         keys = dict.fromkeys(key for place in places for key in self._by_place.get(place, ()))
         return [self.grants[key] for key in keys]
 
+    @property
+    def holders(self) -> dict[str, str | None]:
+        """Node -> `namespace/name` of the pod that holds it; None: PodResources has not named it yet."""
+        return {grant.places.node: self.pod_of(grant) for grant in self.grants.values()}
+
     def pod_of(self, grant: Grant) -> str | None:
         """`namespace/name` of the pod that has it; None: PodResources has not named it yet."""
         answer = self.named_by.get(grant.key)
