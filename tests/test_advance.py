@@ -373,27 +373,8 @@ def test_enabled_although_no_pod_holds_it_is_in_use_elsewhere() -> None:
     assert node.look_again().reason("0") is Reason.IN_USE_ELSEWHERE
 
 
-def test_a_pod_that_ended_with_its_vm_between_two_looks_leaves_nothing_in_use() -> None:
-    node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
-    node.pods("0", after=4)
-    assert node.pods(after=5).reason("0") is None
-    assert node.look(host(gpu(A)), after=0.1).reason("0") is None
-
-
-def test_a_vm_that_outlives_its_pod_is_in_use_elsewhere() -> None:
-    node = Node().look(host(gpu(A))).look(allocated=((PGPU, "0"),)).look(host(gpu(A, enable=1)), after=1)
-    assert node.pods("0", after=5).pods(after=5).look_again().reason("0") is Reason.IN_USE_ELSEWHERE
-
-
 def mates(**changes: Any) -> HostFacts:
     return host(gpu(A, vfio=1, group=9, **changes), gpu(B, vfio=2, group=9))
-
-
-def test_the_group_is_free_when_the_holder_is_gone() -> None:
-    node = Node().look(mates()).look(allocated=((PGPU, "1"),)).pods("1", after=1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.pods(after=5).reason("2") is Reason.SETTLING
-    assert node.look(after=SETTLE).reason("2") is None
 
 
 def test_a_promise_is_not_kept_by_the_use_of_the_vm_before() -> None:
@@ -412,37 +393,21 @@ def test_without_pod_resources_the_group_is_free_after_it_was_used() -> None:
     assert node.look(mates(), after=100).reason("2") is Reason.SETTLING
 
 
-def test_without_pod_resources_an_unused_promise_ends() -> None:
-    node = Node().look(mates()).look(allocated=((PGPU, "1"),))
+@pytest.mark.parametrize("pod_resources", ["was never there", "has fallen silent"])
+def test_a_promise_that_nobody_uses_ends_where_pod_resources_tells_nothing(pod_resources: str) -> None:
+    node = Node().look(mates())
+    if pod_resources == "has fallen silent":
+        node.pods(after=1)
+    node.look(allocated=((PGPU, "1"),), after=1)
+    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
     assert node.wake_at == node.now + GRANT_UNUSED
     assert node.look(after=GRANT_UNUSED).reason("2") is Reason.SETTLING
+    assert node.look(after=SETTLE).reason("2") is None
 
 
-def test_a_group_mate_that_somebody_uses_is_enough() -> None:
-    node = Node().look(mates()).look(mates(enable=1), after=1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.pods(after=5).reason("2") is Reason.GROUP_TAKEN
-    assert node.look_again().reason("2") is Reason.IN_USE_ELSEWHERE
-
-
-def test_what_is_in_use_when_it_is_first_seen_was_so_when_pod_resources_was_asked() -> None:
-    node = Node().pods(asked=90).look(host(gpu(A, enable=1)))
-    assert node.reason("0") is Reason.IN_USE_ELSEWHERE
-    assert Node().pods("0", asked=90).look(host(gpu(A, enable=1))).reason("0") is None
-
-
-def test_an_answer_that_may_lack_anything_says_who_holds_what_and_no_more() -> None:
-    node = Node().pods("1", complete=False).look(mates(enable=1))
-    assert (node.reason("1"), node.reason("2")) == (None, Reason.GROUP_TAKEN)
-    assert Node().pods(complete=False).look(host(gpu(A, enable=1))).reason("0") is None
+def test_an_answer_that_may_lack_pods_retires_nothing() -> None:
     gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(complete=False)
     assert gone.look(after=10 * RETIRE).pods(complete=False).listed == ["0"]
-
-
-def test_a_promise_ends_although_pod_resources_has_fallen_silent() -> None:
-    node = Node().look(mates()).pods(after=1).look(allocated=((PGPU, "1"),), after=1)
-    assert node.reason("2") is Reason.GROUP_TAKEN
-    assert node.look(after=GRANT_UNUSED + 1).reason("2") is Reason.SETTLING
 
 
 def test_a_mate_is_taken_while_the_holder_is_unbound_under_its_vm() -> None:

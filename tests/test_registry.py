@@ -142,10 +142,10 @@ def test_what_is_not_told_anew_stays_as_it_was() -> None:
     seen.learn(cdi_trouble={PGPU: "the disk is full"})
     device = seen.current.device(PGPU, "0")
     assert device is not None
-    assert (device.health.reason, device.health.detail) == (Reason.NOT_IN_CDI, "the disk is full")
+    assert str(device.health) == "not-in-cdi: the disk is full"
     seen.learn(in_cdi={PGPU: frozenset({"0"})}, cdi_trouble={})
     assert (reason(seen.current, "0"), seen.current.without_spec) == (None, frozenset())
-    assert seen.learn().device(PGPU, "0") == seen.current.device(PGPU, "0")
+    assert str(seen.learn().by_key[PGPU, "0"].health) == "healthy"
     assert reason(seen.observe(host(gpu(A, enable=1))), "0") is None  # the pod of before still holds it
 
 
@@ -173,6 +173,7 @@ def test_a_look_is_due_when_a_device_has_settled_by_the_registrys_own_clock() ->
         assert not due.done()
         clock.now += 0.01
         await due
+        await seen.look_is_due()  # it still is
         seen.observe(host(gpu(A)))
         assert reason(seen.current, "0") is None
 
