@@ -30,10 +30,10 @@ from sandbox_plugin.cli.main import main
 from sandbox_plugin.config.file import parse_config
 from sandbox_plugin.config.settings import ResourceRule, Settings
 from sandbox_plugin.fake import models
-from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.hardware import At, FunctionSpec, Kernel, Model, Preset, RootBus
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import GROUPS_ONLY, PRESETS, WITH_CDEVS
+from sandbox_plugin.fake.tree import create_link
 from sandbox_plugin.inventory.devices import Found, find_devices
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules

@@ -14,7 +14,7 @@ from sandbox_plugin.model import Bar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class PcieLink:
     """A PCIe link as `current_link_speed` and `current_link_width` word it."""
 
     speed: str
@@ -35,7 +35,7 @@ class Model:
     """Subsystem vendor and device."""
     bars: tuple[Bar, ...] = ()
     """Index 6 is the expansion ROM."""
-    link: Link | None = None
+    link: PcieLink | None = None
     """The best that it can; None: not a PCIe device, or one inside the root complex, without a link."""
     host_driver: str | None = None
     """The driver that claims such a function by itself when it appears."""
@@ -55,7 +55,7 @@ class FunctionSpec:
     iommu_group: int | None = None
     """None: a group of its own, with the lowest number that is free."""
     numa_node: int = -1
-    link: Link | None = None
+    link: PcieLink | None = None
     """What the link was trained to; None: the model's best."""
 
 
@@ -86,7 +86,7 @@ class At:
     """The vfio driver bound to it; None: the model's own host driver."""
     group: str | None = None
     """A label that the functions of one IOMMU group share; None: a group of its own."""
-    link: Link | None = None
+    link: PcieLink | None = None
     """As in `FunctionSpec`."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sandbox_plugin.fake.hardware import Link, Model
+from sandbox_plugin.fake.hardware import Model, PcieLink
 from sandbox_plugin.model import Bar
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
@@ -20,11 +20,11 @@ def _ports(index: int, size: int) -> Bar:
     return Bar(index=index, size=size, prefetchable=False, wide=False, io=True)
 
 
-def _link(gigatransfers: str, width: int) -> Link:
-    return Link(speed=f"{gigatransfers} GT/s PCIe", width=width)
+def _link(gigatransfers: str, width: int) -> PcieLink:
+    return PcieLink(speed=f"{gigatransfers} GT/s PCIe", width=width)
 
 
-def _bridge(vendor: int, device: int, link: Link, revision: int = 0) -> Model:
+def _bridge(vendor: int, device: int, link: PcieLink, revision: int = 0) -> Model:
     """A root port, or a port of a switch."""
     return Model(
         vendor=vendor, device=device, class_code=0x060400, revision=revision, link=link, host_driver="pcieport"
@@ -32,7 +32,12 @@ def _bridge(vendor: int, device: int, link: Link, revision: int = 0) -> Model:
 
 
 def _nvidia(
-    device: int, class_code: int, subsystem: tuple[int, int], bars: tuple[Bar, ...], link: Link, driver: str = "nvidia"
+    device: int,
+    class_code: int,
+    subsystem: tuple[int, int],
+    bars: tuple[Bar, ...],
+    link: PcieLink,
+    driver: str = "nvidia",
 ) -> Model:
     return Model(
         vendor=0x10DE,

@@ -18,10 +18,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sandbox_plugin.fake.files import create_file, is_plain_file, listed, replace_file, text_of
 from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
 from sandbox_plugin.fake.pci import OFF_THE_BUS, PCI_BRIDGE, Pci, addresses_in, driver_of, group_of, number_in
 from sandbox_plugin.fake.presets import PRESETS
+from sandbox_plugin.fake.tree import create_file, is_plain_file, listed, replace_file, text_of
 from sandbox_plugin.fake.vfio import Vfio
 from sandbox_plugin.model import D3COLD, PciFunction, VfioDev, is_vfio_driver
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from sandbox_plugin.fake.files import (
+from sandbox_plugin.fake.hardware import FunctionSpec, PcieLink
+from sandbox_plugin.fake.tree import (
     create_file,
     create_link,
     is_plain_file,
@@ -21,10 +22,9 @@ from sandbox_plugin.fake.files import (
     replace_file,
     text_of,
 )
-from sandbox_plugin.fake.hardware import FunctionSpec, Link
 from sandbox_plugin.model import ROM, Bar
 
-OFF_THE_BUS = Link(speed="Unknown", width=63)
+OFF_THE_BUS = PcieLink(speed="Unknown", width=63)
 """What the link attributes of a device say that no longer answers: all bits of its registers read as 1."""
 PCI_BRIDGE = 0x0604
 """Base class and subclass."""

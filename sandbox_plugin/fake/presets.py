@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from sandbox_plugin.fake import models
-from sandbox_plugin.fake.hardware import At, Kernel, Link, Model, Preset, RootBus
+from sandbox_plugin.fake.hardware import At, Kernel, Model, PcieLink, Preset, RootBus
 
 WITH_CDEVS = Kernel(cdevs=True)
 """Built with IOMMUFD and VFIO cdevs."""
@@ -139,7 +139,7 @@ _WORKSTATION = Preset(
                     At("01:00.3", models.GTX_1660_USB_C, vfio="vfio-pci", group="geforce"),
                 ), group="geforce"),
                 At("00:1b.0", models.Z390_ROOT_PORT, (
-                    At("02:00.0", models.T4, vfio="vfio-pci", link=Link(speed="8.0 GT/s PCIe", width=4)),
+                    At("02:00.0", models.T4, vfio="vfio-pci", link=PcieLink(speed="8.0 GT/s PCIe", width=4)),
                 )),
                 At("00:1f.0", models.Z390_LPC, group="chipset"),
                 At("00:1f.3", models.Z390_AUDIO, group="chipset"),

@@ -11,8 +11,8 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 
-from sandbox_plugin.fake.files import create_file, create_link, listed, remove_if_there, replace_file
 from sandbox_plugin.fake.hardware import Kernel
+from sandbox_plugin.fake.tree import create_file, create_link, listed, remove_if_there, replace_file
 
 _GROUP_MAJOR, _CDEV_MAJOR = 254, 253
 """Device majors of /dev/vfio/GROUP and of /dev/vfio/devices/vfioN."""

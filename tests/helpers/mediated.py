@@ -6,8 +6,8 @@ import os
 import shutil
 import uuid
 
-from sandbox_plugin.fake.files import create_link
 from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.fake.tree import create_link
 from sandbox_plugin.fake.vfio import Vfio
 
 
