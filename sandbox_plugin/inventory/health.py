@@ -19,8 +19,9 @@ from sandbox_plugin.model import HEALTHY, Fault, Health, Reason
 SETTLE = 2.0
 """Seconds for which a device that recovered must be well before it is Healthy again."""
 ARRIVAL = 1.0
-"""Seconds in which a device that has just arrived may still be ill without being held back: a bind is several steps,
-and a scan in between sees the driver without the node."""
+"""Seconds in which a device that has just arrived may be ill without being held back: a bind is several steps, and a
+scan in between sees the driver without the node. That somebody else has it is no step of a bind."""
+_OF_HOLDERS = (Reason.GROUP_TAKEN, Reason.HELD_AS_ANOTHER, Reason.IN_USE_ELSEWHERE)
 
 
 def fault_of(track: Track, withheld: Fault | None) -> Fault | None:
@@ -36,7 +37,8 @@ def damp(track: Track, fault: Fault | None, now: float) -> Track:
     if track.gone_since is not None:
         return track
     if fault is not None and fault.reason is not Reason.HOLDERS_UNKNOWN:
-        still_arriving = not track.been_well and now - track.arrived_at < ARRIVAL
+        is_new = not track.been_well and now - track.arrived_at < ARRIVAL
+        still_arriving = is_new and fault.reason not in _OF_HOLDERS
         return replace(track, ill=not still_arriving, well_since=None)
     if not track.ill:
         return track if track.been_well else replace(track, been_well=True)
