@@ -87,8 +87,9 @@ def test_a_pod_that_ends_with_its_vm_leaves_nothing_in_use_and_its_group_is_free
     pods.release("vm")
     plugin.wait_for("device changed", device="1", health="Healthy", timeout=3 * INTERVAL)
     assert not plugin.events("device changed", device="0")
-    *before, settling, healthy = plugin.events("device changed", device="1")
-    assert [event["reason"].partition(":")[0] for event in (*before, settling)] == ["group-taken", "settling"]
+    events = plugin.events("device found", device="1") + plugin.events("device changed", device="1")
+    *_, taken, settling, healthy = events
+    assert [event["reason"].partition(":")[0] for event in (taken, settling)] == ["group-taken", "settling"]
     settled_for = datetime.fromisoformat(healthy["timestamp"]) - datetime.fromisoformat(settling["timestamp"])
     assert settled_for < timedelta(seconds=INTERVAL)
 
