@@ -117,10 +117,12 @@ class Daemon:
 
     async def _serve(self, shutdown: Shutdown, since: float) -> None:
         """What two plugins on one node must not do at the same time. `since`: when this one got the lock."""
+        if self._needs_cdi:
+            self._registry.learn(in_cdi={})  # whoever served meanwhile may have changed the specs
         if self._registry.current.version:  # else it is asked before anything is offered
             await self._poller.ask(patience=_FIRST_ANSWER)
         self._registry.serve(since)
-        if self._poller.asked_at < since:
+        if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
         async with asyncio.TaskGroup() as group:
             shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
@@ -135,7 +137,7 @@ class Daemon:
 
     def log_state(self) -> None:
         """For whoever wonders what the daemon is doing, or whether it grows."""
-        running = running_tasks(asyncio.get_running_loop())
+        running = running_tasks()
         log.info("tasks", count=sum(running.values()), running=running)
         log.info("scans", triggers=dict(self._rescans.scans))
         log.info("lock", held=self._lock.is_held)

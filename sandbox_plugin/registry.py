@@ -1,8 +1,8 @@
 """The one truth of the process: the current inventory, and waiting for a newer one.
 
-Everything that may change the inventory goes through `Registry.observe` (a scan's facts) or `Registry.learn` (what
-readers found out). Both take one step with the pure `inventory.advance`, on the loop's thread and without awaiting,
-so that an Allocate which notes its grants can be sure that the next Allocate sees them.
+Everything that may change the inventory goes through it: `observe` (a scan's facts), `learn` and `serve` (what parts
+found out), `allocate`. Each takes one step with the pure `inventory.advance`, on the loop's thread and without
+awaiting, so that an Allocate which notes its grants can be sure that the next Allocate sees them.
 """
 
 from __future__ import annotations

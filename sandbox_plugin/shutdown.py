@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import faulthandler
 import os
+import signal
 from collections import Counter
 from typing import Any, TypeVar
 
@@ -29,13 +30,14 @@ class Shutdown:
 
     Usage:
 
-        shutdown = Shutdown(asyncio.get_running_loop())
+        shutdown = Shutdown()
         shutdown.watch(group.create_task(part()))    # if the part fails, the end begins
         shutdown.begin()                             # so it does when a signal comes, also within its handler
+        shutdown.is_over()                           # nothing is left that could hang
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._has_begun = False
         self._has_failed = False
 
@@ -47,14 +49,22 @@ class Shutdown:
         try:  # its thread is none of Python's: it works while the loop hangs, and prints what every thread is doing
             faulthandler.dump_traceback_later(PATIENCE, exit=True, file=2)
         except RuntimeError:  # no thread can be had, as at the limit of a pod's pids
-            os._exit(1)
-        self._loop.call_soon_threadsafe(self._loop.call_later, PATIENCE - _LAST_WORDS, self._say_what_runs)
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.call_later, PATIENCE - _LAST_WORDS, self._say_what_runs)
+
+    def is_over(self) -> None:
+        """All parts have ended. What the interpreter's own end takes, in a starved process, is no fault."""
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
     def watch(self, part: asyncio.Task[_T]) -> asyncio.Task[_T]:
         """If this part of the daemon fails, the end begins, and says so at once: others may take their time, or hang.
 
         Returns the same task.
         """
+        self._loop = part.get_loop()
         part.add_done_callback(self._note)
         return part
 
@@ -65,9 +75,9 @@ class Shutdown:
             log.critical("a part of the daemon failed", exc_info=error)
 
     def _say_what_runs(self) -> None:
-        log.critical("ends by force", reason=f"it has not ended for {PATIENCE:g} s", running=running_tasks(self._loop))
+        log.critical("ends by force", reason=f"it has not ended for {PATIENCE:g} s", running=running_tasks())
 
 
-def running_tasks(loop: asyncio.AbstractEventLoop) -> dict[str, int]:
-    """How many tasks run which coroutine."""
-    return dict(sorted(Counter(getattr(t.get_coro(), "__qualname__", "?") for t in asyncio.all_tasks(loop)).items()))
+def running_tasks() -> dict[str, int]:
+    """How many tasks of this loop run which coroutine."""
+    return dict(sorted(Counter(getattr(t.get_coro(), "__qualname__", "?") for t in asyncio.all_tasks()).items()))

@@ -377,7 +377,7 @@ def mates(**changes: Any) -> HostFacts:
     return host(gpu(A, vfio=1, group=9, **changes), gpu(B, vfio=2, group=9))
 
 
-def test_a_promise_is_not_kept_by_the_use_of_the_vm_before() -> None:
+def test_a_grant_is_not_kept_by_the_use_of_the_vm_before() -> None:
     node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
     late = replace(mates(enable=1), began_at=node.now - 0.5)  # a scan that began before, and took its time
     node.inventory, _ = advance(node.inventory, late, node.signals, node.now, Rules(node.settings))
@@ -394,7 +394,7 @@ def test_without_pod_resources_the_group_is_free_after_it_was_used() -> None:
 
 
 @pytest.mark.parametrize("pod_resources", ["was never there", "has fallen silent"])
-def test_a_promise_that_nobody_uses_ends_where_pod_resources_tells_nothing(pod_resources: str) -> None:
+def test_a_grant_that_nobody_uses_ends_where_pod_resources_tells_nothing(pod_resources: str) -> None:
     node = Node().look(mates())
     if pod_resources == "has fallen silent":
         node.pods(after=1)
@@ -443,7 +443,7 @@ def test_a_function_that_a_host_driver_has_enabled_is_no_vms() -> None:
     assert node.look(unbound_under_its_vm(), after=1).reason("2") is Reason.SETTLING
 
 
-def test_an_old_promise_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
+def test_an_old_grant_of_a_device_that_is_in_use_asks_for_no_look_by_itself() -> None:
     node = Node().look(mates(enable=1)).look(allocated=((PGPU, "1"),), after=1)
     assert node.look_again(after=GRANT_UNUSED + 1).wake_at is None
 

@@ -63,13 +63,15 @@ def replace(file: Path, content: bytes) -> Known[bytes]:
 
     Makes the folder if it is missing. Raises OSError.
     """
-    file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    if not file.parent.is_dir():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.chmod(0o755)  # whatever the umask: container runtimes run as other users
     temporary = file.with_name(f".{file.name}{_TEMPORARY}")
     temporary.unlink(missing_ok=True)  # a rest of a write that was cut off; or a pipe, which would hold us up
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
     try:
         with open(descriptor, "wb") as opened:
-            os.fchmod(descriptor, 0o644)  # whatever the umask: container runtimes run as other users
+            os.fchmod(descriptor, 0o644)
             opened.write(content)
             opened.flush()
             os.replace(temporary, file)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     with temporary_folder("sandbox-demo-", _short_folder()) as folder:
         node = FakeNode.create(folder / "node", args.preset)
         try:
-            run_until_signal(lambda _: _play(args.preset, node, folder), {})
+            run_until_signal(lambda: _play(args.preset, node, folder), {})
         except BaseExceptionGroup as failures:
             error = first_failure(failures)
             if isinstance(error, OSError):

@@ -24,7 +24,7 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Offer, Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
-from sandbox_plugin.model import Device, HostFacts, PciFunction, is_vfio_driver
+from sandbox_plugin.model import Device, HostFacts, PciFunction
 
 _COLUMNS = {
     "PCI FUNCTION": "pci_address",
@@ -167,7 +167,7 @@ def _facts_as_json(function: PciFunction) -> dict[str, Any]:
         "bridges": list(function.bridges),
         "enable": function.enable,
     }
-    if function.vfio is None and not is_vfio_driver(function.driver):
+    if not function.is_held_by_vfio:
         return facts
     return facts | {
         "revision": None if function.revision is None else f"{function.revision:02x}",

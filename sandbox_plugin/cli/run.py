@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
 def _run_daemon(settings: Settings) -> int:
     """Runs the daemon; a signal is its graceful end, anything else that ends it is a failure."""
 
-    daemon = Daemon(settings)
+    daemon, shutdown = Daemon(settings), Shutdown()
 
-    async def work(shutdown: Shutdown) -> None:
+    async def work() -> None:
         log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
         for name in unknown_variables(os.environ):
             log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
@@ -60,8 +60,10 @@ def _run_daemon(settings: Settings) -> int:
         await daemon.run(shutdown)
 
     try:
-        ended_by = run_until_signal(work, {signal.SIGUSR1: daemon.log_state})
+        ended_by = run_until_signal(work, {signal.SIGUSR1: daemon.log_state}, at_signal=shutdown.begin)
     except ExceptionGroup:  # it is logged
         return 1
+    finally:
+        shutdown.is_over()
     log.info("stopped", reason=ended_by.name if ended_by else "")
     return 0

@@ -7,15 +7,11 @@ and removed after it. What is imported here is imported before signals are atten
 
 from __future__ import annotations
 
-import faulthandler
+import os
 import signal
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-
-TYPE_CHECKING = False  # of our own: importing typing takes a while
-if TYPE_CHECKING:
-    from sandbox_plugin.shutdown import Shutdown
 
 
 class Interrupted(BaseException):
@@ -52,46 +48,55 @@ def interrupting() -> Iterator[None]:
 
 
 def run_until_signal(
-    work: Callable[[Shutdown], Coroutine[None, None, None]], actions: Mapping[signal.Signals, Callable[[], None]]
+    work: Callable[[], Coroutine[None, None, None]],
+    actions: Mapping[signal.Signals, Callable[[], None]],
+    at_signal: Callable[[], None] = lambda: None,
 ) -> signal.Signals | None:
     """Runs `work` in a loop of its own until it ends, or until a signal cancels it. Returns that signal.
 
-    A signal begins the shutdown at once, also while the loop hangs. `actions` are called in the loop when their signals
-    come. To be called within `interrupting`.
+    `actions` are called in the loop when their signals come. `at_signal` is called for each signal that ends the
+    program, at once, also while the loop hangs. To be called within `interrupting`.
     """
     import asyncio  # here, because it takes a while, in which `interrupting` should be at work already
 
-    from sandbox_plugin.shutdown import Shutdown
-
     ended_by: list[signal.Signals] = []
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     async def attended() -> None:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        shutdown = Shutdown(loop)
 
-        def end(number: int, _: FrameType | None) -> None:
-            if not ended_by:
-                ended_by.append(signal.Signals(number))
-                shutdown.begin()
-                loop.call_soon_threadsafe(task.cancel)
+        def look() -> None:
+            for number in map(signal.Signals, os.read(reader, 1024)):
+                if number in actions:
+                    actions[number]()
+                elif not ended_by:
+                    ended_by.append(number)
+                    task.cancel()
 
-        for number in _ending():
-            signal.signal(number, end)
-        for number, action in actions.items():
-            signal.signal(number, lambda *_, action=action: loop.call_soon_threadsafe(action))
+        loop.add_reader(reader, look)
         try:
-            await work(shutdown)
+            await work()
         except asyncio.CancelledError:
             if not ended_by:
                 raise
         finally:
-            _do_nothing_more()
-            for number in actions:
-                signal.signal(number, _nothing)
+            loop.remove_reader(reader)
 
-    asyncio.run(attended())
-    faulthandler.cancel_dump_traceback_later()  # nothing is left that could hang; a starved process exits slowly
+    try:
+        # The interpreter writes the number of each signal into the pipe, and that wakes the loop: a handler alone does
+        # not, when the signal comes just before the loop begins to wait.
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _ending():
+            signal.signal(number, lambda *_: at_signal())
+        for number in actions:
+            signal.signal(number, _nothing)
+        asyncio.run(attended())
+    finally:
+        _do_nothing_more()
+        signal.set_wakeup_fd(-1)
+        os.close(reader)
+        os.close(writer)
     return ended_by[0] if ended_by else None
 
 

@@ -38,11 +38,11 @@ class FunctionUnreadable(Exception):
     """One PCI function cannot be used, and why; it costs that function alone."""
 
 
-FolderId = tuple[int, int]
+FolderVersion = tuple[int, int]
 """Inode number and time of change of a function's folder: another function in its place has another."""
 
 
-def folder_id(paths: HostPaths, address: str) -> FolderId | None:
+def folder_id(paths: HostPaths, address: str) -> FolderVersion | None:
     """Tells a function's folder from one that was there before under the same address; None if there is none."""
     try:
         status = os.stat(f"{paths.pci_devices}/{address}")

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.sweep import BUS, SILENCE, Memory, Sweep
+from sandbox_plugin.host.sweep import BUS, SILENCE, Remembered, Sweep
 from sandbox_plugin.host.threads import DaemonThreads
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.tasks import happens
@@ -44,7 +44,7 @@ class HostScanner:
         self._on_late = on_late
         self._patience = patience
         self._hanging: set[str] = set()
-        self._memory = Memory()
+        self._memory = Remembered()
 
     async def scan(self) -> HostFacts:
         """One scan of everything.

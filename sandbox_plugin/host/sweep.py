@@ -19,13 +19,13 @@ _TRIES = 3
 
 
 @dataclass(kw_only=True)
-class Memory:
+class Remembered:
     """What earlier sweeps read, so that it need not be read again.
 
     Also a sweep that nobody waits for any more enters what it hung at: each entry tells what it is true of.
     """
 
-    functions: dict[str, tuple[pci_function.FolderId, PciFunction]] = field(default_factory=dict)
+    functions: dict[str, tuple[pci_function.FolderVersion, PciFunction]] = field(default_factory=dict)
     """By address, with what tells the function from another in its place."""
     firmware_mappings: dict[int, tuple[tuple[int | None, tuple[str, ...]], tuple[str, ...]]] = field(
         default_factory=dict
@@ -44,7 +44,7 @@ class Sweep:
     paths: HostPaths
     began_at: float
     """Monotonic seconds."""
-    memory: Memory
+    memory: Remembered
     hanging: frozenset[str]
     """What is known to hang, and is not read: addresses, and groups as `_group_name` calls them."""
     functions: dict[str, PciFunction] = field(default_factory=dict)

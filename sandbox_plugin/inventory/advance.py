@@ -100,7 +100,7 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
 def _listed(track: Track, withheld: Fault | None, signals: Signals, now: float) -> tuple[Track, Device]:
     """The track after damping, and the device as it is listed."""
     fault = fault_of(track, withheld)
-    damped = damp(track, fault, now)
+    damped = damp(track, fault, withheld, now)
     return damped, replace(damped.device, health=health_of(damped, fault, signals))
 
 

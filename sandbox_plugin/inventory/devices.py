@@ -49,7 +49,7 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What one set of facts amounts to, without any memory of earlier ones."""
+    """What one set of facts amounts to. Of earlier ones it keeps what has not changed, and that there are cdevs."""
 
     devices: tuple[Device, ...]
     """In order of resource and ID. Their health is not known yet."""
@@ -136,7 +136,7 @@ def find_devices(facts: HostFacts, rules: Rules, *, cdevs_known: bool = False, b
         part = known.get(number)
         parts[number] = part if part is not None and part.seen.is_same_as(seen) else _part(number, seen, facts, rules)
     is_same = parts.keys() == known.keys() and all(part is known[number] for number, part in parts.items())
-    if before is not None and is_same and facts.unreadable == before.unreadable:
+    if before is not None and is_same and facts.unreadable == before.unreadable and cdevs == before.cdevs:
         return before
     unoffered = dict(facts.unreadable)
     for part in parts.values():

@@ -21,7 +21,6 @@ SETTLE = 2.0
 ARRIVAL = 1.0
 """Seconds in which a device that has just arrived may be ill without being held back: a bind is several steps, and a
 scan in between sees the driver without the node. That somebody else has it is no step of a bind."""
-_OF_HOLDERS = (Reason.GROUP_TAKEN, Reason.HELD_AS_ANOTHER, Reason.IN_USE_ELSEWHERE)
 
 
 def fault_of(track: Track, withheld: Fault | None) -> Fault | None:
@@ -32,14 +31,17 @@ def fault_of(track: Track, withheld: Fault | None) -> Fault | None:
     return track.fault or remembered_fault(track) or withheld
 
 
-def damp(track: Track, fault: Fault | None, now: float) -> Track:
-    """Remembers whether the device is well now. One of which it is only not known yet who holds it is well."""
+def damp(track: Track, fault: Fault | None, withheld: Fault | None, now: float) -> Track:
+    """Remembers whether the device is well now. One of which it is only not known yet who holds it is well.
+
+    `fault` and `withheld` as of `fault_of`.
+    """
     if track.gone_since is not None:
         return track
     if fault is not None and fault.reason is not Reason.HOLDERS_UNKNOWN:
-        is_new = not track.been_well and now - track.arrived_at < ARRIVAL
-        still_arriving = is_new and fault.reason not in _OF_HOLDERS
-        return replace(track, ill=not still_arriving, well_since=None)
+        is_anothers = withheld is not None and withheld.reason is not Reason.HOLDERS_UNKNOWN
+        is_arriving = not track.been_well and now - track.arrived_at < ARRIVAL and not is_anothers
+        return replace(track, ill=track.ill or not is_arriving, well_since=None)
     if not track.ill:
         return track if track.been_well else replace(track, been_well=True)
     well_since = now if track.well_since is None else track.well_since

@@ -34,7 +34,7 @@ from operator import add
 from typing import NamedTuple
 
 from sandbox_plugin.config.settings import Policy
-from sandbox_plugin.inventory.topology import Link, Place, places_by_id
+from sandbox_plugin.inventory.topology import Link, TreePlace, places_by_id
 from sandbox_plugin.model import Device, id_order
 
 
@@ -49,13 +49,11 @@ def prefer(
     must_include: Sequence[str],
     size: int,
     policy: Policy,
-    place_of: Mapping[str, Place] | None = None,
 ) -> tuple[str, ...]:
     """The IDs of the `size` devices to take: those of `must_include` first, both parts in the order of their IDs.
 
-    `devices` are all devices of the resource by their ID, and `place_of` are their places, if the caller has them
-    already. An ID that stands twice counts once; one in `must_include` counts as available; one that is not in
-    `devices` is taken like an unhealthy one, after those.
+    `devices` are all devices of the resource by their ID. An ID that stands twice counts once; one in `must_include`
+    counts as available; one that is not in `devices` is taken like an unhealthy one, after those.
 
     Raises `InvalidRequest` when there is no set of that size that holds `must_include`. The kubelet rejects the pod on
     an error, so whatever else may be wrong with the request is answered as well as can be.
@@ -72,7 +70,7 @@ def prefer(
     usable = [i for i in candidates if i in forced or (i in devices and devices[i].health.healthy)]
     missing = size - len(usable)
     if missing < 0:
-        best = _choose(devices, place_of or places_by_id(devices.values()), usable, forced, size, policy)
+        best = _choose(devices, places_by_id(devices.values()), usable, forced, size, policy)
         return (*must, *(i for i in best if i not in forced))
     last_resort = sorted(set(candidates).difference(usable), key=lambda i: (i not in devices, id_order(i)))
     return (*must, *(i for i in usable if i not in forced), *last_resort[:missing])
@@ -80,7 +78,7 @@ def prefer(
 
 def _choose(
     devices: Mapping[str, Device],
-    place_of: Mapping[str, Place],
+    place_of: Mapping[str, TreePlace],
     usable: Sequence[str],
     forced: frozenset[str],
     size: int,
@@ -112,11 +110,11 @@ def _choose(
     return [i for i, bit in zip(ids, reversed(range(len(ids))), strict=True) if taken >> bit & 1]
 
 
-def _nearness(asked: Sequence[Place], others: Sequence[Place]) -> list[int]:
+def _nearness(asked: Sequence[TreePlace], others: Sequence[TreePlace]) -> list[int]:
     """For each place asked for: how much nearer than SYS the others are to it, all together."""
     inside = Counter(place[:depth] for place in others for depth in range(1, len(place) + 1))
 
-    def nearness(place: Place) -> int:
+    def nearness(place: TreePlace) -> int:
         total, outer = 0, Link.SYS
         for depth, step in enumerate(place, 1):
             if not (count := inside[place[:depth]]):
@@ -131,7 +129,7 @@ def _nearness(asked: Sequence[Place], others: Sequence[Place]) -> list[int]:
 class _Member(NamedTuple):
     """A device that may be taken."""
 
-    place: Place
+    place: TreePlace
     forced: bool
     cost: int
     """What it costs wherever it is: its nearness to the devices in use, less its place in the number of a set."""

@@ -59,17 +59,17 @@ class Step(NamedTuple):
     """An IOMMU group of several devices. It is not a place by itself: its level is that of the step above."""
 
 
-Place = tuple[Step, ...]
+TreePlace = tuple[Step, ...]
 """From the widest part to the narrowest. Two devices with the same place are as close as its last step says."""
 
 
-def link(one: Place, other: Place) -> Link:
+def link(one: TreePlace, other: TreePlace) -> Link:
     """How far apart two different devices are."""
     shared = _common([one, other])
     return shared[-1].level if shared else Link.SYS
 
 
-def places(devices: Sequence[Device]) -> tuple[Place, ...]:
+def places(devices: Sequence[Device]) -> tuple[TreePlace, ...]:
     """The place of each device among all of them, in their order.
 
     A device of several functions sits in the narrowest part that holds all of them, and so does an IOMMU group of
@@ -85,11 +85,11 @@ def places(devices: Sequence[Device]) -> tuple[Place, ...]:
     upper_steps = cache(_upper_steps)
 
     @cache
-    def function_place(numa: int | None, upper: tuple[str, ...], nearest: str) -> Place:
+    def function_place(numa: int | None, upper: tuple[str, ...], nearest: str) -> TreePlace:
         return (*upper_steps(numa, upper), Step(Link.PIX, nearest))
 
     own = [_common([function_place(*_whereabouts(p, numa_of)) for p in device.placements]) for device in devices]
-    mates: dict[int, list[Place]] = defaultdict(list)
+    mates: dict[int, list[TreePlace]] = defaultdict(list)
     for device, place in zip(devices, own, strict=True):
         if device.mates:
             mates[device.iommu_group].append(place)
@@ -103,7 +103,7 @@ def places(devices: Sequence[Device]) -> tuple[Place, ...]:
     )
 
 
-def places_by_id(devices: Iterable[Device]) -> dict[str, Place]:
+def places_by_id(devices: Iterable[Device]) -> dict[str, TreePlace]:
     """The place of each device, by its ID."""
     listed = list(devices)
     return {device.id: place for device, place in zip(listed, places(listed), strict=True)}
@@ -168,18 +168,18 @@ def _pci_function(placement: Placement) -> tuple[str, tuple[str, ...]]:
     return bridges[-1], bridges[:-1]
 
 
-def _upper_steps(numa: int | None, upper: tuple[str, ...]) -> Place:
+def _upper_steps(numa: int | None, upper: tuple[str, ...]) -> TreePlace:
     """The steps of NUMA node, host bridge and root port, as far as there are any."""
     steps = () if numa is None else (Step(Link.NODE, f"NUMA node {numa}"),)
     return (*steps, *(Step(level, name) for level, name in zip((Link.PHB, Link.PXB), upper, strict=False)))
 
 
-def _group_place(number: int, mates: Sequence[Place]) -> Place:
+def _group_place(number: int, mates: Sequence[TreePlace]) -> TreePlace:
     shared = _common(mates)
     return (*shared, Step(shared[-1].level if shared else Link.SYS, f"group {number}", group=True))
 
 
-def _common(places: Sequence[Place]) -> Place:
+def _common(places: Sequence[TreePlace]) -> TreePlace:
     """The steps that all of them begin with."""
     if len(places) < 2:
         return places[0] if places else ()

@@ -1,6 +1,6 @@
 """Following each device from one step to the next: it arrives, stays, goes missing, and is dropped in the end.
 
-What is remembered about a device (damping, who uses it) holds while at least one of its functions stays bound.
+What is remembered about a device (damping, what its functions did) holds while one of its functions stays bound.
 
 A device that is gone stays listed, Unhealthy, until PodResources has shown for `RETIRE` that no pod holds it: the
 kubelet reports a missing allocated device as healthy, and may crash when one goes during Allocate. One ID is one node

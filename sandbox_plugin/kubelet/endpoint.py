@@ -118,7 +118,7 @@ class Endpoint:
 
     Usage:
 
-        endpoint = Endpoint(resource=..., kubelet_dir=..., registry=..., policy=...)
+        endpoint = Endpoint(resource=..., kubelet_dir=..., registry=..., policy=..., consumer=..., last_look=...)
         async with asyncio.TaskGroup() as group:
             group.create_task(endpoint.run())
             ...

@@ -41,7 +41,7 @@ class NodeLock:
 
         async with lock.taken():
             ...                      # serve
-            await lock.lost()        # somebody removed the folder; stop serving and wait for the lock again
+            await lock.lost()        # somebody removed the file or the folder; stop serving, and take the new one
     """
 
     folder: Path
@@ -88,18 +88,10 @@ class NodeLock:
             self._held = None
 
     async def lost(self) -> None:
-        """Returns when the locked file is not the one in the folder any more, and the new one cannot be had."""
-        while True:
+        """Returns when the locked file is not the one in the folder any more: others may have served since then."""
+        while self._held is not None and _is_at(self.folder / LOCK_NAME, self._held):
             self._bell.clear()
             await happens(self._bell, within=_CHECK)
-            if self._held is not None and _is_at(self.folder / LOCK_NAME, self._held):
-                continue
-            descriptor = self._try()
-            if descriptor is None:
-                return
-            if self._held is not None:
-                os.close(self._held)
-            self._held = descriptor
 
     def _try(self) -> int | None:
         """The locked file, or None: said once, why not."""

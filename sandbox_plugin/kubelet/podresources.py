@@ -54,7 +54,7 @@ class HoldingsPoller:
     _kubelet: sockets.Identity | None = None
     _kubelet_since: float = 0.0
     """When the kubelet that made this socket began, by `clock`."""
-    asked_at: float = -math.inf
+    _asked_at: float = -math.inf
     """When PodResources was asked last, by `clock`: also by who did not wait for `run`."""
     _heard_at: float = -math.inf
     """When PodResources answered last, by `clock`."""
@@ -79,14 +79,14 @@ class HoldingsPoller:
             if self._answered and not inventory.waits_for_holdings:
                 await self.registry.newer_than(inventory.version)
                 continue
-            pause = self.asked_at + INTERVAL - self.clock()
+            pause = self._asked_at + INTERVAL - self.clock()
             if pause <= 0 or await happens(self._hurried, within=pause):
                 self._hurried.clear()
                 await self.ask()
 
     async def ask(self, patience: float = _TIMEOUT) -> None:
         """One question. The answer goes to the registry; a failure is logged once, until it changes."""
-        asked_at = self.asked_at = self.clock()
+        asked_at = self._asked_at = self.clock()
         is_young = self._is_young()
         is_there = True
         learnt = None

@@ -100,7 +100,9 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         if in_use := {(self.resource, i): found.in_use for i, found in against.items() if found.in_use}:
             self.registry.learn(busy=in_use)
         self._refuse(chosen, {i: found.why for i, found in against.items()})
-        chosen = self._choose(asked)
+        looked_at_devices, chosen = chosen, self._choose(asked)
+        changed = [d.id for was, d in zip(looked_at_devices, chosen, strict=True) if _bound(was) != _bound(d)]
+        self._refuse(chosen, dict.fromkeys(changed, "it changed while it was looked at"))
         by_id = {d.id: d for d in chosen}
         response = v1beta1.AllocateResponse(
             container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
@@ -139,6 +141,11 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
                 log.warning("allocation refused", **about, reason=why)
                 where = f"{self.resource}: device {device.id} ({device.address})"
                 raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {why}")
+
+
+def _bound(device: Device) -> tuple[object, ...]:
+    """What a look at a device is true of: its functions as they are bound, and those that have one holder with it."""
+    return (*((p.address, p.binding) for p in device.placements), *device.group_functions)
 
 
 def _listed(device: Device) -> v1beta1.Device:

@@ -115,7 +115,7 @@ class Question:
     ends_at: float
     is_answered: bool = True
     """Else nobody waits any longer then."""
-    of_turn: bool = False
+    of_this_lock: bool = False
     """It is asked once before the plugin serves."""
     answer: Mapping[DeviceKey, str] | None = None
     """Device -> pod, as it was when the kubelet got the question; None: it is to be made when the answer goes out."""
@@ -130,7 +130,7 @@ class Plugin:
     registry: Registry
     has_started: bool = False
     """It has asked PodResources once, and goes on with all the rest."""
-    turn_since: float = math.inf
+    lock_since: float = math.inf
     """Since when it has the lock; inf: it has not."""
     serves: bool = False
     next_scan: float = 0.0
@@ -145,7 +145,7 @@ class Plugin:
     told_at: float = -math.inf
     """When it was asked what it has answered so."""
     is_heard: bool = False
-    """It has answered since it is this plugin's turn."""
+    """It has answered since this plugin has the lock."""
     is_there: bool | None = None
     """Whether PodResources' socket was there when it was last asked."""
     named: dict[tuple[DeviceKey, str], float] = field(default_factory=dict)
@@ -159,8 +159,8 @@ class Plugin:
 
     @property
     def is_told(self) -> bool:
-        """Whether PodResources has given a complete answer since it is this plugin's turn."""
-        return self.told_at >= self.turn_since
+        """Whether PodResources has given a complete answer since this plugin has the lock."""
+        return self.told_at >= self.lock_since
 
 
 GRACE_RULE = ResourceRule(label="resources[0]", name="example.com/grace", drivers=frozenset({"nvgrace_gpu_vfio_pci"}))
@@ -274,7 +274,7 @@ class World:
         if plugin.scan is None and (self.now >= plugin.next_scan or (wake_at is not None and self.now >= wake_at)):
             self.begin_scan(plugin)
         waits = plugin.registry.current.waits_for_holdings or not plugin.has_answer
-        if waits and self.now >= plugin.next_question and all(q.of_turn for q in plugin.questions):
+        if waits and self.now >= plugin.next_question and all(q.of_this_lock for q in plugin.questions):
             self.ask(plugin)
 
     # What a plugin sees
@@ -307,27 +307,27 @@ class World:
         plugin.bindings.update(f.vfio.binding or 0 for f in facts.functions.values() if f.vfio is not None)
         self._write_specs(plugin)
 
-    def ask(self, plugin: Plugin, *, at_once: bool = False, of_turn: bool = False) -> None:
+    def ask(self, plugin: Plugin, *, at_once: bool = False, of_this_lock: bool = False) -> None:
         """A question to PodResources."""
         self.now += _MOMENT
-        if not of_turn:
+        if not of_this_lock:
             plugin.next_question = self.now + _INTERVAL
         if self.pod_resources == "absent":
             self.note(plugin.name, "finds no PodResources")
             self._learn_whether_there(plugin, is_there=False)
-            self._go_on(plugin, of_turn=of_turn)
+            self._go_on(plugin, of_this_lock=of_this_lock)
             return
         takes = 0.0
         if self.pod_resources == "silent":
             takes = math.inf
         elif self.pod_resources == "slow" and not at_once:
             takes = self.dice.choice((0.5, 2.0, 3.9, math.inf))
-        patience = _FIRST_PATIENCE if of_turn or not plugin.has_started else _PATIENCE
+        patience = _FIRST_PATIENCE if of_this_lock or not plugin.has_started else _PATIENCE
         question = Question(
             asked_at=self.now,
             ends_at=self.now + min(takes, patience),
             is_answered=takes <= patience,
-            of_turn=of_turn,
+            of_this_lock=of_this_lock,
             answer=self._pods_by_device() if self.dice.random() < 0.5 else None,
         )
         plugin.questions.append(question)
@@ -349,7 +349,7 @@ class World:
             words = "young" if is_young else "complete"
             self.note(plugin.name, f"hears ({words}, asked {question.asked_at - BEGINNING:.4f})", pods)
             plugin.has_answer |= not is_young
-            plugin.is_heard |= question.asked_at >= plugin.turn_since
+            plugin.is_heard |= question.asked_at >= plugin.lock_since
             if not is_young:
                 plugin.told_at = max(plugin.told_at, question.asked_at)
             plugin.is_there = True
@@ -360,23 +360,23 @@ class World:
         else:
             self.note(plugin.name, "gets no answer from PodResources")
             self._learn_whether_there(plugin, is_there=True)
-        self._go_on(plugin, of_turn=question.of_turn)
+        self._go_on(plugin, of_this_lock=question.of_this_lock)
 
     def _learn_whether_there(self, plugin: Plugin, *, is_there: bool) -> None:
         plugin.is_there = is_there
         plugin.registry.learn(pod_resources=is_there)
         self._write_specs(plugin)
 
-    def _go_on(self, plugin: Plugin, *, of_turn: bool) -> None:
+    def _go_on(self, plugin: Plugin, *, of_this_lock: bool) -> None:
         """What waits for a question to end, however it ends."""
-        if of_turn and plugin is self.plugin and not plugin.serves:
+        if of_this_lock and plugin is self.plugin and not plugin.serves:
             self._serve(plugin)
         if not plugin.has_started:
             plugin.has_started = True
             self.begin_scan(plugin)
 
     def _write_specs(self, plugin: Plugin) -> None:
-        """What the CDI writer does, where this plugin has one and it is its turn.
+        """What the CDI writer does, where this plugin has one and the lock.
 
         The spec of a kind that no device needs any more stays as it is while a pod may need it.
         """
@@ -412,7 +412,7 @@ class World:
         self.note(plugin.name, "starts" if serves else "stands by", _words(settings))
         if serves:
             self.plugin = plugin
-            self._begin_turn(plugin)
+            self._begin_to_serve(plugin)
         else:
             self.standby = plugin
         if needs_cdi:
@@ -432,33 +432,33 @@ class World:
         self.plugin = None
 
     def take_over(self) -> None:
-        """The one that stands by gets the turn."""
+        """The one that stands by gets the lock."""
         self.plugin, self.standby = self.standby, None
         assert self.plugin is not None
         self.note(self.plugin.name, "takes over")
-        self._begin_turn(self.plugin)
+        self._begin_to_serve(self.plugin)
 
     def swap_turns(self) -> None:
         """The lock goes to the other one, and both live on."""
         before = self.plugin
         assert before is not None
-        before.serves, before.turn_since = False, math.inf
+        before.serves, before.lock_since = False, math.inf
         self.take_over()
         self.standby = before
 
-    def _begin_turn(self, plugin: Plugin) -> None:
+    def _begin_to_serve(self, plugin: Plugin) -> None:
         """It has the lock. Before it serves it asks PodResources, if it has not just started."""
         self._show_all_pods()
-        plugin.turn_since, plugin.is_heard = self.now, False
+        plugin.lock_since, plugin.is_heard = self.now, False
         if plugin.registry.current.version:
-            self.ask(plugin, of_turn=True)
+            self.ask(plugin, of_this_lock=True)
         else:
             self._serve(plugin)
 
     def _serve(self, plugin: Plugin) -> None:
         plugin.serves = True
         plugin.next_question = self.now
-        plugin.registry.serve(plugin.turn_since)
+        plugin.registry.serve(plugin.lock_since)
         self._write_specs(plugin)
 
     # The kubelet
