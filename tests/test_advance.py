@@ -405,6 +405,15 @@ def test_a_grant_that_nobody_uses_ends_where_pod_resources_tells_nothing(pod_res
     assert node.look(after=SETTLE).reason("2") is None
 
 
+def test_what_a_pod_held_when_it_arrived_settles_also_where_a_fault_of_its_bind_came_in_between() -> None:
+    node = Node().pods("1").look(mates())
+    assert node.reason("2") is Reason.GROUP_TAKEN
+    unbound = replace(mates(), dev_nodes=frozenset({"/dev/vfio/devices/vfio1"}))
+    assert node.look(unbound, after=0.3).reason("2") is Reason.NO_NODE
+    node.pods(after=0.3)
+    assert node.look(mates(), after=0.1).reason("2") is Reason.SETTLING
+
+
 def test_an_answer_that_may_lack_pods_retires_nothing() -> None:
     gone = Node().look(host(gpu(A))).look(HostFacts(), after=1).pods(complete=False)
     assert gone.look(after=10 * RETIRE).pods(complete=False).listed == ["0"]

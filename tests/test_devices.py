@@ -60,6 +60,12 @@ def test_with_cdevs_a_device_is_a_function_and_its_id_is_the_number_of_its_cdev(
     assert found.unoffered == {}
 
 
+def test_that_the_kernel_has_cdevs_is_noticed_also_where_no_function_can_be_read() -> None:
+    before = find_devices(HostFacts(), Rules())
+    assert not before.cdevs
+    assert find_devices(HostFacts(kernel_has_cdevs=True), Rules(), before=before).cdevs
+
+
 def test_without_cdevs_a_device_is_a_group_and_its_id_is_the_groups_number() -> None:
     found = find(host(by_group(A, group=59, vfio=3)))
     (device,) = found.devices

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,22 @@ import pytest
 from bare import bare_client
 from conftest import MakeNode, StartDaemon
 from daemon import Daemon, Places
+from facts import gpu, host
 from grpc import StatusCode
 from grpclib import GRPCError, Status
 from kubelet import GrpcKubelet, Refusal, refusal
+from loop import in_loop
 from names import PGPU
 from trials import figures, pairs, socket_of, tampered, wait_until
 
 from sandbox_plugin.api import v1, v1beta1
+from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.rules import Rules
+from sandbox_plugin.kubelet.servicer import DevicePluginServicer
+from sandbox_plugin.model import Device, Objection, PciFunction, VfioDev
+from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc.codec import MalformedMessage, MessageCodec, RequestCodec
 
 PATIENT = "from sandbox_plugin import daemon\ndaemon._LAST_LOOK_PATIENCE = 60"
@@ -214,6 +222,48 @@ def test_an_allocate_that_is_cancelled_in_the_middle_gives_nothing(mates: Mates,
     assert mates.allocate(["1"]) == given("1")
     mates.plugin.wait_for("allocated", device="1")
     assert len(mates.plugin.events("allocated")) == 1
+
+
+A = "0000:01:00.0"
+
+
+def bound(address: str, binding: int) -> PciFunction:
+    return replace(gpu(address), vfio=VfioDev(number=0, cdev="511:0", binding=binding))
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        bound(A, 2),
+        bound("0000:02:00.0", 3),
+    ],
+    ids=["bound again", "another function"],
+)
+@in_loop
+async def test_a_device_that_changes_while_it_is_looked_at_is_refused_although_it_is_healthy(
+    after: PciFunction,
+) -> None:
+    registry = Registry(Rules(), requires_cdi=False)
+    registry.observe(host(bound(A, 1)))
+
+    async def look(_: Sequence[Device]) -> Mapping[str, Objection]:
+        registry.observe(host(after))
+        registry.learn(holdings=Holdings(asked_at=registry.now()))
+        return {}
+
+    servicer = DevicePluginServicer(
+        resource=PGPU,
+        registry=registry,
+        policy=Policy.PACKED,
+        consumer=Consumer.KATA,
+        stream=nullcontext,
+        last_look=look,
+    )
+    request = v1beta1.AllocateRequest(container_requests=[v1beta1.ContainerAllocateRequest(devices_ids=["0"])])
+    with pytest.raises(GRPCError, match="it changed while it was looked at") as caught:
+        await servicer.allocate(request)
+    assert caught.value.status is Status.FAILED_PRECONDITION
+    assert registry.holders == {}
 
 
 # Nonsense on the wire
