@@ -10,13 +10,19 @@ from pathlib import Path
 
 from daemon import Places
 from devices import nothing_against
-from loop import run
+from facts import gpu, host
+from loop import run, until
 
-from sandbox_plugin.config.settings import Consumer, Policy
+from sandbox_plugin.config.settings import Consumer, Policy, Settings
 from sandbox_plugin.fake.kubelet import FakeKubelet
+from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.rules import Rules
+from sandbox_plugin.inventory.tracking import RETIRE
 from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint, State
+from sandbox_plugin.kubelet.endpoints import Endpoints
+from sandbox_plugin.model import HostFacts
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.shutdown import Shutdown
 
 FOR_EVER = 3600.0
 
@@ -99,5 +105,30 @@ def test_streams_that_end_with_an_older_socket_of_ours_do_not_count_as_the_loss_
             await until(State.REGISTERED)  # and not, at once, lost
             running.cancel()
             await asyncio.wait([running])
+
+    run(work())
+
+
+def test_a_resource_is_advertised_from_its_first_device_until_the_last_is_dropped(places: Places) -> None:
+    now = [100.0]
+    registry = Registry(Rules(), requires_cdi=False, clock=lambda: now[0])
+
+    def advertised() -> set[str]:
+        return {path.name for path in places.top.glob("*.sock")}
+
+    async def work() -> None:
+        endpoints = Endpoints(Settings(kubelet_dir=places.top), registry, nothing_against)
+        running = asyncio.create_task(endpoints.run(Shutdown()))
+        registry.observe(host(gpu("0000:01:00.0")))
+        await until(lambda: advertised() == {"sandbox-pgpu.sock"})
+        assert [status.resource for status in endpoints.status()] == ["nvidia.com/pgpu"]
+        registry.observe(HostFacts())
+        for _ in range(2):
+            now[0] += RETIRE
+            registry.learn(holdings=Holdings(asked_at=now[0]))
+        await until(lambda: advertised() == set())
+        assert endpoints.status() == []
+        running.cancel()
+        await asyncio.wait([running])
 
     run(work())
