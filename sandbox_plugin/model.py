@@ -253,7 +253,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """What a pod asks for one of: a GPU or NVSwitch function, or a whole IOMMU group on kernels without cdevs."""
+    """The unit that a pod requests: a GPU or NVSwitch function, or a whole IOMMU group on kernels without cdevs."""
 
     id: str
     """The number of its VFIO node, in decimal: N of vfioN, or of the group. One ID is one node path."""

@@ -39,7 +39,7 @@ class Rescans:
         self._triggers = {"start"}
         """What has asked for the next scan, for the log; nothing: the timer."""
 
-    def wake(self, trigger: str = "change") -> None:
+    def wake(self, trigger: str) -> None:
         """Something may have changed."""
         self._triggers.add(trigger)
         self._wanted.set()

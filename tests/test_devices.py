@@ -23,7 +23,9 @@ NAMES = ModelNames({(0x10DE, H100): "GH100 [H100 SXM5 80GB]", (0x10DE, 0x2335): 
 
 
 def find(facts: HostFacts, *, cdevs_known: bool = False, **settings: Any) -> Found:
-    return find_devices(facts, Rules(Settings(**settings), NAMES), cdevs_known=cdevs_known)
+    rules = Rules(Settings(**settings), NAMES)
+    before = find_devices(HostFacts(kernel_has_cdevs=True), rules) if cdevs_known else None
+    return find_devices(facts, rules, before)
 
 
 def offered(found: Found) -> dict[tuple[str, str], str]:
@@ -63,7 +65,7 @@ def test_with_cdevs_a_device_is_a_function_and_its_id_is_the_number_of_its_cdev(
 def test_that_the_kernel_has_cdevs_is_noticed_also_where_no_function_can_be_read() -> None:
     before = find_devices(HostFacts(), Rules())
     assert not before.cdevs
-    assert find_devices(HostFacts(kernel_has_cdevs=True), Rules(), before=before).cdevs
+    assert find_devices(HostFacts(kernel_has_cdevs=True), Rules(), before).cdevs
 
 
 def test_without_cdevs_a_device_is_a_group_and_its_id_is_the_groups_number() -> None:

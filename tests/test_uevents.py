@@ -182,7 +182,7 @@ async def test_the_outcome_of_a_recovery_is_taken_in_by_the_next_scan_that_has_t
         before = await registry.newer_than(0)
         rescans.note_aer(T4, "FAILED_RECOVERY")
         with capture_logs() as logs, no_descriptors():
-            rescans.wake()
+            rescans.wake("test")
             await until(lambda: logs)
         inventory = await registry.newer_than(before.version)
         task.cancel()

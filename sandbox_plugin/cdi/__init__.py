@@ -1,1 +1,1 @@
-"""What leaves the process besides gRPC."""
+"""CDI specs: ours, rendered, written and kept; and a watch over foreign ones."""

@@ -24,7 +24,6 @@ import structlog
 from sandbox_plugin.cdi import files
 from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.cdi.lint import read_spec
-from sandbox_plugin.cdi.render import is_marked
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.state import Inventory
@@ -177,7 +176,7 @@ def read_stale(name: str, content: bytes, is_ours: Callable[[str], bool]) -> Sta
     """
     reading = read_spec(content)
     kind = reading.kind if reading.kind is not None and name == cdi_file_name(reading.kind) else None
-    if not is_marked(content) and not (kind is not None and is_ours(kind)):
+    if not reading.ours and not (kind is not None and is_ours(kind)):
         return None
     if kind is None or not reading.devices:
         return StaleSpec()

@@ -19,26 +19,16 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def start_thread(name: str, work: Callable[[], None]) -> threading.Thread:
-    """Starts a thread that ends with the process.
-
-    Raises OSError where none can be had, as at the limit of a pod's pids.
-    """
-    thread = threading.Thread(target=work, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise OSError(errno.EAGAIN, str(error)) from None
-    return thread
-
-
 def is_lack_of_threads(error: BaseException) -> bool:
     """Whether somebody else's code failed because no thread could be had."""
     return type(error) is RuntimeError and str(error) == "can't start new thread"
 
 
 class DaemonThreads(Executor):
-    """Runs each call on a thread of its own, of this name. Raises OSError where none can be had."""
+    """Runs each call on a thread of its own, of this name, that ends with the process.
+
+    Raises OSError where none can be had, as at the limit of a pod's pids.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -56,7 +46,10 @@ class DaemonThreads(Executor):
             else:
                 future.set_result(result)
 
-        start_thread(self._name, work)
+        try:
+            threading.Thread(target=work, name=self._name, daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(errno.EAGAIN, str(error)) from None
         return future
 
 

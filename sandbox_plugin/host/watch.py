@@ -33,7 +33,8 @@ OnChange = Callable[[], None]
 Folders = Callable[[], Sequence[Path]]
 """Finds out which folders there are; on a thread, so it may read files."""
 FolderId = tuple[int, int]
-"""Device and inode number: they tell a new folder from the one that was there before."""
+"""Device and inode number: they tell a new folder from the one that was there before, unless that was removed first:
+ext4 gives its number away again."""
 Targets = dict[Path, FolderId | str]
 """What to watch, or why it cannot be watched."""
 

@@ -1,8 +1,8 @@
 """What the node offers now: the step from what was, what the host shows, and what was learnt from others.
 
-`advance` is the whole of it: the rules in their order, each in the module that is named for it. It is pure: time comes
-in as a number, and everything that has to be remembered (what was found, damping, who holds what, AER recoveries, who
-leaves when) is a value in the inventory itself.
+`advance` is the whole of it: the rules in their order, each in the module that is named for it. `allocate` is the same
+for what one Allocate concerns. Both are pure: time comes in as a number, and everything that has to be remembered (what
+was found, damping, who holds what, AER recoveries, who leaves when) is a value in the inventory itself.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _found(memory: Memory, facts: HostFacts, rules: Rules) -> Found:
     before = memory.found
     if before is not None and facts is memory.facts:
         return before
-    return find_devices(facts, rules, cdevs_known=before is not None and before.cdevs, before=before)
+    return find_devices(facts, rules, before)
 
 
 def _who_holds_what(memory: Memory, tracks: Mapping[DeviceKey, Track], moment: Moment, rules: Rules) -> Ledger:

@@ -118,13 +118,15 @@ class _Part:
     """None: no device is in it."""
 
 
-def find_devices(facts: HostFacts, rules: Rules, *, cdevs_known: bool = False, before: Found | None = None) -> Found:
-    """Groups functions into devices. `cdevs_known`: this kernel has shown cdevs before.
+def find_devices(facts: HostFacts, rules: Rules, before: Found | None = None) -> Found:
+    """Groups functions into devices.
 
-    `before` is what was found earlier by the same rules. It is the answer again if nothing has changed, and devices of
-    groups of which nothing has changed are the same objects again: a scan costs what has changed.
+    `before` is what was found earlier by the same rules: a kernel that has shown cdevs has them for good. It is the
+    answer again if nothing has changed, and devices of groups of which nothing has changed are the same objects again:
+    a scan costs what has changed.
     """
-    cdevs = cdevs_known or facts.kernel_has_cdevs or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
+    has_cdevs = before is not None and before.cdevs
+    cdevs = has_cdevs or facts.kernel_has_cdevs or any(f.vfio and f.vfio.cdev for f in facts.functions.values())
     by_group: dict[int | None, list[PciFunction]] = defaultdict(list)
     for function in facts.functions.values():
         by_group[function.iommu_group].append(function)
