@@ -282,6 +282,15 @@ def test_a_use_that_the_look_before_allocate_saw_ended_is_not_held_against_the_n
     assert plugin.sees(used).reason("0") is None, "and the new pod's has begun"
 
 
+def test_a_gpu_in_use_that_an_old_pod_had_by_the_number_is_not_offered_when_the_number_is_given_again() -> None:
+    """The number went to another GPU, and the old pod's VM outlives it: nobody holds that GPU any more."""
+    plugin = Plugin().sees(gpu(A, vfio=0)).hears().gives("0").hears(held(P="0"))
+    now = (gpu(A, vfio=7, enable=1), gpu(B, vfio=0, group=51))
+    plugin.sees(*now).hears(held(P="0")).sees(*now, after=2)
+    assert plugin.reason("7") is Reason.HELD_AS_ANOTHER
+    assert plugin.gives("0").reason("7") is Reason.IN_USE_ELSEWHERE
+
+
 def test_a_use_that_began_after_the_look_before_allocate_is_not_the_new_pods() -> None:
     plugin = Plugin().hears().sees(gpu(A, vfio=0))
     looked_at = plugin.now

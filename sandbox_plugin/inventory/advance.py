@@ -70,8 +70,7 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
     """
     memory = previous.memory
     assert memory.found is not None
-    functions = {address for device in allocation.devices for address in device.group_functions}
-    ledger = uses.attribute(ledgers.give(memory.ledger, allocation, now), among=functions)
+    ledger = ledgers.give(memory.ledger, allocation, now)
     # Also of what pods had by these IDs before: that is free now.
     grants = [each.grants.get(device.key) for each in (memory.ledger, ledger) for device in allocation.devices]
     places = {place for grant in grants if grant is not None for place in grant.places.all}
@@ -79,6 +78,8 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
     if any(grant is not None and not grant.places.are_known for grant in grants):
         numbers |= {number for number, group in memory.found.groups.items() if group.has_unbound}
     groups = {number: memory.found.groups[number] for number in numbers}
+    in_use = {address for address, use in ledger.uses.items() if use.group in numbers or address in places}
+    ledger = uses.attribute(ledger, among=in_use)
     against = withheld(groups, ledger, signals, previous.is_healthy)
     tracks, devices = dict(memory.tracks), dict(previous.by_key)
     concerned = [device.key for group in groups.values() for device in group.devices]
