@@ -25,8 +25,9 @@ class Mediated:
         address = str(uuid.UUID(int=number))
         folder = self._carrier / address
         types = self._carrier / "mdev_supported_types" / kind
-        types.mkdir(parents=True, exist_ok=True)
-        (types / "name").write_text(f"{name}\n")
+        if not types.exists():  # never written again: of those that have the type a scan would read an empty name
+            types.mkdir(parents=True)
+            (types / "name").write_text(f"{name}\n")
         folder.mkdir()
         create_link(f"{folder}/mdev_type", str(types))
         devices = self._sys / f"kernel/iommu_groups/{group}/devices"
