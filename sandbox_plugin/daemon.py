@@ -41,9 +41,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 _QUICK, _UNHURRIED = 0.01, 0.05
 """Steps of the folder watcher, in seconds: its thread looks a hundred or twenty times a second."""
-_LAST_LOOK_PATIENCE = 0.08
-"""Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer,
-which is to come within 0.1 s."""
+_LAST_LOOK_PATIENCE = 0.3
+"""Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer. It
+takes a fraction of a millisecond; a machine under load must not make it a refusal."""
 _CDI_INTERVAL = 5.0
 """Seconds after which CDI folders are looked at, however seldom the host is scanned: their events may get lost."""
 _FIRST_ANSWER = 1.0

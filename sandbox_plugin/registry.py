@@ -16,7 +16,7 @@ from sandbox_plugin.inventory.advance import advance, allocate
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
-from sandbox_plugin.model import HostFacts
+from sandbox_plugin.model import HostFacts, PciFunction
 from sandbox_plugin.tasks import happens
 
 
@@ -75,6 +75,11 @@ class Registry:
             return self._inventory  # nothing was seen yet: that is not a host without devices
         self._facts = facts
         return self._step(replace(self._signals, aer=tuple(aer)))
+
+    @property
+    def functions(self) -> Mapping[str, PciFunction]:
+        """All functions by address, as the latest scan saw them."""
+        return {} if self._facts is None else self._facts.functions
 
     @property
     def holdings(self) -> Holdings | None:

@@ -82,7 +82,7 @@ async def timed(devices: Mapping[str, Device], policy: Policy, calls: int) -> di
 
 
 def servicer(devices: Mapping[str, Device], policy: Policy) -> DevicePluginServicer:
-    async def nothing(_: Any) -> Mapping[str, Objection]:
+    async def nothing(*_: Any) -> Mapping[str, Objection]:
         return {}
 
     return DevicePluginServicer(

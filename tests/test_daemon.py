@@ -101,16 +101,19 @@ def test_the_cdi_spec_of_every_device_is_on_disk_before_register_is_called(hgx: 
 
 
 @pytest.mark.parametrize(
-    "containers",
-    [[["9", "4", "11", "6"]], [["4"], ["5", "6"]]],
+    ("containers", "devices", "addresses"),
+    [
+        ([["9", "4"]], "9,4", "0000:c3:00.0,0000:1b:00.0"),
+        ([["4"], ["5", "6"]], "4,5,6", "0000:1b:00.0,0000:43:00.0,0000:52:00.0"),
+    ],
     ids=["several, in the order asked", "two containers"],
 )
 def test_allocate_gives_the_vfio_nodes_and_nothing_else_and_is_logged_with_the_pci_addresses(
-    hgx: Hgx, containers: list[list[str]]
+    hgx: Hgx, containers: list[list[str]], devices: str, addresses: str
 ) -> None:
     since = hgx.daemon.mark()
     assert_allocates(hgx.gpus, containers, GPU_NODES)
-    hgx.daemon.wait_for("allocated", since=since, resource=PGPU, device="4", pci_address="0000:1b:00.0")
+    hgx.daemon.wait_for("allocated", since=since, resource=PGPU, device=devices, pci_address=addresses)
 
 
 @pytest.mark.parametrize(

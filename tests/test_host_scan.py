@@ -39,15 +39,13 @@ def scan_threads() -> list[threading.Thread]:
 
 
 def assert_hanging(number: int) -> None:
-    """So many threads hang; that of a scan that has just ended ends too."""
+    """So many threads hang; that of a scan that has just ended is not at work any more."""
     wait_until(lambda: len(scan_threads()) <= number, f"no more than {number} threads of scans")
     assert len(scan_threads()) == number
 
 
 def join_scans() -> None:
-    for thread in scan_threads():
-        thread.join(LIMIT)
-    assert scan_threads() == []
+    wait_until(lambda: not scan_threads(), "no thread is at work on a scan")
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ async def test_a_device_that_changes_while_it_is_looked_at_is_refused_although_i
     registry = Registry(Rules(), requires_cdi=False)
     registry.observe(host(bound(A, 1)))
 
-    async def look(_: Sequence[Device]) -> Mapping[str, Objection]:
+    async def look(_: Sequence[Device], __: Mapping[str, PciFunction]) -> Mapping[str, Objection]:
         registry.observe(host(after))
         registry.learn(holdings=Holdings(asked_at=registry.now()))
         return {}

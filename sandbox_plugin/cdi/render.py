@@ -15,6 +15,8 @@ from sandbox_plugin.model import Device
 MARK = "# Written by sandbox-plugin, which replaces this file whenever the node's devices change.\n"
 _MARK_START = b"# Written by sandbox-plugin"
 """What the mark begins with in every version of this plugin."""
+_NAME = "  - name: "
+"""What an entry begins with."""
 
 
 def render_specs(inventory: Inventory) -> dict[str, str]:
@@ -39,9 +41,11 @@ def is_marked(content: bytes) -> bool:
 def ids_in_spec(content: bytes, resource: str, devices: Iterable[Device]) -> frozenset[str]:
     """IDs of those devices that a spec has which this plugin wrote, now or when it ran before; none of any other."""
     written = content.decode("utf-8", "replace")
-    if not written.startswith(MARK + _head(resource)):
+    head = MARK + _head(resource)
+    if not written.startswith(head):
         return frozenset()
-    return frozenset(device.id for device in devices if device.node_exists and _entry(device) in written)
+    entries = {_NAME + rest for rest in written.removeprefix(head).split(_NAME)}
+    return frozenset(device.id for device in devices if device.node_exists and _entry(device) in entries)
 
 
 def _head(resource: str) -> str:
@@ -49,7 +53,7 @@ def _head(resource: str) -> str:
 
 
 def _entry(device: Device) -> str:
-    return f"""  - name: {json.dumps(device.id)}
+    return f"""{_NAME}{json.dumps(device.id)}
     containerEdits:
       deviceNodes:
         - path: {json.dumps(device.node)}

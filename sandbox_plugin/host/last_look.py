@@ -1,83 +1,111 @@
-"""The last look at devices before an Allocate gives them to a pod: what the latest scan saw may have changed since."""
+"""The last look at devices before an Allocate gives them to a pod: what the latest scan saw may have changed since.
+
+All pod admission of the node waits for it, so it reads no more than what decides whether a VM can open the devices now.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 
-from sandbox_plugin.host import bus, sysfs
+from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.pci_function import FunctionUnreadable, is_a_vms, read_function
+from sandbox_plugin.host.pci_function import FunctionUnreadable, is_a_vms, read_again
 from sandbox_plugin.host.sweep import SILENCE
 from sandbox_plugin.host.threads import DaemonThreads
 from sandbox_plugin.model import Device, Objection, PciFunction, Placement, group_of_node, node_of_cdev
 
 _threads = DaemonThreads("last-look")
 
+Functions = Mapping[str, PciFunction]
+"""By address, as the latest scan saw them."""
+
 
 class LastLook:
     """Looks at devices once more, before they are given away.
 
-    There is one look at a device at a time. Who asks while it goes on waits for its answer too; while it hangs, the
-    device is refused at once. So a device that hangs costs one thread, however often it is asked for. `on_refusal` is
-    called for whatever speaks against a device: a scan should see it too.
+    A device at which a look hangs is refused, and until that look has ended it is refused at once: so it costs one
+    thread, however often it is asked for. `on_refusal` is called for whatever speaks against a device: a scan should
+    see it too.
     """
 
     def __init__(self, paths: HostPaths, patience: float, *, on_refusal: Callable[[], None] = lambda: None) -> None:
         self._paths = paths
         self._patience = patience
         self._on_refusal = on_refusal
-        self._unanswered: dict[tuple[str, str], tuple[float, Future[Objection | None]]] = {}
-        """Node and PCI address -> when the look at that device began, in monotonic seconds, and its answer to come. The
-        address too, because a number may be another device's by now."""
+        self._hanging: set[tuple[str, str]] = set()
+        """Node and PCI address of the devices at which looks hang. The address too, because a number may be another
+        device's by now."""
 
-    async def __call__(self, devices: Sequence[Device]) -> dict[str, Objection]:
-        """By ID, what speaks against giving these devices away now.
-
-        Takes `patience` seconds at most; a device that has not answered by then is one of those.
-        """
-        now = time.monotonic()
-        looks = {device.id: self._look(device, now) for device in devices}
-        in_time = {
-            device_id: answer for device_id, (began_at, answer) in looks.items() if now - began_at < self._patience
-        }
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._patience):
-                await asyncio.gather(*map(asyncio.wrap_future, in_time.values()), return_exceptions=True)
-        self._unanswered = {key: look for key, look in self._unanswered.items() if not look[1].done()}
-        against = {}
-        for device_id in looks:
-            answer = in_time.get(device_id)
-            # The thread's own word: a loop that is busy hears of it later.
-            why = answer.result() if answer is not None and answer.done() else Objection(why=SILENCE)
-            if why is not None:
-                against[device_id] = why
+    async def __call__(self, devices: Sequence[Device], functions: Functions) -> Mapping[str, Objection]:
+        """By ID, what speaks against giving these devices away now. Takes `patience` seconds at most."""
+        hanging = [device for device in devices if (device.node, device.address) in self._hanging]
+        against = {d.id: Objection(why=SILENCE) for d in hanging} or await self._look(devices, functions)
         if against:
             self._on_refusal()
         return against
 
-    def _look(self, device: Device, now: float) -> tuple[float, Future[Objection | None]]:
-        key = (device.node, device.address)
-        if key not in self._unanswered or self._unanswered[key][1].done():
-            try:
-                answer = _threads.submit(objection, self._paths, device)
-            except OSError as error:
-                answer = Future()
-                answer.set_result(Objection(why=f"it cannot be looked at: {error.strerror}"))
-            self._unanswered[key] = (now, answer)
-        return self._unanswered[key]
+    async def _look(self, devices: Sequence[Device], functions: Functions) -> Mapping[str, Objection]:
+        look = _Look(self._paths, devices, functions)
+        try:
+            answer = _threads.submit(look.run)
+        except OSError as error:
+            why = f"it cannot be looked at: {error.strerror}"
+            return {device.id: Objection(why=why) for device in devices}
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._patience):
+                return await asyncio.wrap_future(answer)
+        if answer.done():  # a loop that was busy hears of it later
+            return answer.result()
+        look.is_wanted = False
+        at = look.at
+        self._hanging.add((at.node, at.address))
+        loop = asyncio.get_running_loop()
+
+        def ended(_: Future[Mapping[str, Objection]]) -> None:
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                loop.call_soon_threadsafe(self._hanging.discard, (at.node, at.address))
+
+        answer.add_done_callback(ended)
+        return {at.id: Objection(why=SILENCE)}
 
 
-def objection(paths: HostPaths, device: Device) -> Objection | None:
+@dataclass
+class _Look:
+    """A look at some devices, one after the other. For a thread: it blocks, and may hang in the kernel."""
+
+    paths: HostPaths
+    devices: Sequence[Device]
+    functions: Functions
+    at: Device = field(init=False)
+    """Which one is being looked at."""
+    is_wanted: bool = True
+    """Set to False by whoever waits no more."""
+
+    def __post_init__(self) -> None:
+        self.at = self.devices[0]
+
+    def run(self) -> Mapping[str, Objection]:
+        against = {}
+        for device in self.devices:
+            self.at = device
+            if self.is_wanted and (found := objection(self.paths, device, self.functions)):
+                against[device.id] = found
+        return against
+
+
+def objection(paths: HostPaths, device: Device, functions: Functions) -> Objection | None:
     """What speaks against giving this device away now, or None. Blocks, and may hang in the kernel."""
     placements = {placement.address: placement for placement in device.placements}
     used = set()
+    address = device.address
     try:
         for address, placement in placements.items():
-            function = read_function(paths, address)
+            function = read_again(paths, functions[address])
             if why := _why_unfit(paths, device, placement, function):
                 return Objection(why=why)
             if function.enable == 1:
@@ -114,4 +142,4 @@ def _has_node(paths: HostPaths, device: Device, function: PciFunction) -> bool:
     if device.is_cdev:
         vfio = function.vfio
         return vfio is not None and vfio.cdev is not None and device.node == node_of_cdev(vfio.number)
-    return group_of_node(device.node) in bus.read_group_nodes(paths)[0]
+    return os.path.lexists(f"{paths.vfio_class}/{group_of_node(device.node)}")

@@ -1,7 +1,7 @@
 """Calls to the system that may never return, on threads that nothing joins.
 
 A file on a dead mount holds whoever touches it, and no signal ends that. A thread pool would then keep the process
-from ending, and a pool of two would be used up by two such calls. A thread of its own for each call costs some 0.1 ms.
+from ending, and a pool of two would be used up by two such calls.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import errno
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
-from functools import wraps
+from functools import partial, wraps
+from queue import SimpleQueue
 from typing import Any, ParamSpec, TypeVar
 
 import aiofiles.os
@@ -25,9 +26,11 @@ def is_lack_of_threads(error: BaseException) -> bool:
 
 
 class DaemonThreads(Executor):
-    """Runs each call on a thread of its own, of this name, that ends with the process.
+    """Runs each call on a thread that ends with the process, and has this name while it is at work.
 
-    Raises OSError where none can be had, as at the limit of a pod's pids.
+    A thread that is done waits for the next call, whosever it is; for one that hangs nobody waits, and another takes
+    its place. So there are as many as calls were ever under way at once. Raises OSError where none can be had, as at
+    the limit of a pod's pids.
     """
 
     def __init__(self, name: str) -> None:
@@ -38,19 +41,47 @@ class DaemonThreads(Executor):
         future: Future[_T] = Future()
         future.set_running_or_notify_cancel()
 
-        def work() -> None:
+        def work(is_done: Callable[[], None]) -> None:
             try:
                 result = function(*args, **kwargs)
             except BaseException as error:
-                future.set_exception(error)
+                answer = partial(future.set_exception, error)
             else:
-                future.set_result(result)
+                answer = partial(future.set_result, result)
+            is_done()  # first: whoever gets the answer may have the next call
+            answer()
 
         try:
-            threading.Thread(target=work, name=self._name, daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(errno.EAGAIN, str(error)) from None
+            calls = _waiting.pop()
+        except IndexError:
+            calls = SimpleQueue()
+            try:
+                threading.Thread(target=_serve, args=(calls,), daemon=True).start()
+            except RuntimeError as error:
+                raise OSError(errno.EAGAIN, str(error)) from None
+        calls.put((self._name, work))
         return future
+
+
+_Calls = SimpleQueue[tuple[str, Callable[[Callable[[], None]], None]]]
+
+_waiting: list[_Calls] = []
+"""Of each thread that waits, where it waits. The last that was done is the next to be used: the others sleep on."""
+
+
+def _serve(calls: _Calls) -> None:
+    """One thread: a call after the other."""
+    thread = threading.current_thread()
+
+    def is_done() -> None:
+        thread.name = "waits"
+        _waiting.append(calls)
+
+    while True:
+        name, work = calls.get()
+        thread.name = name
+        work(is_done)
+        del work  # what it was about is not to live until the next call
 
 
 _files = DaemonThreads("files")

@@ -81,21 +81,20 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
     in_use = {address for address, use in ledger.uses.items() if use.group in numbers or address in places}
     ledger = uses.attribute(ledger, among=in_use)
     against = withheld(groups, ledger, signals, previous.is_healthy)
-    tracks, devices = dict(memory.tracks), dict(previous.by_key)
-    concerned = [device.key for group in groups.values() for device in group.devices]
-    for key in concerned:
-        tracks[key], devices[key] = _listed(tracks[key], against.get(key), signals, now)
-    resources = dict(previous.resources)
-    for resource in {resource for resource, _ in concerned}:
-        resources[resource] = tuple([devices[resource, device.id] for device in resources[resource]])
-    inventory = replace(
-        previous,
-        resources=MappingProxyType(resources),
-        by_key=MappingProxyType(devices),
-        waits_for_holdings=True,
-        memory=replace(memory, tracks=tracks, ledger=ledger),
-    )
-    return replace(inventory, version=previous.version + 1) if _shown(inventory) != _shown(previous) else inventory
+    tracks, changed = dict(memory.tracks), {}
+    for key in [device.key for group in groups.values() for device in group.devices]:
+        tracks[key], device = _listed(tracks[key], against.get(key), signals, now)
+        if device != previous.by_key[key]:
+            changed[key] = device
+    inventory = replace(previous, waits_for_holdings=True, memory=replace(memory, tracks=tracks, ledger=ledger))
+    if changed:
+        devices = {**previous.by_key, **changed}
+        resources = dict(previous.resources)
+        for resource in {resource for resource, _ in changed}:
+            resources[resource] = tuple([devices[device.key] for device in resources[resource]])
+        inventory = replace(inventory, resources=MappingProxyType(resources), by_key=MappingProxyType(devices))
+    is_news = bool(changed) or not previous.waits_for_holdings
+    return replace(inventory, version=previous.version + 1) if is_news else inventory
 
 
 def _listed(track: Track, withheld: Fault | None, signals: Signals, now: float) -> tuple[Track, Device]:

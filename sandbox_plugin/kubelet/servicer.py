@@ -6,6 +6,7 @@ sockets or registration. That streams open and end is what the endpoint must kno
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +19,7 @@ from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.kubelet.answers import answer
-from sandbox_plugin.model import Device, Objection
+from sandbox_plugin.model import Device, Objection, PciFunction
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc.server import PromptStreams
 
@@ -27,9 +28,9 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 """The only words the kubelet knows (pkg/apis/deviceplugin/v1beta1/constants.go)."""
 
-LastLook = Callable[[Sequence[Device]], Awaitable[Mapping[str, Objection]]]
-"""Checks devices on the host once more, before they are given: device ID -> what speaks against giving it now. Takes
-well under a second."""
+LastLook = Callable[[Sequence[Device], Mapping[str, PciFunction]], Awaitable[Mapping[str, Objection]]]
+"""Checks devices on the host once more, before they are given, with all functions as the latest scan saw them: device
+ID -> what speaks against giving it now. Takes well under a second."""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +97,7 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         log.debug("allocate asked", resource=self.resource, devices=asked)
         chosen = self._choose(asked)
         looked_at = self.registry.now()
-        against = await self.last_look(chosen)
+        against = await self.last_look(chosen, self.registry.functions)
         if in_use := {(self.resource, i): found.in_use for i, found in against.items() if found.in_use}:
             self.registry.learn(busy=in_use)
         self._refuse(chosen, {i: found.why for i, found in against.items()})
@@ -108,14 +109,18 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
             container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
         )
         self.registry.allocate([(d.resource, d.id) for d in chosen], looked_at=looked_at)
-        for device in chosen:
-            log.info("allocated", resource=self.resource, device=device.id, pci_address=device.address)
-        log.debug("allocate answered", resource=self.resource, answer=response)
+        asyncio.get_running_loop().call_soon(self._tell, chosen, response)  # the kubelet first
         return response
 
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
         """Not asked for by our options; answered all the same."""
         return v1beta1.PreStartContainerResponse()
+
+    def _tell(self, devices: Sequence[Device], answer: v1beta1.AllocateResponse) -> None:
+        """One line for all devices of a call: they are one pod's."""
+        ids, addresses = ",".join(d.id for d in devices), ",".join(d.address for d in devices)
+        log.info("allocated", resource=self.resource, device=ids, pci_address=addresses)
+        log.debug("allocate answered", resource=self.resource, answer=answer)
 
     def _choose(self, asked: Sequence[Sequence[str]]) -> list[Device]:
         """The devices that these containers ask for, if all of them can be had now. Raises GRPCError."""

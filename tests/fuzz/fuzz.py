@@ -151,7 +151,7 @@ async def _servicer() -> DevicePluginServicer:
     registry = Registry(Rules(), requires_cdi=False)
     registry.observe(HostFacts(functions=gpus, groups=groups))
 
-    async def fine(devices: Sequence[Device]) -> Mapping[str, Objection]:
+    async def fine(devices: Sequence[Device], functions: Mapping[str, PciFunction]) -> Mapping[str, Objection]:
         return {}
 
     return DevicePluginServicer(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from sandbox_plugin.model import HEALTHY, Device, Health, Objection, Placement, Reason
+from sandbox_plugin.model import HEALTHY, Device, Health, Objection, PciFunction, Placement, Reason
 
 DEAD = Health(reason=Reason.GONE, detail="taken out for a test")
 
 
-async def nothing_against(devices: Sequence[Device]) -> Mapping[str, Objection]:
+async def nothing_against(devices: Sequence[Device], functions: Mapping[str, PciFunction]) -> Mapping[str, Objection]:
     """The `last_look` of an endpoint whose devices are all well."""
     return {}
 

@@ -43,11 +43,12 @@ def no_descriptors() -> Iterator[None]:
 
 @contextmanager
 def no_threads() -> Iterator[None]:
-    """No thread can be started, as at the limit of a pod's pids."""
+    """No thread can be started, as at the limit of a pod's pids, and all that there are hang."""
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
+        patched.setattr("sandbox_plugin.host.threads._waiting", [])
         yield

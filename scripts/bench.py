@@ -1,0 +1,308 @@
+#!/usr/bin/env python3
+"""How fast the daemon is where somebody waits, and what it costs when nobody does.
+
+    scripts/bench.py [--quick] [--python PYTHON] [--json FILE] [SECTION ...]
+
+Sections: start, allocate, kubelet, bind, idle, memory, commands; without any, all of them. `--python` is an interpreter
+that has the program installed; without it this one, whose environment also has what only developers need.
+
+Prints a Markdown table, each figure with its ratio to a yardstick of the same run: a start to `python -c "import
+asyncio"`, a call to an empty call (GetDevicePluginOptions) of the same server. Times are from a kubelet played by
+grpcio in this process, the daemon is a process of its own. Medians, unless it says otherwise.
+
+Uses the kubelet and the harness of tests/helpers, so it needs what the tests need: `python3 scripts/dev.py setup`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median, quantiles
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
+
+import psutil  # noqa: E402
+from daemon import Daemon, Places, places  # noqa: E402
+from kubelet import GrpcKubelet, Plugin  # noqa: E402
+from machines import machine  # noqa: E402
+from names import PGPU  # noqa: E402
+
+from sandbox_plugin.fake.node import FakeNode  # noqa: E402
+
+PAUSE = 0.3
+"""Seconds of quiet before a change: one event is measured, not the end of the one before it too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One line of the table."""
+
+    what: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    """To the yardstick of the same run."""
+
+
+@dataclass
+class Bench:
+    """All figures of one run."""
+
+    python: str
+    quick: bool
+    figures: list[Figure] = field(default_factory=list)
+
+    def note(self, what: str, value: float, unit: str, yardstick: float | None = None) -> None:
+        figure = Figure(what=what, value=round(value, 3), unit=unit, ratio=yardstick and round(value / yardstick, 2))
+        self.figures.append(figure)
+        ratio = "" if figure.ratio is None else f"{figure.ratio:.2f}"
+        print(f"| {what} | {value:.{2 if value < 10 else 0}f} {unit} | {ratio} |", flush=True)
+
+    def times(self, many: int) -> int:
+        """How often to repeat what is done `many` times in a whole run."""
+        return max(3, many // 5) if self.quick else many
+
+    # What is started
+
+    @contextmanager
+    def node(self, gpus: int) -> Iterator[tuple[Places, FakeNode]]:
+        with places() as place:
+            yield place, FakeNode.create(place.top / "node", machine(gpus))
+
+    @contextmanager
+    def daemon(self, gpus: int, *flags: str) -> Iterator[tuple[GrpcKubelet, Daemon, FakeNode]]:
+        """A daemon on a node with so many GPUs, all of them Healthy at the kubelet."""
+        with self.node(gpus) as (place, node), GrpcKubelet(place.kubelet) as kubelet:
+            kubelet.start()
+            with self.started(place, node, *flags) as daemon:
+                _wait_until_healthy(kubelet, gpus)
+                yield kubelet, daemon, node
+
+    def started(self, place: Places, node: FakeNode, *flags: str) -> Daemon:
+        python = self.python
+
+        class Measured(Daemon):
+            def _command(self) -> list[str]:
+                return [python, "-m", "sandbox_plugin"]
+
+        return Measured(place, node, *flags)
+
+    def run(self, *command: str) -> float:
+        """Seconds that a command of this interpreter takes: median of several."""
+
+        def once() -> float:
+            began = time.monotonic()
+            subprocess.run([self.python, *command], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+            return time.monotonic() - began
+
+        return median(once() for _ in range(self.times(15)))
+
+    # What is measured
+
+    def start(self) -> None:
+        """From exec until the kubelet has every GPU as Healthy."""
+        yardstick = self.run("-c", "import asyncio")
+        self.note("python -c 'import asyncio'", yardstick * 1000, "ms")
+        for gpus, repeat in ((4, 15), (16, 15), (256, 5), (1024, 3), *(() if self.quick else ((4096, 3),))):
+            seconds = []
+            with self.node(gpus) as (place, node), GrpcKubelet(place.kubelet) as kubelet:
+                kubelet.start()
+                for _ in range(self.times(repeat)):
+                    began = time.monotonic()
+                    with self.started(place, node):
+                        _wait_until_healthy(kubelet, gpus)
+                        seconds.append(kubelet.history(PGPU)[-1].at - began)
+                    kubelet.wait_for(lambda: not kubelet.resources())
+            self.note(f"start to all Healthy, {gpus} GPUs", median(seconds) * 1000, "ms", yardstick * 1000)
+
+    def allocate(self) -> None:
+        """Answers to one caller, on nodes of several sizes, and while a big node is scanned again and again."""
+        for gpus in (8, 256, 1024):
+            with self.daemon(gpus) as (kubelet, _, _):
+                plugin = kubelet.plugin(PGPU)
+                ids = sorted(kubelet.healthy(PGPU), key=int)
+                repeat = self.times(300)
+                empty = median(_ms([plugin.options] * repeat))
+                self.note(f"empty call, {gpus} GPUs", empty, "ms")
+                for size in (1, 8):
+                    self.note(
+                        f"Allocate of {size}, {gpus} GPUs", median(_allocates(plugin, ids, size, repeat)), "ms", empty
+                    )
+        with self.daemon(1024) as (kubelet, _, node), _scanning(node):
+            ids = sorted(kubelet.healthy(PGPU), key=int)[1:]
+            calls = _allocates(kubelet.plugin(PGPU), ids, 1, self.times(1000))
+            self.note("Allocate of 1, 1024 GPUs, always a scan under way, 99th percentile", _p99(calls), "ms")
+
+    def kubelet(self) -> None:
+        """From kubelet.sock being there until Register comes in."""
+        with self.daemon(8) as (kubelet, _, _):
+            times = []
+            for _ in range(self.times(50)):
+                kubelet.stop()
+                time.sleep(PAUSE)
+                kubelet.start()
+                began = time.monotonic()
+                _wait_until_healthy(kubelet, 8)
+                times.append((kubelet.registrations[-1].at - began) * 1000)
+        self.note("kubelet.sock to Register", median(times), "ms")
+        self.note("kubelet.sock to Register, slowest", max(times), "ms")
+
+    def bind(self) -> None:
+        """From the moment before a bind or an unbind until ListAndWatch brings it."""
+        binds, unbinds = [], []
+        with self.daemon(8) as (kubelet, _, node):
+            address = next(f.address for f in node.functions() if f.driver == "vfio-pci")
+            for _ in range(self.times(50)):
+                unbinds.append(_until(kubelet, lambda: node.unbind(address), 7))
+                binds.append(_until(kubelet, lambda: node.bind(address), 8))
+        self.note("bind to ListAndWatch", median(binds), "ms")
+        self.note("unbind to ListAndWatch", median(unbinds), "ms")
+
+    def idle(self) -> None:
+        """Context switches that the daemon asks for, and CPU time, of all its threads while nothing happens."""
+        seconds = 10 if self.quick else 60
+        with places() as place, GrpcKubelet(place.kubelet) as kubelet:
+            kubelet.start()
+            for title, node in (("fake node, 16 GPUs", FakeNode.create(place.top / "node", machine(16))),):
+                with self.started(place, node) as daemon:
+                    _wait_until_healthy(kubelet, 16)
+                    self._idle(title, daemon.pid, seconds)
+            folders = [
+                f"--kubelet-dir={place.kubelet}",
+                f"--cdi-dir={place.cdi}",
+                f"--pod-resources-socket={place.top}/p",
+            ]
+            with subprocess.Popen(
+                [self.python, "-m", "sandbox_plugin", "run", *folders], stderr=subprocess.DEVNULL, cwd=ROOT
+            ) as process:
+                self._idle("this host", process.pid, seconds)
+                process.terminate()
+
+    def _idle(self, title: str, pid: int, seconds: float) -> None:
+        time.sleep(3)  # what follows a start is over then
+        before = _switches(pid), _cpu(pid)
+        time.sleep(seconds)
+        self.note(f"idle, {title}: wake-ups a second", (_switches(pid) - before[0]) / seconds, "")
+        self.note(f"idle, {title}: CPU", 100 * (_cpu(pid) - before[1]) / seconds, "%")
+        self.note(f"idle, {title}: threads", psutil.Process(pid).num_threads(), "")
+
+    def memory(self) -> None:
+        for gpus in (16, 1024):
+            with self.daemon(gpus) as (kubelet, daemon, _):
+                plugin = kubelet.plugin(PGPU)
+                for _ in range(100):
+                    plugin.options()
+                memory = psutil.Process(daemon.pid).memory_full_info()
+                self.note(f"resident memory, {gpus} GPUs", memory.rss / 2**20, "MiB")
+                self.note(f"its share (PSS), {gpus} GPUs", memory.pss / 2**20, "MiB")
+
+    def commands(self) -> None:
+        self.note("sandbox-plugin --version", self.run("-m", "sandbox_plugin", "--version") * 1000, "ms")
+        with self.node(8) as (_, node):
+            command = ("-m", "sandbox_plugin", "list", f"--fake-sysfs={node.root}")
+            self.note("sandbox-plugin list", self.run(*command) * 1000, "ms")
+
+
+SECTIONS = ("start", "allocate", "kubelet", "bind", "idle", "memory", "commands")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a fifth of the repetitions, and no 4,096 GPUs")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with the program")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default: all")
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(SECTIONS):
+        parser.error(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its byte code
+    bench = Bench(args.python, args.quick)
+    print("| what | median | ratio |\n|---|---|---|")
+    for section in args.sections or SECTIONS:
+        getattr(bench, section)()
+    if args.json:
+        args.json.write_text(json.dumps([asdict(figure) for figure in bench.figures], indent=2) + "\n")
+
+
+def _ms(calls: Iterable[Callable[[], object]]) -> list[float]:
+    """What each call takes, in milliseconds."""
+    times = []
+    for call in calls:
+        began = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - began) * 1000)
+    return times
+
+
+def _allocates(plugin: Plugin, ids: Sequence[str], size: int, repeat: int) -> list[float]:
+    """What Allocates of so many devices take, of others each time."""
+    asked = cycle(ids[at : at + size] for at in range(0, len(ids) - size + 1, size))
+    return _ms(partial(plugin.allocate, next(asked)) for _ in range(repeat))
+
+
+def _wait_until_healthy(kubelet: GrpcKubelet, gpus: int) -> None:
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == gpus, timeout=120)
+
+
+def _p99(times: Sequence[float]) -> float:
+    return quantiles(times, n=100)[-1]
+
+
+def _until(kubelet: GrpcKubelet, change: Callable[[], None], healthy: int) -> float:
+    """Milliseconds from before the change until the message with so many healthy devices."""
+    time.sleep(PAUSE)
+    began = time.monotonic()
+    change()
+    _wait_until_healthy(kubelet, healthy)
+    return (kubelet.history(PGPU)[-1].at - began) * 1000
+
+
+@contextmanager
+def _scanning(node: FakeNode) -> Iterator[None]:
+    """Something changes on the node all the time, so that a scan follows the other."""
+    address = next(f.address for f in node.functions() if f.driver == "vfio-pci")
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.wait(0.05):
+            node.unbind(address)
+            node.bind(address)
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _switches(pid: int) -> int:
+    """How often its threads have gone to sleep by themselves; those of threads that have ended are lost."""
+    total = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        for line in (thread / "status").read_text().splitlines():
+            if line.startswith("voluntary_ctxt_switches"):
+                total += int(line.split()[1])
+    return total
+
+
+def _cpu(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+if __name__ == "__main__":
+    main()
