@@ -20,11 +20,6 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def is_lack_of_threads(error: BaseException) -> bool:
-    """Whether somebody else's code failed because no thread could be had."""
-    return type(error) is RuntimeError and str(error) == "can't start new thread"
-
-
 class DaemonThreads(Executor):
     """Runs each call on a thread that ends with the process, and has this name while it is at work.
 

@@ -9,22 +9,23 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import Future
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import structlog
-from watchfiles import Change, awatch
-from watchfiles._rust_notify import WatchfilesRustInternalError
+from watchfiles import Change
+from watchfiles._rust_notify import RustNotify, WatchfilesRustInternalError
 
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.threads import DaemonThreads, is_lack_of_threads
+from sandbox_plugin.host.threads import DaemonThreads
 from sandbox_plugin.model import is_vfio_driver
-from sandbox_plugin.tasks import happens
-from sandbox_plugin.trouble import Trouble, Troubles, first_failure
+from sandbox_plugin.trouble import Trouble, Troubles
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 _threads = DaemonThreads("folders")
@@ -38,7 +39,7 @@ ext4 gives its number away again."""
 Targets = dict[Path, FolderId | str]
 """What to watch, or why it cannot be watched."""
 
-_CONFIRM = 5.0
+_CONFIRM = 30.0
 """Seconds between checks that the watched folders are still the ones at these paths."""
 _CHURN_MS = 100
 """How long changes that follow each other without a pause are gathered: watchfiles' own 1600 would make "at once" so
@@ -52,16 +53,15 @@ class FolderWatcher:
     The folder above each is watched too, and in place of one that is missing the nearest that exists. All are also
     called each time the watch begins again, for what happened before.
 
-    There is one watch for all folders, because the thread of each wakes every `step`, whether or not anything happens:
-    watchfiles sleeps and looks (`RustNotify.watch`), and a change is told of one to two steps after it came, whatever
-    its `debounce` and `rust_timeout` are. So nothing but a longer `step` makes it sleep longer.
+    There is one watch for all folders, because its thread wakes every `step`, whether or not anything happens:
+    watchfiles sleeps and looks (`RustNotify.watch`), and a change is told of one to two steps after it came.
     """
 
     groups: Mapping[OnChange, Folders]
     """Who is called, and for what. Folders of which one may be on a dead mount belong into groups of their own: a group
     of which one folder does not answer is left out."""
     step: float
-    """Seconds; watchfiles' own default, 0.05, costs a bind some 90 ms."""
+    """Seconds."""
     retry: float = 5.0
     """Seconds before a watch that could not be had is tried again."""
     patience: float = 2.0
@@ -80,16 +80,13 @@ class FolderWatcher:
         while True:
             try:
                 await self._watch_once()
-            except (OSError, RuntimeError, ExceptionGroup) as error:
-                failure = first_failure(error)  # awatch wraps some of them
-                if not _is_trouble(failure):
-                    raise
-                if self._trouble.update(str(failure)):
-                    _say_unwatched((name for named in self._named.values() for name in named), str(failure))
+            except (OSError, WatchfilesRustInternalError) as error:  # no watches, no descriptors, or no thread
+                if self._trouble.update(str(error)):
+                    _say_unwatched((name for named in self._named.values() for name in named), str(error))
                 await asyncio.sleep(self.retry)
 
     async def _watch_once(self) -> None:
-        """Watches until one of the folders has been replaced."""
+        """Watches until other folders are to be watched."""
         found = await self._find()
         # The kernel has one watch for each folder, and watchfiles calls it by one name, however many it has.
         names: dict[FolderId, str] = {}
@@ -98,47 +95,34 @@ class FolderWatcher:
             for path, folder_id in targets.items():
                 if isinstance(folder_id, tuple):
                     waiting[names.setdefault(folder_id, str(path))].add(on_change)
-        stop, changed = asyncio.Event(), asyncio.Event()
-        watch = awatch(
-            *waiting,
-            watch_filter=None,
-            recursive=False,  # these folders hold links into all of sysfs, and a recursive watch follows them
-            debounce=_CHURN_MS,
-            step=round(self.step * 1000),
-            rust_timeout=0,
-            stop_event=stop,
-        )
-        # It begins when awatch waits, and so has made the watch. Not in a TaskGroup: before Python 3.13 one that is
-        # cancelled while it fails forgets that.
-        confirming = asyncio.create_task(self._confirm(found, changed, stop))
+        stop, news = threading.Event(), asyncio.Queue[_Changes | None]()
+        watching = _watch(list(waiting), self.step, stop, news)
+        watching.add_done_callback(lambda _: news.put_nowait(None))
         try:
-            async with aclosing(watch) as batches:
-                async for changes in batches:
-                    places = {place for _, path in changes for place in (path, os.path.dirname(path))}
-                    for on_change in set[OnChange]().union(*(waiting.get(place, ()) for place in places)):
-                        on_change()
-                    if any(change is Change.deleted and path in waiting for change, path in changes):
-                        stop.set()  # the folder that comes in its place may get its inode number, as on ext4
-                    changed.set()
-            await confirming
-        finally:
-            confirming.cancel()
-            await asyncio.gather(confirming, return_exceptions=True)
-
-    async def _confirm(self, found: Mapping[OnChange, Targets], changed: asyncio.Event, stop: asyncio.Event) -> None:
-        """Ends the watch when other folders are to be watched.
-
-        Sees to what happened between the choice of the folders and the watch, too, which tells only what comes later.
-        """
-        try:
-            for on_change in self.groups:
-                on_change()
-            while await self._find() == found and not stop.is_set():
-                await happens(changed, within=_CONFIRM)
-                changed.clear()
-                self._trouble.update(None)  # not earlier: a thread for the watch may not have been had
+            while await self._find() == found and not watching.done():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_CONFIRM):
+                        changes = await news.get()
+                        if changes is not None and self._tell(changes, waiting):
+                            return
+            if watching.done():
+                watching.result()
         finally:
             stop.set()
+            watching.cancel()
+
+    def _tell(self, changes: _Changes, waiting: Mapping[str, set[OnChange]]) -> bool:
+        """Calls whoever waits for these changes. Returns whether the watch must begin again."""
+        if not changes:  # it has begun: something may have happened since the folders were chosen
+            self._trouble.update(None)
+            concerned = set(self.groups)
+        else:
+            places = {place for _, path in changes for place in (path, os.path.dirname(path))}
+            concerned = set[OnChange]().union(*(waiting.get(place, ()) for place in places))
+        for on_change in concerned:
+            on_change()
+        # The folder that comes in the place of one that was removed may get its inode number, as on ext4.
+        return any(change == Change.deleted and path in waiting for change, path in changes)
 
     async def _find(self) -> dict[OnChange, Targets]:
         """What to watch now. Groups that do not answer are missing. Raises OSError where no thread can be had."""
@@ -171,14 +155,36 @@ class FolderWatcher:
         return targets
 
 
+_Changes = Set[tuple[int, str]]
+"""What watchfiles tells: the kind of change, and the path. Nothing: the watch has begun."""
+
+
+def _watch(
+    folders: list[str], step: float, stop: threading.Event, news: asyncio.Queue[_Changes | None]
+) -> asyncio.Future[None]:
+    """Watches these folders on a thread that puts what it is told into `news`, until `stop` is set or it fails.
+
+    Raises OSError where no thread can be had. The future raises that, or WatchfilesRustInternalError, where no watch
+    can be had.
+
+    Not with watchfiles' `awatch`, which takes a second thread, and imports what nothing else here needs.
+    """
+    loop = asyncio.get_running_loop()
+
+    def work() -> None:
+        # Not recursive: these folders hold links into all of sysfs, and a recursive watch follows them.
+        with RustNotify(folders, False, False, 0, False, True) as notify, suppress(RuntimeError):  # the loop has ended
+            changes: Any = set()
+            while changes != "stop":
+                loop.call_soon_threadsafe(news.put_nowait, changes)
+                changes = notify.watch(_CHURN_MS, round(step * 1000), 0, stop)
+
+    return asyncio.wrap_future(_threads.submit(work))
+
+
 def _say_unwatched(folders: Iterable[str], why: str) -> None:
     reason = f"{why}; until that works, changes there are found by the timer alone"
     log.warning("folders not watched", path=list(folders), reason=reason)
-
-
-def _is_trouble(error: BaseException) -> bool:
-    """Whether there can be no watch: for want of watches, descriptors or a thread."""
-    return isinstance(error, OSError | WatchfilesRustInternalError) or is_lack_of_threads(error)
 
 
 def _identify(path: Path) -> FolderId | str | None:
