@@ -9,21 +9,16 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
-
+from sandbox_plugin.cli.screen import flowed, heading, opened, wrapped
 from sandbox_plugin.cli.signals import run_until_signal
 from sandbox_plugin.cli.stdout import say, visible
-from sandbox_plugin.cli.tables import is_terminal, plain_console
+from sandbox_plugin.cli.tables import Line, Part, Styled, is_terminal
 from sandbox_plugin.cli.temporary import temporary_folder
 from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
@@ -39,13 +34,18 @@ _PAUSE = 3.0
 _REFRESH = 1 / 8
 """Seconds between two screens."""
 _LOG_LINES = 6
-_CHAPTERS = 3
-_CHAPTER_LINES = 4
-"""Of these two the panel with the story is made; a chapter has four lines on 80 columns, and three on more."""
-_OTHER_LINES = 18
-"""What stands around the story: a line, the devices of two resources, the daemon's words, and the frames."""
+_CHAPTERS = 8
+"""What is remembered of the story; so much of it is shown as fits."""
 _FREE, _IN_A_POD, _UNHEALTHY = "green", "yellow", "bold red"
 """How a device is shown: each also differs in its letters, for those who see no colours."""
+_LEGEND = (
+    "devices: ",
+    Styled("free", _FREE),
+    "  ",
+    Styled("[in a pod]", _IN_A_POD),
+    "  ",
+    Styled("!unhealthy", _UNHEALTHY),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -84,9 +84,8 @@ async def _play(preset: str, node: FakeNode, folder: Path) -> None:
     fake_kubelet = FakeKubelet(folder / "kubelet", folder / "pod-resources.sock")
     async with fake_kubelet as kubelet, running_daemon(folder) as daemon:
         story = Story(node=node, kubelet=kubelet, started_at=daemon.started_at, health_interval=_HEALTH_INTERVAL)
-        console = plain_console()
-        if is_terminal() and not console.is_dumb_terminal:
-            await _show_live(console, preset, kubelet, story, daemon)
+        if is_terminal():
+            await _show_live(preset, kubelet, story, daemon)
         else:
             await tell(preset, story)
 
@@ -178,72 +177,71 @@ def _duration(told: Told) -> str:
 # On a terminal
 
 
-async def _show_live(console: Console, preset: str, kubelet: FakeKubelet, story: Story, daemon: _Daemon) -> None:
+async def _show_live(preset: str, kubelet: FakeKubelet, story: Story, daemon: _Daemon) -> None:
     """Shows what the kubelet sees, and plays the story again and again."""
-    told: list[Told] = []
-
-    def screen() -> Group:
-        return Group(
-            Text(f"The fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."),
-            _devices_table(kubelet),
-            _story_panel(told, chapters=max(1, min(_CHAPTERS, (console.height - _OTHER_LINES) // _CHAPTER_LINES))),
-            Panel(
-                Text("\n".join(daemon.said), no_wrap=True, overflow="ellipsis"),
-                title="the daemon says",
-                height=_LOG_LINES + 2,
-            ),
-        )
+    told: deque[Told] = deque(maxlen=_CHAPTERS)
 
     async def play() -> None:
         while True:
             async for chapter in story.chapters():
-                told[:] = [*told[1 - _CHAPTERS :], chapter]
+                told.append(chapter)
                 await asyncio.sleep(_PAUSE)
 
-    # Drawn by the loop, not by the library's own thread: what a screen shows is then of one moment.
-    with Live(get_renderable=screen, console=console, screen=True, auto_refresh=False) as live:
+    with opened() as screen:
         async with asyncio.TaskGroup() as group:
             group.create_task(play())
             while True:
-                live.refresh()
+                columns, height = screen.size
+                screen.draw(_screen(preset, kubelet, told, daemon.said, columns, height))
                 await asyncio.sleep(_REFRESH)
 
 
-def _devices_table(kubelet: FakeKubelet) -> Table:
-    """What the kubelet sees: one line for each resource, one cell for each device."""
-    table = Table(title="what the kubelet sees", expand=True, show_lines=False)
-    table.add_column("resource", no_wrap=True)
-    table.add_column("healthy", justify="right")
-    legend = (("free", _FREE), "  ", ("[in a pod]", _IN_A_POD), "  ", ("!unhealthy", _UNHEALTHY))
-    table.add_column(Text.assemble("devices: ", *legend), ratio=1)
-    for resource in kubelet.resources():
-        devices = kubelet.devices(resource)
-        cells = Text()
-        nodes = sorted({d.numa_nodes for d in devices.values()})
-        for node in nodes:
-            cells.append(f"{'NUMA ' + ','.join(map(str, node)) if node else 'no NUMA node'}: ", style="dim")
-            for device in sorted((d for d in devices.values() if d.numa_nodes == node), key=lambda d: int(d.id)):
-                cells.append_text(_device_cell(device, is_held=kubelet.holder(resource, device.id) is not None))
-                cells.append(" ")
-            cells.append("  ")
-        table.add_row(resource, f"{len(kubelet.healthy(resource))}/{len(devices)}", cells)
-    return table
+def _screen(
+    preset: str, kubelet: FakeKubelet, told: Iterable[Told], said: Iterable[str], columns: int, height: int
+) -> list[Line]:
+    """The newest chapters get the lines that are left, so many of them as fit."""
+    above: list[Line] = [
+        [f"The fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."],
+        heading("what the kubelet sees", columns),
+        [*_LEGEND],
+        *(line for resource in kubelet.resources() for line in _resource(kubelet, resource, columns)),
+        heading("what happened, and how long until the kubelet saw it", columns),
+    ]
+    below: list[Line] = [heading("the daemon says", columns), *([line] for line in said)]
+    room = height - len(above) - _LOG_LINES - 1
+    story: list[Line] = []
+    for chapter in reversed(list(told)):
+        lines = _chapter(chapter, columns)
+        if len(story) + len(lines) > room:
+            break
+        story = lines + story
+    return [*above, *story, *([""] for _ in range(room - len(story))), *below]
 
 
-def _device_cell(device: Listed, *, is_held: bool) -> Text:
+def _resource(kubelet: FakeKubelet, resource: str, columns: int) -> list[Line]:
+    """How many devices of a resource are healthy, and each of them below, by NUMA nodes."""
+    devices = kubelet.devices(resource)
+    lines: list[Line] = [[Styled(resource, "bold"), f"  {len(kubelet.healthy(resource))} of {len(devices)} healthy"]]
+    for node in sorted({device.numa_nodes for device in devices.values()}):
+        title = f"NUMA {','.join(map(str, node))}:" if node else "no NUMA node:"
+        cells = [
+            _device_cell(device, is_held=kubelet.holder(resource, device.id) is not None)
+            for device in sorted(devices.values(), key=lambda device: int(device.id))
+            if device.numa_nodes == node
+        ]
+        lines += [["  ", *line] for line in flowed([Styled(title, "dim"), *cells], columns - 2)]
+    return lines
+
+
+def _device_cell(device: Listed, *, is_held: bool) -> Styled:
     if not device.healthy:
-        return Text(f"!{device.id}", _UNHEALTHY)
-    return Text(f"[{device.id}]", _IN_A_POD) if is_held else Text(device.id, _FREE)
+        return Styled(f"!{device.id}", _UNHEALTHY)
+    return Styled(f"[{device.id}]", _IN_A_POD) if is_held else Styled(device.id, _FREE)
 
 
-def _story_panel(told: list[Told], *, chapters: int) -> Panel:
-    lines = Table.grid(padding=(0, 2, 0, 0))
-    lines.add_column(justify="right", width=8)
-    lines.add_column()
-    for chapter in told[-chapters:]:
-        lines.add_row(Text(_duration(chapter), "bold cyan"), Text(chapter.title, "bold"))
-        lines.add_row("", Text(chapter.why, "dim"))
-        lines.add_row("", Text(chapter.result))
-    return Panel(
-        lines, title="what happened, and how long until the kubelet saw it", height=chapters * _CHAPTER_LINES + 2
-    )
+def _chapter(told: Told, columns: int) -> list[Line]:
+    indent = " " * 10
+    texts = ((told.title, "bold"), (told.why, "dim"), (told.result, ""))
+    lines = [line for text, style in texts for line in wrapped(text, columns - len(indent), style)]
+    times: list[Part] = [Styled(f"{_duration(told):>8}  ", "bold cyan"), *[indent] * (len(lines) - 1)]
+    return [[time, *line] for time, line in zip(times, lines, strict=True)]

@@ -11,9 +11,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import RenderableType
-
-from sandbox_plugin.cli.tables import add_row, print_unfolded, table
+from sandbox_plugin.cli.tables import Table, print_unfolded
 from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
 from sandbox_plugin.fake.pci import OFF_THE_BUS
@@ -42,7 +40,7 @@ _KINDS = {
 _MACHINERY = (0x06, 0x08)
 """Base classes of what only holds a machine together: bridges and system peripherals."""
 
-_Run = Callable[[argparse.Namespace], list[RenderableType]]
+_Run = Callable[[argparse.Namespace], list[str | Table]]
 """What a verb does. Returns what is to be printed."""
 
 
@@ -111,7 +109,7 @@ def _on_function(verbs: Any, name: str, run: _Run, text: str) -> argparse.Argume
 def _changed(change: Callable[[FakeNode, argparse.Namespace], None]) -> _Run:
     """Changes one function, and says what has become of it."""
 
-    def run(args: argparse.Namespace) -> list[RenderableType]:
+    def run(args: argparse.Namespace) -> list[str | Table]:
         node = FakeNode.open(args.dir)
         change(node, args)
         return [_told(node, args.address)]
@@ -125,35 +123,35 @@ def _address(text: str) -> str:
     return f"0000:{text}" if text.count(":") == 1 else text
 
 
-def _create(args: argparse.Namespace) -> list[RenderableType]:
+def _create(args: argparse.Namespace) -> list[str | Table]:
     node = FakeNode.create(args.dir, args.preset)
     bound = sum(1 for function in node.functions() if function.vfio)
     return [f"{args.dir}: {PRESETS[args.preset].summary}; {bound} functions bound to vfio"]
 
 
-def _presets(_: argparse.Namespace) -> list[RenderableType]:
+def _presets(_: argparse.Namespace) -> list[str | Table]:
     width = max(map(len, PRESETS))
     return [f"{name:{width}}  {preset.summary}" for name, preset in PRESETS.items()]
 
 
-def _remove(args: argparse.Namespace) -> list[RenderableType]:
+def _remove(args: argparse.Namespace) -> list[str | Table]:
     node = FakeNode.open(args.dir)
     before = set(node.removed())
     node.remove(args.address)
     return [f"removed: {', '.join(name for name in node.removed() if name not in before)}"]
 
 
-def _show(args: argparse.Namespace) -> list[RenderableType]:
+def _show(args: argparse.Namespace) -> list[str | Table]:
     node = FakeNode.open(args.dir)
     names = ModelNames.load()
-    shown = table("ADDRESS", "MODEL", "DRIVER", "GROUP", "VFIO", "NUMA", "STATE")
+    shown = Table(("ADDRESS", "MODEL", "DRIVER", "GROUP", "VFIO", "NUMA", "STATE"))
     functions = node.functions()
     for f in functions:
         if args.all or f.vfio or f.class_code >> 16 not in _MACHINERY:
             numa = "-" if f.numa_node is None else str(f.numa_node)
             state = (str(f.iommu_group), _vfio(f), numa, _state(f))
-            add_row(shown, f.address, _model(f, names), f.driver or "-", *state)
-    said: list[RenderableType] = [shown]
+            shown.add_row(f.address, _model(f, names), f.driver or "-", *state)
+    said: list[str | Table] = [shown]
     if hidden := len(functions) - shown.row_count:
         said.append(f"and {hidden} bridges and system peripherals (--all)")
     if removed := node.removed():

@@ -9,13 +9,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.stdout import say, visible
-from sandbox_plugin.cli.tables import add_row, print_unfolded, table
+from sandbox_plugin.cli.tables import Part, Styled, Table, print_unfolded
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.advance import advance
@@ -188,34 +184,34 @@ def _facts_as_json(function: PciFunction) -> dict[str, Any]:
 
 
 def _table_of_all(functions: list[dict[str, Any]]) -> Table:
-    made = table(*_COLUMNS)
+    made = Table(tuple(_COLUMNS))
     for function in functions:
         cells = [function[key] for key in _COLUMNS.values()]
-        add_row(made, *("-" if cell is None else str(cell) for cell in cells))
+        made.add_row(*("-" if cell is None else str(cell) for cell in cells))
     return made
 
 
-def _tables(inventory: Inventory, facts: HostFacts, names: ModelNames) -> list[RenderableType]:
+def _tables(inventory: Inventory, facts: HostFacts, names: ModelNames) -> list[str | Table]:
     """What is offered, or why there is nothing, and what is not offered."""
-    parts: list[RenderableType] = []
+    parts: list[str | Table] = []
     if inventory.resources:
-        offered = table("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH")
+        offered = Table(("RESOURCE", "ID", "PCI ADDRESS", "MODEL", "NUMA", "NODE", "HEALTH"))
         for resource, devices in inventory.resources.items():
             for device in devices:
-                add_row(offered, resource, *_row(device))
+                offered.add_row(resource, *_row(device))
         parts.append(offered)
     elif not facts.unreachable:
         parts.append(f"Nothing would be advertised: {NOTHING_TO_OFFER}.")
     if inventory.unoffered:
-        not_offered = table("NOT OFFERED", "MODEL", "REASON")
+        not_offered = Table(("NOT OFFERED", "MODEL", "REASON"))
         for address, why in sorted(inventory.unoffered.items()):
-            add_row(not_offered, address, _model(address, facts, names), why)
+            not_offered.add_row(address, _model(address, facts, names), why)
         parts += ["", not_offered]
     return parts
 
 
-def _row(device: Device) -> tuple[str | Text | list[str], ...]:
-    health = Text("Healthy", "green") if device.health.healthy else Text(f"Unhealthy: {device.health}", "red")
+def _row(device: Device) -> tuple[Part | list[str], ...]:
+    health = Styled("Healthy", "green") if device.health.healthy else Styled(f"Unhealthy: {device.health}", "red")
     addresses = [p.address for p in device.placements]
     numa = ",".join(map(str, device.numa_nodes)) or "-"
     return (device.id, addresses, device.model.split(" + "), numa, device.node, health)
