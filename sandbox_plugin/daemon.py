@@ -11,7 +11,7 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,12 @@ from typing import Any
 
 import structlog
 
-from sandbox_plugin.cdi.foreign import watch_foreign_specs
 from sandbox_plugin.cdi.stale import learn_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.uevents import UeventSource
-from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.endpoints import Endpoints
@@ -36,11 +34,15 @@ from sandbox_plugin.registry import Registry
 from sandbox_plugin.report import report
 from sandbox_plugin.rescans import Rescans
 from sandbox_plugin.shutdown import Shutdown, running_tasks
+from sandbox_plugin.tasks import happens
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
-_QUICK, _UNHURRIED = 0.01, 0.05
-"""Steps of the folder watcher, in seconds: its thread looks a hundred or twenty times a second."""
+_QUICK, _UNHURRIED = 0.01, 0.5
+"""Steps of the folder watcher, in seconds: so often its thread wakes. A fake tree has inotify alone. On a node kernel
+events tell of binds, and endpoints look for a kubelet themselves."""
+_FIRST_REGISTRATION = 1.0
+"""Seconds after which folders are watched although no resource is registered: a kubelet may be long in coming."""
 _LAST_LOOK_PATIENCE = 0.3
 """Seconds that sysfs gets to confirm a device during Allocate: all pod admission of the node waits for the answer. It
 takes a fraction of a millisecond; a machine under load must not make it a refusal."""
@@ -102,18 +104,27 @@ class Daemon:
             start(self._rescans.follow_time())
             start(self._poller.run())
             start(report(self._registry))
-            watched: dict[OnChange, Folders] = {
-                partial(self._rescans.wake, "folder"): lambda: host_folders(self._paths),
-                self._look_at_kubelet: lambda: [self._settings.kubelet_dir],
-            }
-            if self._needs_cdi:
-                watched[self._cdi_writer.look] = lambda: [self._settings.cdi_dir]
-                # Each folder for itself: the others must not wait for one on a dead mount.
-                for foreign in await watch_foreign_specs(self._settings, interval=self._cdi_writer.interval):
-                    start(foreign.run())
-                    watched[foreign.look] = partial(list, [foreign.folder])
-            # On a node kernel events are quicker, and a kubelet takes seconds to start; a fake tree has inotify alone.
-            start(FolderWatcher(groups=watched, step=_UNHURRIED if is_real else _QUICK).run())
+            # The rest can wait until pods can have devices: a watch that begins makes everybody look.
+            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+            await self._watch_folders(start, step=_UNHURRIED if is_real else _QUICK)
+
+    async def _watch_folders(self, start: Callable[[Coroutine[Any, Any, None]], object], step: float) -> None:
+        """Begins to watch all folders, and what is in those of CDI."""
+        # Here, because importing takes longer than what came before.
+        from sandbox_plugin.cdi.foreign import watch_foreign_specs
+        from sandbox_plugin.host.watch import Folders, FolderWatcher, OnChange, host_folders
+
+        watched: dict[OnChange, Folders] = {
+            partial(self._rescans.wake, "folder"): lambda: host_folders(self._paths),
+            self._look_at_kubelet: lambda: [self._settings.kubelet_dir],
+        }
+        if self._needs_cdi:
+            watched[self._cdi_writer.look] = lambda: [self._settings.cdi_dir]
+            # Each folder for itself: the others must not wait for one on a dead mount.
+            for foreign in await watch_foreign_specs(self._settings, interval=self._cdi_writer.interval):
+                start(foreign.run())
+                watched[foreign.look] = partial(list, [foreign.folder])
+        start(FolderWatcher(groups=watched, step=step).run())
 
     async def _serve(self, shutdown: Shutdown, since: float) -> None:
         """What two plugins on one node must not do at the same time. `since`: when this one got the lock."""

@@ -441,8 +441,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
     def run(*arguments: object) -> str:
         parser = argparse.ArgumentParser()
-        command.add_parser(parser.add_subparsers())
-        args = parser.parse_args(["fake-node", *map(str, arguments)])
+        command.set_up(parser)
+        args = parser.parse_args([*map(str, arguments)])
         assert args.run(args) == 0
         return capsys.readouterr().out
 

@@ -6,12 +6,8 @@ scalar stays text here, except null.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
-
-import yaml
-
-_Base: type[yaml.BaseLoader] = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-"""The one that uses libyaml, which PyYAML's wheels have: it is many times as fast."""
 
 LARGEST = 1 << 18
 """Bytes: a larger text is not parsed, since that would take seconds. Specs of real tools have a tenth of that."""
@@ -28,34 +24,44 @@ class NotRead(Exception):
     """The text is left unread, although Kata may be able to read it. The message says why."""
 
 
-class _Loader(_Base):  # type: ignore[misc, valid-type]
-    """Refuses a key twice, as Kata does, and what would cost too much: depth (libyaml overflows the stack), aliases."""
+@cache
+def _loader() -> Any:
+    """Made when the first spec is read that somebody else wrote: on most nodes that is never while pods wait."""
+    import yaml
 
-    _depth = 0
+    base: type[yaml.BaseLoader] = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # with libyaml: many times as fast
 
-    def descend_resolver(self, parent: Any, index: Any) -> None:
-        """Called for each node before what is in it is read."""
-        self._depth += 1
-        if self._depth > _DEEPEST:
-            raise NotRead(f"it is nested more than {_DEEPEST} levels deep")
+    class Loader(base):  # type: ignore[misc, valid-type]
+        """Refuses a key twice, as Kata does, and what would cost too much: aliases, and depth, at which libyaml
+        overflows the stack."""
 
-    def ascend_resolver(self) -> None:
-        self._depth -= 1
+        _depth = 0
 
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        if node in self.constructed_objects:
-            raise NotRead("it has YAML aliases")
-        return super().construct_object(node, deep)
+        def descend_resolver(self, parent: Any, index: Any) -> None:
+            """Called for each node before what is in it is read."""
+            self._depth += 1
+            if self._depth > _DEEPEST:
+                raise NotRead(f"it is nested more than {_DEEPEST} levels deep")
 
-    def construct_scalar(self, node: Any) -> Any:
-        is_plain = not node.style  # neither in quotes nor a block
-        return None if is_plain and node.value in _NULLS else node.value
+        def ascend_resolver(self) -> None:
+            self._depth -= 1
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            raise NotYaml(f"the mapping at line {node.start_mark.line + 1} has a key twice")
-        return mapping
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            if node in self.constructed_objects:
+                raise NotRead("it has YAML aliases")
+            return super().construct_object(node, deep)
+
+        def construct_scalar(self, node: Any) -> Any:
+            is_plain = not node.style  # neither in quotes nor a block
+            return None if is_plain and node.value in _NULLS else node.value
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            if len(mapping) < len(node.value):
+                raise NotYaml(f"the mapping at line {node.start_mark.line + 1} has a key twice")
+            return mapping
+
+    return Loader
 
 
 def load(content: bytes) -> Any:
@@ -65,8 +71,10 @@ def load(content: bytes) -> Any:
     """
     if len(content) > LARGEST:
         raise NotRead(f"it has more than {LARGEST} bytes")
+    import yaml
+
     try:
-        return yaml.load(content, _Loader)
+        return yaml.load(content, _loader())
     except yaml.YAMLError as error:
         words = " ".join(str(error).split()).replace('in "<byte string>", ', "at ")
         raise NotYaml(f"not valid YAML or JSON: {words[:200]}") from None

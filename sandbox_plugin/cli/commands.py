@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 from sandbox_plugin import __version__
-from sandbox_plugin.cli import demo, fake_node, list_devices, run
 from sandbox_plugin.cli.stdout import drop, flush, visible
 from sandbox_plugin.config.settings import UsageError
 
@@ -17,6 +17,16 @@ _DESCRIPTION = """\
 Kubernetes device plugin for whole passthrough GPUs, for pods that run in virtual machines (Kata Containers,
 confidential Kata, KubeVirt). Without a command it runs the daemon.
 """
+
+
+_COMMANDS = {
+    "run": ("run", "the daemon, until SIGTERM or SIGINT (also what runs without a command)"),
+    "list": ("list_devices", "what would be advertised, and why not the rest"),
+    "demo": ("demo", "watch the daemon on a fake node with a fake kubelet"),
+    "fake-node": ("fake_node", "make a fake node, and change it as hardware would"),
+}
+"""Command -> its module, with a function `set_up` that makes its parser, and what it is for. Only the module of the one
+that is wanted is imported: the daemon needs nothing of what people's commands need, and a node waits for it."""
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -29,8 +39,10 @@ def run_command(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"sandbox-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (run, list_devices, demo, fake_node):
-        command.add_parser(commands)
+    for name, (module, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        if name == arguments[0]:
+            import_module(f"sandbox_plugin.cli.{module}").set_up(command)
     try:
         args = parser.parse_args(arguments)
     except SystemExit:  # it has printed help

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from sandbox_plugin.cli.screen import flowed, heading, opened, wrapped
 from sandbox_plugin.cli.signals import run_until_signal
@@ -48,14 +47,11 @@ _LEGEND = (
 )
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "demo",
-        help="watch the daemon on a fake node with a fake kubelet",
-        description="Makes a fake node and a fake kubelet in a temporary folder, runs the daemon on them, and shows "
-        "what the kubelet sees while things happen to the node. On a terminal it goes on until Ctrl-C; otherwise it "
-        "tells the story once, in plain lines.",
-        allow_abbrev=False,
+def set_up(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Makes a fake node and a fake kubelet in a temporary folder, runs the daemon on them, and shows what the "
+        "kubelet sees while things happen to the node. On a terminal it goes on until Ctrl-C; otherwise it tells the "
+        "story once, in plain lines."
     )
     parser.add_argument("--preset", metavar="PRESET", default="hgx-h100", help="the fake node; default: hgx-h100")
     parser.set_defaults(run=run)

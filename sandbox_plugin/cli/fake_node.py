@@ -44,13 +44,10 @@ _Run = Callable[[argparse.Namespace], list[str | Table]]
 """What a verb does. Returns what is to be printed."""
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "fake-node",
-        help="make a fake node, and change it as hardware would",
-        description="A fake node is a folder that looks to the daemon like a host's root: run `sandbox-plugin run "
-        "--fake-sysfs DIR` on it, and change it with these verbs. It needs no privileges and touches nothing else.",
-        allow_abbrev=False,
+def set_up(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "A fake node is a folder that looks to the daemon like a host's root: run `sandbox-plugin run --fake-sysfs "
+        "DIR` on it, and change it with these verbs. It needs no privileges and touches nothing else."
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     create = _verb(verbs, "create", _create, "make a node in a new or empty folder")

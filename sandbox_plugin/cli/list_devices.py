@@ -36,13 +36,10 @@ _COLUMNS = {
 """Of the table of all functions, with the JSON key of each."""
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "list",
-        help="what would be advertised, and why not the rest",
-        description="What this node would advertise now, device by device, and why the other GPUs and NVSwitches "
-        "would not be. Nothing is changed and no kubelet is needed.",
-        allow_abbrev=False,
+def set_up(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "What this node would advertise now, device by device, and why the other GPUs and NVSwitches would not be. "
+        "Nothing is changed and no kubelet is needed."
     )
     add_options(parser, "gpu_alias", "nvswitch_alias", "require_iommufd")
     parser.add_argument("--output", choices=("table", "json"), default="table", help="default: table")

@@ -9,12 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sandbox_plugin.cli.temporary import temporary_folder
 from sandbox_plugin.config import parsers
 from sandbox_plugin.config.load import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, flag_or_variable, load_settings
 from sandbox_plugin.config.settings import OPTIONS, Settings, UsageError, refusing
-from sandbox_plugin.fake.node import FakeNode
-from sandbox_plugin.fake.presets import PRESETS
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -26,8 +23,8 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
         "--fake-sysfs",
         metavar="DIR|PRESET",
         default=argparse.SUPPRESS,
-        help="use a fake host instead of the real one: a directory with sys/ and dev/, or a preset "
-        f"({', '.join(PRESETS)}) [{FAKE_SYSFS_VARIABLE}]",
+        help="use a fake host instead of the real one: a directory with sys/ and dev/, or a preset (`sandbox-plugin "
+        f"fake-node presets` lists them) [{FAKE_SYSFS_VARIABLE}]",
     )
     parser.add_argument(
         "--config",
@@ -55,24 +52,33 @@ def settings_from(args: argparse.Namespace) -> Iterator[Settings]:
     fake = flag_or_variable("fake_sysfs", flags, FAKE_SYSFS_VARIABLE, os.environ)
     if fake is None:
         yield settings
-    elif fake[0] in PRESETS and not os.path.exists(fake[0]):
-        with temporary_folder("sandbox-plugin-") as folder:
-            yield settings.on_fake_host(FakeNode.create(folder / fake[0], fake[0]).root)
+    elif _has_sys(*fake):
+        with refusing(fake[1]):
+            root = parsers.path(fake[0])
+        yield settings.on_fake_host(root)
     else:
-        yield settings.on_fake_host(_fake_host(*fake))
+        with _preset(*fake) as root:
+            yield settings.on_fake_host(root)
 
 
-def _fake_host(folder: str, where: str) -> Path:
-    """Raises `UsageError` unless there is a folder `sys` in this one that can be entered, and its path can be used."""
+@contextmanager
+def _preset(name: str, where: str) -> Iterator[Path]:
+    """A node that is made for this run. Raises `UsageError` if there is no such preset."""
+    from sandbox_plugin.cli.temporary import temporary_folder
+    from sandbox_plugin.fake.node import FakeNode
+    from sandbox_plugin.fake.presets import PRESETS
+
+    if name not in PRESETS or os.path.exists(name):
+        raise UsageError(f"{where}: {name!r} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})")
+    with temporary_folder("sandbox-plugin-") as folder:
+        yield FakeNode.create(folder / name, name).root
+
+
+def _has_sys(folder: str, where: str) -> bool:
+    """Whether there is a folder `sys` in this one. Raises `UsageError` where that cannot be told."""
     try:
-        has_sys = bool(folder) and stat.S_ISDIR(os.stat(f"{folder}/sys").st_mode)
+        return bool(folder) and stat.S_ISDIR(os.stat(f"{folder}/sys").st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in it
-        has_sys = False
+        return False
     except OSError as error:
         raise UsageError(f"{where}: {folder!r}: {error.strerror}") from None
-    if not has_sys:
-        raise UsageError(
-            f"{where}: {folder!r} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})"
-        )
-    with refusing(where):
-        return parsers.path(folder)

@@ -6,7 +6,6 @@ import argparse
 import os
 import signal
 import sys
-from typing import Any
 
 import structlog
 
@@ -27,13 +26,10 @@ _NO_LABELS = (
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser(
-        "run",
-        help="the daemon, until SIGTERM or SIGINT (also what runs without a command)",
-        description="The daemon: finds devices bound to vfio-pci, writes CDI specs, registers with the kubelet and "
-        "follows the node until SIGTERM or SIGINT.",
-        allow_abbrev=False,
+def set_up(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "The daemon: finds devices bound to vfio-pci, writes CDI specs, registers with the kubelet and follows the "
+        "node until SIGTERM or SIGINT."
     )
     add_options(parser, *(option.name for option in OPTIONS))
     parser.set_defaults(run=run)

@@ -17,9 +17,9 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from sandbox_plugin.config.settings import OPTIONS, Given, Option, ResourceRule, UsageError, refusing
+from sandbox_plugin.config.settings import OPTIONS, ConfigFile, Given, Option, ResourceRule, UsageError, refusing
 from sandbox_plugin.model import NVIDIA
 from sandbox_plugin.names import check_alias, check_resource_name
 
@@ -30,15 +30,6 @@ _ADDRESS_PATTERN = r"[0-9a-fA-F:.*?]+"
 _OVERWRITTEN = "Cannot overwrite a value"
 """What tomllib says of a key that is there twice."""
 _CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
-
-
-class ConfigFile(NamedTuple):
-    """What a config file says."""
-
-    settings: Mapping[str, Given]
-    """By field of `Settings`."""
-    resources: tuple[ResourceRule, ...]
-    model_names: Mapping[tuple[int, int], Given]
 
 
 def parse_config(text: str, where: str) -> ConfigFile:

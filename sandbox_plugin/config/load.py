@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sandbox_plugin.config import parsers
-from sandbox_plugin.config.file import ConfigFile, parse_config
-from sandbox_plugin.config.settings import OPTIONS, VARIABLE_PREFIX, Given, Settings, UsageError, refusing
+from sandbox_plugin.config.settings import OPTIONS, VARIABLE_PREFIX, ConfigFile, Given, Settings, UsageError, refusing
 
 CONFIG_VARIABLE = f"{VARIABLE_PREFIX}CONFIG"
 FAKE_SYSFS_VARIABLE = f"{VARIABLE_PREFIX}FAKE_SYSFS"
@@ -66,7 +65,9 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 def _config_file(flags: Mapping[str, str], environment: Mapping[str, str]) -> ConfigFile:
     found = flag_or_variable("config", flags, CONFIG_VARIABLE, environment)
     if found is None:
-        return parse_config("", "")
+        return ConfigFile({}, (), {})
+    from sandbox_plugin.config.file import parse_config  # with a parser of TOML, which few need
+
     path, given_by = found
     with refusing(given_by):
         parsers.path(path)

@@ -139,6 +139,15 @@ class ResourceRule:
     drivers: frozenset[str] = frozenset()
 
 
+class ConfigFile(NamedTuple):
+    """What a config file says."""
+
+    settings: Mapping[str, Given]
+    """By field of `Settings`."""
+    resources: tuple[ResourceRule, ...]
+    model_names: Mapping[tuple[int, int], Given]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything that `run`, `list` and `demo` need to know. Paths are absolute or relative to the working folder."""

@@ -41,6 +41,7 @@ from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.rpc.client import NoAnswerError, call
 from sandbox_plugin.rpc.server import UnixServer
+from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"
@@ -51,6 +52,9 @@ _STREAM_TIMEOUT = 10.0
 """Seconds in which the kubelet opens ListAndWatch after it answered Register."""
 _SETTLED = 5.0
 """Seconds after which a registration has held, and its loss is worth another attempt at once."""
+_GLANCE, _URGENT = 0.01, 60.0
+"""Seconds between looks for a new kubelet.sock, and for how long it is looked for so often: a kubelet restarts within
+seconds, and until it knows the devices again no pod gets one."""
 _INTERVAL = 5.0
 """Seconds between looks at the sockets that no event asked for."""
 
@@ -132,6 +136,8 @@ class Endpoint:
     consumer: Consumer
     last_look: LastLook
     """As in `DevicePluginServicer`."""
+    on_registered: Callable[[], None] = lambda: None
+    """Called each time the kubelet has accepted the resource."""
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
     _own: sockets.Identity | None = None
@@ -140,6 +146,8 @@ class Endpoint:
     """The current one; before the first attempt there is none."""
     _registered_at: float = float("-inf")
     """Monotonic seconds."""
+    _unregistered_since: float = field(default_factory=time.monotonic)
+    """Monotonic seconds: of the start, or of the last loss."""
     _registrations: int = 0
     _losses: int = 0
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
@@ -244,6 +252,7 @@ class Endpoint:
             self._registered_at = time.monotonic()
             self._registrations += 1
             log.info("registered", resource=self.resource, endpoint=self.path.name)
+            self.on_registered()
             return State.REGISTERED
         self._complain(f"not registered: {why_not}")
         await self._pause(partial(self._is_replaced, registration))
@@ -288,6 +297,7 @@ class Endpoint:
         while (reason := self._why_lost()) is None:
             await self._wait(lambda: self._why_lost() is not None, _INTERVAL)
         self._losses += 1
+        self._unregistered_since = time.monotonic()
         log.warning("registration lost", resource=self.resource, reason=reason)
         return State.LOST
 
@@ -330,20 +340,25 @@ class Endpoint:
         return self._is_new(registration.kubelet) or sockets.identity(self.path) != registration.own
 
     async def _pause(self, worth_an_attempt: Callable[[], bool]) -> None:
-        """Until the next attempt: a while that grows from time to time, or until there is a reason for one."""
-        if await self._wait(worth_an_attempt, self.backoff.next()):
+        """Until the next attempt: a while that grows from time to time, or until there is a reason for one.
+
+        For a minute after a registration was lost it looks for a reason without waiting to be told: pods wait for the
+        kubelet that is coming.
+        """
+        is_urgent = time.monotonic() - self._unregistered_since < _URGENT
+        if await self._wait(worth_an_attempt, self.backoff.next(), look_every=_GLANCE if is_urgent else None):
             self.backoff.reset()
 
-    async def _wait(self, predicate: Callable[[], bool], seconds: float) -> bool:
-        """Waits until `predicate` holds, looking whenever the bell rings, for at most that long. Returns whether."""
-        try:
-            async with asyncio.timeout(seconds):
-                while not predicate():
-                    self._bell.clear()
-                    await self._bell.wait()
-        except TimeoutError:
-            pass
-        return predicate()
+    async def _wait(self, predicate: Callable[[], bool], seconds: float, look_every: float | None = None) -> bool:
+        """Waits until `predicate` holds, for at most that long. Returns whether it does.
+
+        It looks whenever the bell rings, and every `look_every` seconds.
+        """
+        end = time.monotonic() + seconds
+        while not (holds := predicate()) and (left := end - time.monotonic()) > 0:
+            self._bell.clear()
+            await happens(self._bell, within=left if look_every is None else min(left, look_every))
+        return holds
 
     def _complain(self, why: str) -> None:
         if self._trouble.update(why):

@@ -30,6 +30,8 @@ class Endpoints:
     registry: Registry
     last_look: LastLook
     """As in `Endpoint`."""
+    registered: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the kubelet has accepted a resource for the first time."""
     _running: dict[str, _Running] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -65,6 +67,7 @@ class Endpoints:
             policy=self.settings.allocation_policy,
             consumer=self.settings.consumer,
             last_look=self.last_look,
+            on_registered=self.registered.set,
         )
         self._running[resource] = _Running(endpoint=endpoint, task=shutdown.watch(group.create_task(endpoint.run())))
 
