@@ -44,6 +44,9 @@ from sandbox_plugin.fake.node import FakeNode  # noqa: E402
 PAUSE = 0.3
 """Seconds of quiet before a change: one event is measured, not the end of the one before it too."""
 
+SETTLE = 2.0
+"""Seconds after a start in which it is still at work: it begins to watch, and looks at what others wrote."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
@@ -88,6 +91,7 @@ class Bench:
             kubelet.start()
             with self.started(place, node, *flags) as daemon:
                 _wait_until_healthy(kubelet, gpus)
+                time.sleep(SETTLE)
                 yield kubelet, daemon, node
 
     def started(self, place: Places, node: FakeNode, *flags: str) -> Daemon:
@@ -191,7 +195,7 @@ class Bench:
                 process.terminate()
 
     def _idle(self, title: str, pid: int, seconds: float) -> None:
-        time.sleep(3)  # what follows a start is over then
+        time.sleep(SETTLE)
         before = _switches(pid), _cpu(pid)
         time.sleep(seconds)
         self.note(f"idle, {title}: wake-ups a second", (_switches(pid) - before[0]) / seconds, "")

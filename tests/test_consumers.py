@@ -24,7 +24,7 @@ from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
-from sandbox_plugin.kubelet.answers import answer
+from sandbox_plugin.kubelet.answers import AllocateAnswer, answer
 
 
 def given(kubelet: GrpcKubelet, *containers: Sequence[str]) -> list[dict[str, Any]]:
@@ -80,7 +80,9 @@ def answered(node: FakeNode, *device_ids: str, resource: str = PGPU) -> v1beta1.
     settings = Settings(consumer=Consumer.KUBEVIRT)
     found = find_devices(scan_now(HostPaths(node.root)), Rules(settings, ModelNames.load()))
     devices = {device.id: device for device in found.devices if device.resource == resource}
-    return answer(settings.consumer, resource, [devices[device_id] for device_id in device_ids])
+    container = answer(settings.consumer, resource, [devices[device_id] for device_id in device_ids])
+    (response,) = v1beta1.AllocateResponse().parse(AllocateAnswer([container]).SerializeToString()).container_responses
+    return response
 
 
 def answering(*nodes: str, **variables: str) -> v1beta1.ContainerAllocateResponse:

@@ -57,7 +57,7 @@ def test_an_allocate_is_told_with_its_answer_or_its_refusal(debugged: Daemon, ku
     kubelet.plugin(PGPU).allocate(["11"], ["13"])
     assert debugged.wait_for("allocate asked", resource=PGPU)["devices"] == [["11"], ["13"]]
     answer = debugged.wait_for("allocate answered", resource=PGPU)["answer"]
-    assert all(f"/dev/vfio/{device}" in answer for device in ("11", "13"))
+    assert answer == [{"variables": {}, "nodes": [f"/dev/vfio/{device}"]} for device in ("11", "13")]
     since = debugged.mark()
     refusal(lambda: kubelet.plugin(PGPU).allocate(["99"]))
     assert debugged.wait_for("allocate asked", since=since)["devices"] == [["99"]]

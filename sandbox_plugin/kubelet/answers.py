@@ -7,13 +7,15 @@ needs the nodes that libvirt opens: those of the device, and VFIO's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer
 from sandbox_plugin.model import Device
+from sandbox_plugin.rpc.codec import field
 
-_PERMISSIONS = "mrw"
+_PERMISSIONS = b"mrw"
 """A VM needs the node whole: read, write, and mknod for runtimes that make it again in the sandbox."""
 _CONTAINER_NODE = "/dev/vfio/vfio"
 """What group nodes are used with (Documentation/driver-api/vfio.rst)."""
@@ -21,16 +23,42 @@ _IOMMUFD_NODE = "/dev/iommu"
 """What cdevs are used with (Documentation/userspace-api/iommufd.rst)."""
 
 
-def answer(consumer: Consumer, resource: str, devices: Sequence[Device]) -> v1beta1.ContainerAllocateResponse:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one container gets."""
+
+    variables: Mapping[str, str]
+    nodes: Sequence[str]
+    """Each under its own path, to read, write and make."""
+
+
+class AllocateAnswer(v1beta1.AllocateResponse):
+    """An answer to Allocate that is bytes already: betterproto takes 0.1 ms for a node, and all pod admission waits."""
+
+    def __init__(self, answers: Iterable[Answer]) -> None:
+        self.__dict__["content"] = b"".join([field(1, _encoded(answer)) for answer in answers])
+
+    def SerializeToString(self) -> bytes:
+        content: bytes = self.__dict__["content"]
+        return content
+
+
+def answer(consumer: Consumer, resource: str, devices: Sequence[Device]) -> Answer:
     """The answer for one container that gets these devices, in this order."""
     if consumer is Consumer.KUBEVIRT:
-        variables, nodes = _kubevirt_variables(resource, devices), _kubevirt_nodes(devices)
-    else:
-        variables, nodes = {}, [device.node for device in devices]
-    return v1beta1.ContainerAllocateResponse(
-        envs=variables,
-        devices=[v1beta1.DeviceSpec(container_path=node, host_path=node, permissions=_PERMISSIONS) for node in nodes],
-    )
+        return Answer(_kubevirt_variables(resource, devices), _kubevirt_nodes(devices))
+    return Answer({}, [device.node for device in devices])
+
+
+def _encoded(answer: Answer) -> bytes:
+    """A ContainerAllocateResponse: `envs` is its field 1, `devices` its field 3."""
+    variables = bytes(v1beta1.ContainerAllocateResponse(envs=dict(answer.variables))) if answer.variables else b""
+    return variables + b"".join([field(3, _device_spec(node.encode())) for node in answer.nodes])
+
+
+def _device_spec(node: bytes) -> bytes:
+    """A DeviceSpec: `container_path`, `host_path`, `permissions`."""
+    return field(1, node) + field(2, node) + field(3, _PERMISSIONS)
 
 
 def _kubevirt_variables(resource: str, devices: Sequence[Device]) -> dict[str, str]:

@@ -10,7 +10,8 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import structlog
 from grpclib import GRPCError, Status
@@ -18,9 +19,10 @@ from grpclib import GRPCError, Status
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
-from sandbox_plugin.kubelet.answers import answer
+from sandbox_plugin.kubelet.answers import AllocateAnswer, Answer, answer
 from sandbox_plugin.model import Device, Objection, PciFunction
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.rpc.codec import field
 from sandbox_plugin.rpc.server import PromptStreams
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -56,12 +58,13 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
             inventory = self.registry.current
             sent = None
             while True:
-                devices = [_listed(d) for d in inventory.resources.get(self.resource, ())]
-                if devices != sent:
-                    healthy = sum(device.health == HEALTHY for device in devices)
+                devices = inventory.resources.get(self.resource, ())
+                content = b"".join([_listed(d.id, d.health.healthy, d.numa_nodes) for d in devices])
+                if content != sent:
+                    healthy = sum(device.health.healthy for device in devices)
                     log.debug("list sent", resource=self.resource, devices=len(devices), healthy=healthy)
-                    yield v1beta1.ListAndWatchResponse(devices=devices)
-                    sent = devices
+                    yield _PreparedList(content)
+                    sent = content
                 inventory = await self.registry.newer_than(inventory.version)
 
     async def get_preferred_allocation(
@@ -105,22 +108,20 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         changed = [d.id for was, d in zip(looked_at_devices, chosen, strict=True) if _bound(was) != _bound(d)]
         self._refuse(chosen, dict.fromkeys(changed, "it changed while it was looked at"))
         by_id = {d.id: d for d in chosen}
-        response = v1beta1.AllocateResponse(
-            container_responses=[answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
-        )
+        answers = [answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
         self.registry.allocate([(d.resource, d.id) for d in chosen], looked_at=looked_at)
-        asyncio.get_running_loop().call_soon(self._tell, chosen, response)  # the kubelet first
-        return response
+        asyncio.get_running_loop().call_soon(self._tell, chosen, answers)  # the kubelet first
+        return AllocateAnswer(answers)
 
     async def pre_start_container(self, request: v1beta1.PreStartContainerRequest) -> v1beta1.PreStartContainerResponse:
         """Not asked for by our options; answered all the same."""
         return v1beta1.PreStartContainerResponse()
 
-    def _tell(self, devices: Sequence[Device], answer: v1beta1.AllocateResponse) -> None:
+    def _tell(self, devices: Sequence[Device], answers: Sequence[Answer]) -> None:
         """One line for all devices of a call: they are one pod's."""
         ids, addresses = ",".join(d.id for d in devices), ",".join(d.address for d in devices)
         log.info("allocated", resource=self.resource, device=ids, pci_address=addresses)
-        log.debug("allocate answered", resource=self.resource, answer=answer)
+        log.debug("allocate answered", resource=self.resource, answer=[asdict(answer) for answer in answers])
 
     def _choose(self, asked: Sequence[Sequence[str]]) -> list[Device]:
         """The devices that these containers ask for, if all of them can be had now. Raises GRPCError."""
@@ -153,9 +154,29 @@ def _bound(device: Device) -> tuple[object, ...]:
     return (*((p.address, p.binding) for p in device.placements), *device.group_functions)
 
 
-def _listed(device: Device) -> v1beta1.Device:
-    """NUMA nodes only where they are known: an empty TopologyInfo is worse than none."""
-    listed = v1beta1.Device(id=device.id, health=HEALTHY if device.health.healthy else UNHEALTHY)
-    if device.numa_nodes:
-        listed.topology = v1beta1.TopologyInfo(nodes=[v1beta1.NumaNode(id=node) for node in device.numa_nodes])
-    return listed
+class _PreparedList(v1beta1.ListAndWatchResponse):
+    """A list that is bytes already: betterproto takes 0.2 ms for a device, and meanwhile the loop answers nobody."""
+
+    def __init__(self, content: bytes) -> None:
+        self.__dict__["content"] = content
+
+    def SerializeToString(self) -> bytes:
+        content: bytes = self.__dict__["content"]
+        return content
+
+
+def _listed(device_id: str, is_healthy: bool, numa_nodes: tuple[int, ...]) -> bytes:
+    """A list of one device: in protobuf the bytes of two lists, one after the other, are those of the whole list.
+
+    NUMA nodes only where they are known: an empty TopologyInfo is worse than none.
+    """
+    return field(1, field(1, device_id.encode()) + _state(is_healthy, numa_nodes))
+
+
+@lru_cache(maxsize=1 << 8)
+def _state(is_healthy: bool, numa_nodes: tuple[int, ...]) -> bytes:
+    """A device without its ID."""
+    device = v1beta1.Device(health=HEALTHY if is_healthy else UNHEALTHY)
+    if numa_nodes:
+        device.topology = v1beta1.TopologyInfo(nodes=[v1beta1.NumaNode(id=node) for node in numa_nodes])
+    return bytes(device)

@@ -45,6 +45,12 @@ class RequestCodec(MessageCodec):
             raise GRPCError(Status.INVALID_ARGUMENT, str(error)) from None
 
 
+def field(number: int, content: bytes) -> bytes:
+    """One field that is a string or a message, as it stands within a message: its number and wire type 2, its length,
+    its content (protobuf's encoding, "length-delimited records")."""
+    return betterproto.encode_varint(number << 3 | 2) + betterproto.encode_varint(len(content)) + content
+
+
 def _check(message: betterproto.Message) -> None:
     """Raises TypeError unless every field, all the way down, has the type that it is declared with."""
     for name, declared in _types(type(message)).items():
