@@ -14,10 +14,19 @@ from dataclasses import dataclass, field
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.pci_function import FunctionUnreadable, is_a_vms, read_again
+from sandbox_plugin.host.pci_function import FunctionNow, FunctionUnreadable, is_a_vms, read_again
 from sandbox_plugin.host.sweep import SILENCE
 from sandbox_plugin.host.threads import DaemonThreads
-from sandbox_plugin.model import Device, Objection, PciFunction, Placement, group_of_node, node_of_cdev
+from sandbox_plugin.model import (
+    Device,
+    Objection,
+    PciFunction,
+    Placement,
+    VfioDev,
+    group_of_node,
+    is_vfio_driver,
+    node_of_cdev,
+)
 
 _threads = DaemonThreads("last-look")
 
@@ -123,23 +132,24 @@ def objection(paths: HostPaths, device: Device, functions: Functions) -> Objecti
     return Objection(why=detail, in_use=frozenset(used))
 
 
-def _why_unfit(paths: HostPaths, device: Device, was: Placement, function: PciFunction) -> str | None:
+def _why_unfit(paths: HostPaths, device: Device, was: Placement, now: FunctionNow) -> str | None:
     """Why one function of the device, which `was` so in the latest scan, cannot be given to a VM now; or None."""
-    if function.driver is None or not function.is_held_by_vfio:
-        return f"{function.address} is bound to {function.driver or 'no driver'} now"
-    if not _has_node(paths, device, function):
+    binding = None if now.vfio is None else now.vfio.binding
+    if now.driver is None or not (now.vfio is not None or is_vfio_driver(now.driver)):
+        return f"{was.address} is bound to {now.driver or 'no driver'} now"
+    if not _has_node(paths, device, now.vfio):
         return f"{device.node} is gone"
-    if None not in (function.binding, was.binding) and function.binding != was.binding:
-        return f"{function.address} was bound again, or made again with another type"
-    if sysfs.text_or_none(f"{paths.pci_devices}/{function.address}/nvidia/current_vgpu_type") == "0":
-        return f"{function.address} has no vGPU type: every open fails"
-    if why := function.silence:
-        return f"{function.address} does not answer on the PCI bus now ({why})"
+    if None not in (binding, was.binding) and binding != was.binding:
+        return f"{was.address} was bound again, or made again with another type"
+    type_file = f"{paths.pci_devices}/{was.address}/nvidia/current_vgpu_type"
+    if not is_vfio_driver(now.driver) and sysfs.text_or_none(type_file) == "0":
+        return f"{was.address} has no vGPU type: every open fails"
+    if now.silence is not None:
+        return f"{was.address} does not answer on the PCI bus now ({now.silence})"
     return None
 
 
-def _has_node(paths: HostPaths, device: Device, function: PciFunction) -> bool:
+def _has_node(paths: HostPaths, device: Device, vfio: VfioDev | None) -> bool:
     if device.is_cdev:
-        vfio = function.vfio
         return vfio is not None and vfio.cdev is not None and device.node == node_of_cdev(vfio.number)
     return os.path.lexists(f"{paths.vfio_class}/{group_of_node(device.node)}")

@@ -12,12 +12,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import D3COLD, ROM, Bar, PciFunction, VfioDev, is_vfio_driver
+from sandbox_plugin.model import D3COLD, ROM, Bar, PciFunction, VfioDev, is_vfio_driver, silence
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -31,8 +31,6 @@ _IO_REGION, _MEM_REGION, _PREFETCH, _MEM_64, _UNSET = 0x100, 0x200, 0x2000, 0x10
 """IORESOURCE_IO, _MEM, _PREFETCH, _MEM_64 and _UNSET of the kernel's include/linux/ioport.h."""
 _ROM_ENABLE = 0x1
 """IORESOURCE_ROM_ENABLE: the expansion ROM is switched on."""
-_NO_POWER: dict[str, Any] = dict.fromkeys(("runtime_status", "has_power", "link_speed", "link_width"))
-"""What `_read_power` leaves out where it does not ask for it."""
 _REGIONS_OF_FUNCTION = 7
 """Lines of `resource` that are the function's own: six BARs and the ROM; SR-IOV and bridge windows follow."""
 
@@ -82,14 +80,21 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
         raise FunctionUnreadable(str(error)) from None
 
 
-def read_again(paths: HostPaths, was: PciFunction) -> PciFunction:
-    """A function that was read earlier, as it is now, in what decides whether a VM can open it: its driver, its cdev,
-    whether it is enabled, and whether it answers on the bus. The rest is as it was.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionNow:
+    """What decides whether a VM can open a function: as in `PciFunction`."""
 
-    Raises `FunctionUnreadable` and `sysfs.OutOfResources`.
-    """
+    driver: str | None
+    vfio: VfioDev | None
+    enable: int | None
+    silence: str | None
+
+
+def read_again(paths: HostPaths, was: PciFunction) -> FunctionNow:
+    """A function that was read earlier, as it is now. Raises `FunctionUnreadable` and `sysfs.OutOfResources`."""
     if was.mdev_type is not None:
-        return read_function(paths, was.address)
+        function = read_function(paths, was.address)
+        return FunctionNow(driver=function.driver, vfio=function.vfio, enable=None, silence=None)
     folder = f"{paths.pci_devices}/{was.address}"
     try:
         driver = sysfs.target_name(f"{folder}/driver")
@@ -98,12 +103,14 @@ def read_again(paths: HostPaths, was: PciFunction) -> PciFunction:
     if driver is None and not os.path.exists(folder):
         raise FunctionUnreadable("it is gone")
     optional = _Optional(folder)
-    return replace(
-        was,
+    power = _read_power(paths, folder, optional, was.bridges)
+    return FunctionNow(
         driver=driver,
         vfio=_vfio_dev(folder),
         enable=optional.number("enable"),
-        **(_NO_POWER | _read_power(paths, folder, optional, was.bridges)),
+        silence=silence(
+            power.get("link_speed"), power.get("link_width"), power["power_state"], power.get("runtime_status")
+        ),
     )
 
 
