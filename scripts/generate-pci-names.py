@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes sandbox_plugin/inventory/pci_names.tsv, NVIDIA's part of pci.ids, from Debian's package `pci.ids`.
+"""Makes sandbox_plugin/inventory/pci_names.tsv, names of GPUs and NICs in pci.ids, from Debian's package `pci.ids`.
 
     scripts/generate-pci-names.py             fetch the newest package with apt (nothing is installed; no root needed)
     scripts/generate-pci-names.py FILE        use this pci.ids instead, plain or .gz
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "sandbox_plugin" / "inventory" / "pci_names.tsv"
-NVIDIA = "10de"
+NVIDIA, AMD, MELLANOX, INTEL = "10de", "1002", "15b3", "8086"
+GPUS_AND_NICS = (
+    r"graphics|\barc\b|\biris\b|\bgpu\b|flex|ponte|gaudi|\bnpu\b|\bvpu\b|\bxe\b|accelerator|fpga|\bqat\b|quickassist"
+    r"|ethernet|network|wi-?fi|wireless|omni-path|\bipu\b|infrastructure processing"
+)
+"""What display, accelerator and network functions of Intel have in their names: pci.ids tells no classes, and five of
+six of Intel's devices are chipsets. Of the other vendors every device is taken."""
 LICENCE = (
     "This file can be distributed under either the GNU General Public License",
     "(version 2 or higher) or the 3-clause BSD License.",
@@ -27,7 +34,7 @@ LICENCE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Make the table of NVIDIA's model names again from pci.ids.")
+    parser = argparse.ArgumentParser(description="Make the table of model names again from pci.ids.")
     parser.add_argument("file", nargs="?", type=Path, help="a pci.ids; without it Debian's newest is fetched with apt")
     file: Path | None = parser.parse_args().file
     if file is not None:
@@ -73,7 +80,7 @@ def fetch(folder: Path) -> Path:
 
 
 def extract(text: str) -> str:
-    """The table: where it comes from and its licence, then `device ID <tab> name` for each of NVIDIA's devices."""
+    """The table: where it comes from and its licence, then a line for each device: vendor and device ID, tab, name."""
     lines = text.splitlines()
     version, date = (
         next(line for line in lines if line.startswith(f"#\t{word}:")).split(":", 1)[1].strip()
@@ -81,19 +88,20 @@ def extract(text: str) -> str:
     )
     if not all(f"#\t{line}" in lines for line in LICENCE):
         sys.exit("generate-pci-names: the licence in this pci.ids is another one than ours says: read it first")
-    head = [f"pci.ids {version} ({date}), the part of vendor {NVIDIA}", *LICENCE]
+    head = [f"pci.ids {version} ({date}), in part: NVIDIA, AMD (ATI), Mellanox, GPUs and NICs of Intel", *LICENCE]
     return "".join(f"# {line}\n" for line in head) + "".join(rows(lines))
 
 
 def rows(lines: list[str]) -> list[str]:
     found: list[str] = []
-    inside = False
+    vendor = ""
     for line in lines:
         if line and line[0] not in "#\t":
-            inside = line.startswith(f"{NVIDIA}  ")
-        elif inside and line.startswith("\t") and not line.startswith("\t\t"):
+            vendor = line[:4]
+        elif vendor in (NVIDIA, AMD, MELLANOX, INTEL) and line.startswith("\t") and not line.startswith("\t\t"):
             device, _, name = line.strip().partition("  ")
-            found.append(f"{device}\t{name}\n")
+            if vendor != INTEL or re.search(GPUS_AND_NICS, name, re.IGNORECASE):
+                found.append(f"{vendor}{device}\t{name}\n")
     return found
 
 

@@ -70,13 +70,32 @@ def test_people_see_the_name_as_pci_ids_has_it() -> None:
     assert NAMES.describe(NVIDIA, 0xFFFF) == "unknown model 10de:ffff"
 
 
+@pytest.mark.parametrize(
+    ("vendor", "device", "name"),
+    [
+        (0x1002, 0x74A1, "Aqua Vanjaram [Instinct MI300X]"),
+        (0x8086, 0x56C0, "ATS-M [Data Center GPU Flex 170]"),
+        (0x8086, 0x0BD5, "Ponte Vecchio XT (2 Tile) [Data Center GPU Max 1550]"),
+        (0x8086, 0x1583, "Ethernet Controller XL710 for 40GbE QSFP+"),
+        (0x15B3, 0x1021, "MT2910 Family [ConnectX-7]"),
+    ],
+)
+def test_gpus_and_nics_of_other_vendors_have_names_for_people_and_no_resources_of_their_own(
+    vendor: int, device: int, name: str
+) -> None:
+    assert NAMES.describe(vendor, device) == name
+    unnamed = NAMES.resource_name(vendor, device)
+    assert unnamed == f"UNKNOWN_{vendor:04X}_{device:04X}"
+    assert clean_name(name, device) not in {NAMES.resource_name(*model) for model in NAMES.table if model[0] == NVIDIA}
+
+
 def test_the_table_says_its_version_its_date_and_its_licence() -> None:
     table = (ROOT / "sandbox_plugin/inventory/pci_names.tsv").read_text(encoding="utf-8")
     assert re.match(r"# pci.ids 20.* \(20.*\n#.*GNU General Public License.*\n#.*3-clause BSD License", table)
 
 
 def test_every_model_of_the_table_has_a_valid_name() -> None:
-    assert len(NAMES.table) > 1900
+    assert len(NAMES.table) > 4000
     assert {model: name for model in NAMES.table if not is_class(name := NAMES.resource_name(*model))} == {}
 
 
@@ -248,6 +267,9 @@ PCI_IDS = """#
 \t2330  GH100 [H100 SXM5 80GB]
 \t\t10de 16c1  a subsystem
 \t2fff  GX100  [two  spaces]
+8086  Intel Corporation
+\t1583  Ethernet Controller XL710 for 40GbE QSFP+
+\t29c0  82G33/G31/P35/P31 Express DRAM Controller
 C 03  Display controller
 \t00  VGA compatible controller
 """
@@ -256,15 +278,16 @@ C 03  Display controller
 @pytest.mark.parametrize(
     ("name", "content"), [("pci.ids", PCI_IDS.encode()), ("x.gz", gzip.compress(PCI_IDS.encode()))]
 )
-def test_the_table_is_made_of_nvidias_devices_alone(tmp_path: Path, name: str, content: bytes) -> None:
+def test_the_table_is_made_of_all_devices_of_nvidia_and_of_gpus_and_nics_of_intel(tmp_path: Path, name: str, content: bytes) -> None:
     done, table = make_table(tmp_path, name, content)
     assert done.returncode == 0, done.stderr
     assert table.splitlines() == [
-        "# pci.ids 2026.01.02 (2026-01-02 03:04:05), the part of vendor 10de",
+        "# pci.ids 2026.01.02 (2026-01-02 03:04:05), in part: NVIDIA, AMD (ATI), Mellanox, GPUs and NICs of Intel",
         "# This file can be distributed under either the GNU General Public License",
         "# (version 2 or higher) or the 3-clause BSD License.",
-        "2330\tGH100 [H100 SXM5 80GB]",
-        "2fff\tGX100  [two  spaces]",
+        "10de2330\tGH100 [H100 SXM5 80GB]",
+        "10de2fff\tGX100  [two  spaces]",
+        "80861583\tEthernet Controller XL710 for 40GbE QSFP+",
     ]
 
 

@@ -4,15 +4,16 @@ The rule for a model's resource name is the reference plugin's, so that a pod th
 too: the name in pci.ids in capitals, `/`, `.` and white space as `_`, and everything dropped that is not a letter, a
 digit, `_` or `-`. Where that gives no valid name it is repaired, and the model's ID is put at its end.
 
-The table is NVIDIA's part of pci.ids, made by scripts/generate-pci-names.py. `ModelNames.load` reads it once, at the
-start; it is a part of the program, and the only file that anything in `inventory` reads.
+The table is a part of pci.ids, made by scripts/generate-pci-names.py. `ModelNames.load` reads it once, at the start; it
+is a part of the program, and the only file that anything in `inventory` reads. People see the names of all that is in
+it; resources are named after NVIDIA's models alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,9 +33,7 @@ class ModelNames:
     @classmethod
     def load(cls) -> ModelNames:
         """Reads the packaged table."""
-        lines = _TABLE.read_text(encoding="utf-8").splitlines()
-        rows = (line.split("\t", 1) for line in lines if not line.startswith("#"))
-        return cls({(NVIDIA, int(device, 16)): name for device, name in rows})
+        return cls(_PackagedNames(_TABLE.read_text(encoding="utf-8")))
 
     def describe(self, vendor: int, device: int) -> str:
         """For people: `GH100 [H100 SXM5 80GB]`, or the bare ID of an unknown model."""
@@ -45,7 +44,7 @@ class ModelNames:
 
         Unknown models get a name that tells them apart: `UNKNOWN_10DE_2FFF`.
         """
-        name = self.table.get((vendor, device))
+        name = self.table.get((vendor, device)) if vendor == NVIDIA else None
         return f"UNKNOWN_{vendor:04X}_{device:04X}" if name is None else clean_name(name, device)
 
     def is_resource_name(self, name: str) -> bool:
@@ -54,7 +53,31 @@ class ModelNames:
 
     @cached_property
     def _resource_names(self) -> frozenset[str]:
-        return frozenset(clean_name(name, device) for (_, device), name in self.table.items())
+        return frozenset(clean_name(name, device) for (vendor, device), name in self.table.items() if vendor == NVIDIA)
+
+
+class _PackagedNames(Mapping[tuple[int, int], str]):
+    """The text of the table: a line for each model, of which few are ever asked for. Parsing all takes milliseconds."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._asked: dict[tuple[int, int], str] = {}
+
+    def __getitem__(self, model_id: tuple[int, int]) -> str:
+        if model_id not in self._asked:
+            _, found, rest = self._text.partition("\n{:04x}{:04x}\t".format(*model_id))
+            if not found:
+                raise KeyError(model_id)
+            self._asked[model_id] = rest[: rest.index("\n")]
+        return self._asked[model_id]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for line in self._text.splitlines():
+            if not line.startswith("#"):
+                yield int(line[:4], 16), int(line[4:8], 16)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def clean_name(name: str, device: int) -> str:
