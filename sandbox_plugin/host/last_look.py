@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.pci_function import FunctionUnreadable, is_a_vms, read_again
+from sandbox_plugin.host.pci_function import FunctionUnreadable, driver_of, is_a_vms, read_again
 from sandbox_plugin.host.sweep import SILENCE
 from sandbox_plugin.host.threads import DaemonThreads
 from sandbox_plugin.model import Device, Objection, PciFunction, Placement, group_of_node, node_of_cdev
@@ -106,7 +106,8 @@ def objection(paths: HostPaths, device: Device, functions: Functions) -> Objecti
     try:
         for address, placement in placements.items():
             function = read_again(paths, functions[address])
-            if why := _why_unfit(paths, device, placement, function):
+            was_type = functions[address].vgpu_type
+            if why := _why_unfit(paths, device, placement, function) or _why_no_vgpu(paths, function, was_type):
                 return Objection(why=why)
             if function.enable == 1:
                 used.add(address)
@@ -131,10 +132,21 @@ def _why_unfit(paths: HostPaths, device: Device, was: Placement, function: PciFu
         return f"{device.node} is gone"
     if None not in (function.binding, was.binding) and function.binding != was.binding:
         return f"{function.address} was bound again, or made again with another type"
-    if sysfs.text_or_none(f"{paths.pci_devices}/{function.address}/nvidia/current_vgpu_type") == "0":
-        return f"{function.address} has no vGPU type: every open fails"
     if why := function.silence:
         return f"{function.address} does not answer on the PCI bus now ({why})"
+    return None
+
+
+def _why_no_vgpu(paths: HostPaths, function: PciFunction, was_type: str | None) -> str | None:
+    """Why a vGPU on its vendor's driver is not the one that the latest scan saw; None for any other function."""
+    if not function.is_vendors_vgpu:
+        return None
+    if function.vgpu_type in (None, "0"):
+        return f"{function.address} has no vGPU type: every open fails"
+    if function.vgpu_type != was_type:
+        return f"{function.address} has vGPU type {function.vgpu_type} now, and had {was_type or 'none'}"
+    if driver_of(paths, function.physical_function or "") is None:
+        return f"its physical function {function.physical_function} has no driver: every open fails"
     return None
 
 
