@@ -107,8 +107,14 @@ class PciFunction:
     mdev_type: str | None = None
     """For a mediated device the name of its type, e.g. `GRID T4-1Q`.
 
-    Its `address` is its UUID then, and vendor, device, NUMA node and bridges are those of the function that carries it.
+    Its `address` is its UUID then, and vendor, device, NUMA node and bridges are those of the function that carries it:
+    0 and nothing where that is no PCI function.
     """
+    vgpu_type: str | None = None
+    """Of a virtual function that its vendor's driver gives to VMs: the number of its vGPU type (`nvidia/
+    current_vgpu_type`), `0` while it has none. None: no such function, or one without that file."""
+    vgpu_types: tuple[tuple[str, str], ...] = ()
+    """Number and name of each type that still fits there (`nvidia/creatable_vgpu_types`): fewer as the card fills."""
     fatal_errors: int | None = None
     """TOTAL_ERR_FATAL of `aer_dev_fatal`: a count since boot."""
     unread: tuple[str, ...] = ()
@@ -132,6 +138,17 @@ class PciFunction:
         first to go (__device_release_driver in drivers/base/dd.c), and of one that waits for a VM it is all that goes.
         """
         return self.vfio is not None or is_vfio_driver(self.driver)
+
+    @property
+    def is_vendors_vgpu(self) -> bool:
+        """A virtual function that stays on its vendor's driver, which makes a VFIO device of it: a vGPU if it has a
+        type."""
+        return (
+            self.physical_function is not None
+            and self.vfio is not None
+            and self.driver is not None
+            and not is_vfio_driver(self.driver)
+        )
 
     @property
     def is_bridge(self) -> bool:
@@ -183,6 +200,8 @@ class HostFacts:
     """Nodes under the host's live /dev/vfio (`/dev/vfio/12`); None where only a copy, or nothing, is visible."""
     vfio_devs: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """`vfioN` -> address of its function, as `/sys/class/vfio-dev` has it, also of one that cannot be read."""
+    egm_gpus: Mapping[str, frozenset[str]] = field(default_factory=lambda: MappingProxyType({}))
+    """Extended GPU memory of Grace: node (`/dev/egm4`) -> addresses of all GPUs that it belongs to."""
     unreachable: str | None = None
     """Why there is nothing at all: the PCI bus folder itself could not be read."""
     began_at: float = field(default=-math.inf, compare=False)
@@ -195,6 +214,7 @@ class Reason(StrEnum):
     UNREADABLE = "unreadable"
     GONE = "gone"
     NOT_BOUND = "not-bound"
+    NO_TYPE = "no-type"
     NO_CDEV = "no-cdev"
     NO_NODE = "no-node"
     NOT_VIABLE = "not-viable"

@@ -82,6 +82,11 @@ class Registry:
         return {} if self._facts is None else self._facts.functions
 
     @property
+    def egm_gpus(self) -> Mapping[str, frozenset[str]]:
+        """As in `HostFacts`, as the latest scan saw them."""
+        return {} if self._facts is None else self._facts.egm_gpus
+
+    @property
     def holdings(self) -> Holdings | None:
         """The latest answer of PodResources, if it ever gave one."""
         return self._signals.holdings

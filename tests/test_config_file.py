@@ -17,7 +17,7 @@ from sandbox_plugin.config.settings import OPTIONS, Consumer, Policy, ResourceRu
 
 KEYS = {option.flag.removeprefix("--") for option in OPTIONS}
 EVERY_KEY = ", ".join(sorted([*KEYS, "names", "resources"]))
-CONDITIONS = "vendor, device, class, subsystem, address, driver"
+CONDITIONS = "vendor, device, class, subsystem, address, driver, virtual, physical-function, type"
 HEX = "is not four hexadecimal digits, e.g. '10de'"
 CLASS = "is not two, four or six hexadecimal digits, e.g. '0302'"
 PAIR = "is not VENDOR:DEVICE, e.g. '10de:16c1'"

@@ -75,12 +75,15 @@ def test_for_confidential_guests_group_nodes_are_unhealthy_with_that_reason_and_
 # KubeVirt
 
 
-def answered(node: FakeNode, *device_ids: str, resource: str = PGPU) -> v1beta1.ContainerAllocateResponse:
+def answered(
+    node: FakeNode, *device_ids: str, resource: str = PGPU, consumer: Consumer = Consumer.KUBEVIRT
+) -> v1beta1.ContainerAllocateResponse:
     """What a container gets that was given these devices of the node, in this order."""
-    settings = Settings(consumer=Consumer.KUBEVIRT)
-    found = find_devices(scan_now(HostPaths(node.root)), Rules(settings, ModelNames.load()))
+    settings = Settings(consumer=consumer)
+    facts = scan_now(HostPaths(node.root))
+    found = find_devices(facts, Rules(settings, ModelNames.load()))
     devices = {device.id: device for device in found.devices if device.resource == resource}
-    container = answer(settings.consumer, resource, [devices[device_id] for device_id in device_ids])
+    container = answer(settings.consumer, resource, [devices[device_id] for device_id in device_ids], facts.egm_gpus)
     (response,) = v1beta1.AllocateResponse().parse(AllocateAnswer([container]).SerializeToString()).container_responses
     return response
 
@@ -97,6 +100,24 @@ def test_kubevirt_gets_an_address_for_each_device_and_the_nodes_that_libvirt_ope
     geforce, t4 = (str(node.function(address).iommu_group) for address in (GEFORCE, T4))
     nodes = (f"/dev/vfio/{t4}", "/dev/vfio/vfio", f"/dev/vfio/{geforce}")
     assert answered(node, t4, geforce) == answering(*nodes, PCI_RESOURCE_NVIDIA_COM_PGPU=f"{T4},{GEFORCE}")
+
+
+def test_kubevirt_gets_graces_memory_with_all_gpus_that_it_belongs_to_and_only_then(fake_node: MakeNode) -> None:
+    node = fake_node("rtx-pro-6000")
+    first, second, third = [f for f in node.functions() if f.vfio is not None][:3]
+    for name, gpus in (("egm4", f"{first.address}\n{second.address}\n"), ("egm5", "")):
+        folder = node.root / f"sys/class/egm/{name}"
+        folder.mkdir(parents=True)
+        (folder / "gpu_devices").write_text(gpus)
+    ids = [str(f.vfio.number) for f in (first, second, third) if f.vfio is not None]
+
+    def egm(*asked: str, consumer: Consumer = Consumer.KUBEVIRT) -> list[str]:
+        given = answered(node, *asked, consumer=consumer).devices
+        return [device.host_path for device in given if "egm" in device.host_path]
+
+    assert egm(ids[0]) == egm(ids[1], ids[2]) == [], "part of its GPUs"
+    assert egm(ids[1], ids[0]) == egm(*ids) == ["/dev/egm4"]
+    assert egm(*ids, consumer=Consumer.KATA) == []
 
 
 def test_on_a_kernel_with_cdevs_kubevirt_gets_both_ways_to_a_device(fake_node: MakeNode) -> None:

@@ -485,9 +485,6 @@ def test_a_mediated_device_is_what_carries_it_with_a_driver_and_a_group_of_its_o
     (tree.paths.mdev_devices / uuid).unlink()
     with pytest.raises(pci_function.FunctionUnreadable, match="missing"):
         tree.read(uuid)
-    (tree.paths.mdev_devices / uuid).symlink_to(f"../{uuid}/{uuid}")
-    with pytest.raises(pci_function.FunctionUnreadable, match="below a PCI function"):
-        tree.read(uuid)
 
 
 # Groups and nodes

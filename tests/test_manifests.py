@@ -198,6 +198,7 @@ def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
     [
         ("kubevirt-vm.yaml", [f"nvidia.com/{Settings().gpu_alias}"] * 2),
         ("kubevirt-vgpu-vm.yaml", [f"nvidia.com/{type_name('GRID T4-2Q')}"]),
+        ("kubevirt-vgpu-function-vm.yaml", [f"nvidia.com/{type_name('NVIDIA L40S-24Q')}"]),
     ],
 )
 def test_the_examples_for_kubevirt_name_the_resources_as_they_are_served(name: str, resources: list[str]) -> None:

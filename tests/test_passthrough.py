@@ -468,6 +468,7 @@ def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, list
         "facts": {
             "subsystem": "10de:12a2",
             "mdev_type": None,
+            "vgpu_type": None,
             "physical_function": None,
             "bridges": ["pci0000:00", "0000:00:1b.0"],
             "enable": None,

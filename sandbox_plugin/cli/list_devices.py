@@ -20,6 +20,7 @@ from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER, Offer, Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.inventory.topology import legend_lines, matrix, matrix_lines
+from sandbox_plugin.inventory.vgpu_types import NO_TYPES
 from sandbox_plugin.model import Device, HostFacts, PciFunction
 
 _COLUMNS = {
@@ -124,8 +125,10 @@ def _devices(inventory: Inventory) -> list[Device]:
 
 def _all_functions(inventory: Inventory, facts: HostFacts, rules: Rules) -> list[dict[str, Any]]:
     """Each PCI function: what it is, the rule that took it, and why it is not offered where it is not."""
+    found = inventory.memory.found
+    types = found.type_names if found is not None else NO_TYPES
     functions = [
-        _function_as_json(function, rules.offer(function), inventory.unoffered.get(function.address))
+        _function_as_json(function, rules.offer(function, types), inventory.unoffered.get(function.address))
         for function in facts.functions.values()
     ]
     unknown = dict.fromkeys((*_COLUMNS.values(), "facts"))
@@ -156,6 +159,7 @@ def _facts_as_json(function: PciFunction) -> dict[str, Any]:
     facts = {
         "subsystem": None if None in subsystem else "{:04x}:{:04x}".format(*subsystem),
         "mdev_type": function.mdev_type,
+        "vgpu_type": function.vgpu_type,
         "physical_function": function.physical_function,
         "bridges": list(function.bridges),
         "enable": function.enable,

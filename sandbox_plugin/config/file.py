@@ -3,6 +3,7 @@
     gpu-alias = ""                 # a resource for each model
     [names]                        # what models are called then, instead of their names in pci.ids
     "10de:2330" = "H100"
+    "10de:26b9:1155" = "L40S-24Q"  # a type of vGPU, by its number, where no card shows its name
 
     [[resources]]                  # asked in order before the built-in rules; the first that matches wins
     name = "example.com/gpu"       # or: exclude = true
@@ -26,10 +27,14 @@ from sandbox_plugin.names import check_alias, check_resource_name
 _T = TypeVar("_T")
 
 _ADDRESS = r"[0-9a-fA-F?]{4,8}:[0-9a-fA-F?]{2}:[01?][0-9a-fA-F?]\.[0-7?]"
-_ADDRESS_PATTERN = r"[0-9a-fA-F:.*?]+"
+_UUID = r"[0-9a-fA-F?]{8}(-[0-9a-fA-F?]{4}){3}-[0-9a-fA-F?]{12}"
+_ADDRESS_PATTERN = r"[0-9a-fA-F:.*?-]+"
 _OVERWRITTEN = "Cannot overwrite a value"
 """What tomllib says of a key that is there twice."""
-_CONDITIONS = ("vendor", "device", "class", "subsystem", "address", "driver")
+_CONDITIONS = (
+    *("vendor", "device", "class", "subsystem", "address", "driver"),
+    *("virtual", "physical-function", "type"),
+)
 
 
 def parse_config(text: str, where: str) -> ConfigFile:
@@ -43,7 +48,10 @@ def parse_config(text: str, where: str) -> ConfigFile:
             allowed = ", ".join(sorted([*options, "resources", "names"]))
             raise UsageError(f"{where}: unknown key {key!r}; allowed are {allowed}")
         settings[options[key].name] = _setting(options[key], value, f"{where}: {key}")
-    return ConfigFile(settings, _rules(rules, where), _names(names, f"{where}: names"))
+    named = _names(names, f"{where}: names")
+    types = {(vendor, device, number): name for (vendor, device, number), name in named.items() if number is not None}
+    models = {(vendor, device): name for (vendor, device, number), name in named.items() if number is None}
+    return ConfigFile(settings, _rules(rules, where), models, types)
 
 
 def _read(text: str, where: str) -> dict[str, Any]:
@@ -95,24 +103,35 @@ def _setting(option: Option, value: Any, where: str) -> Given:
     return option.given(text, where)
 
 
-def _names(table: Any, where: str) -> dict[tuple[int, int], Given]:
+def _names(table: Any, where: str) -> dict[tuple[int, int, int | None], Given]:
+    """By vendor, device, and the number of a type of vGPU, or None for the model itself."""
     if not isinstance(table, dict):
         raise UsageError(f"{where} must be a table of lines such as '10de:2330' = 'H100'")
-    names: dict[tuple[int, int], Given] = {}
+    names: dict[tuple[int, int, int | None], Given] = {}
     for model, name in table.items():
         with refusing(f"{where}: {model!r}"):
             if not isinstance(name, str):
                 raise ValueError("a name must be a string")
             check_alias(name)
-            vendor, device = _pair(model)
+            vendor, device, number = _model_or_type(model)
             if vendor != NVIDIA:  # only the built-in rules make a resource of a model
                 raise ValueError(
                     f"names are for NVIDIA's models, '{NVIDIA:04x}:...'; others are named by [[resources]]"
                 )
-            given = Given(name, f"{where}: '{vendor:04x}:{device:04x}'")
-            if (known := names.setdefault((vendor, device), given)) != given:
-                raise ValueError(f"this model has the name {known.value!r} already")
+            suffix = "" if number is None else f":{number}"
+            given = Given(name, f"{where}: '{vendor:04x}:{device:04x}{suffix}'")
+            if (known := names.setdefault((vendor, device, number), given)) != given:
+                raise ValueError(f"this {'model' if number is None else 'type'} has the name {known.value!r} already")
     return names
+
+
+def _model_or_type(word: str) -> tuple[int, int, int | None]:
+    model, _, number = word.rpartition(":")
+    if ":" not in model:
+        return (*_pair(word), None)
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", number):
+        raise ValueError(f"{number!r} is not the number of a vGPU type, e.g. '10de:26b9:1155'")
+    return (*_pair(model), int(number))
 
 
 def _rules(tables: Any, where: str) -> tuple[ResourceRule, ...]:
@@ -137,7 +156,17 @@ def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
         subsystems=frozenset(_words(table, "subsystem", where, _pair)),
         addresses=tuple(_words(table, "address", where, _address)),
         drivers=frozenset(_words(table, "driver", where, str)),
+        virtual=_virtual(table, where),
+        physical_functions=tuple(_words(table, "physical-function", where, _pci_address)),
+        types=tuple(_words(table, "type", where, str)),
     )
+
+
+def _virtual(table: Mapping[str, Any], where: str) -> bool | None:
+    virtual = table.get("virtual")
+    if virtual is not None and not isinstance(virtual, bool):
+        raise UsageError(f"{where}: virtual must be true or false")
+    return virtual
 
 
 def _name(table: Mapping[str, Any], where: str) -> str | None:
@@ -187,6 +216,11 @@ def _pair(word: str) -> tuple[int, int]:
 
 
 def _address(word: str) -> str:
+    """Of a PCI function, or the UUID of a mediated device."""
+    return word.lower() if re.fullmatch(_UUID, word) else _pci_address(word)
+
+
+def _pci_address(word: str) -> str:
     """A pattern with a `*` can match; any other must have the shape of an address, or it never matches."""
     if not re.fullmatch(_ADDRESS_PATTERN if "*" in word else _ADDRESS, word):
         raise ValueError(

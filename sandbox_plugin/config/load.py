@@ -33,6 +33,9 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> S
             given[option.name] = option.given(variable, option.environment)
     aliases = given["gpu_alias"], given["nvswitch_alias"]
     _refuse_the_same(*aliases)
+    for name in config.type_names.values():  # a vGPU never shares a resource with whole GPUs
+        for alias in (*aliases, *config.model_names.values()):
+            _refuse_the_same(name, alias)
     if not all(alias.value for alias in aliases):
         for model in config.model_names.values():
             for alias in aliases:
@@ -41,6 +44,7 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> S
         **{name: each.value for name, each in given.items()},
         resources=config.resources,
         model_names={its_id: model.value for its_id, model in config.model_names.items()},
+        type_names={its_id: each.value for its_id, each in config.type_names.items()},
     )
 
 
@@ -65,7 +69,7 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 def _config_file(flags: Mapping[str, str], environment: Mapping[str, str]) -> ConfigFile:
     found = flag_or_variable("config", flags, CONFIG_VARIABLE, environment)
     if found is None:
-        return ConfigFile({}, (), {})
+        return ConfigFile({}, (), {}, {})
     from sandbox_plugin.config.file import parse_config  # with a parser of TOML, which few need
 
     path, given_by = found

@@ -135,7 +135,13 @@ class ResourceRule:
     subsystems: frozenset[tuple[int, int]] = frozenset()
     """Subsystem vendor and subsystem device."""
     addresses: tuple[str, ...] = ()
-    """PCI addresses; `*` and `?` stand for any characters and any one character."""
+    """PCI addresses, and UUIDs of mediated devices; `*` and `?` stand for any characters and any one character."""
+    virtual: bool | None = None
+    """Whether it is an SR-IOV virtual function; None: either."""
+    physical_functions: tuple[str, ...] = ()
+    """Addresses, as above, of the physical function that a virtual function belongs to."""
+    types: tuple[str, ...] = ()
+    """Names of types, with `*` and `?`, of mediated devices and vGPUs."""
     drivers: frozenset[str] = frozenset()
 
 
@@ -146,6 +152,8 @@ class ConfigFile(NamedTuple):
     """By field of `Settings`."""
     resources: tuple[ResourceRule, ...]
     model_names: Mapping[tuple[int, int], Given]
+    type_names: Mapping[tuple[int, int, int], Given]
+    """By vendor, device and number of the type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +213,8 @@ class Settings:
     """Resource rules, asked before the built-in ones; the first that matches wins."""
     model_names: Mapping[tuple[int, int], str] = field(default_factory=dict)
     """(vendor, device) -> last part of the resource name, for models with a name of the user's own."""
+    type_names: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
+    """(vendor, device, number of the type) -> the same for types of vGPU whose names were not seen."""
 
     def on_fake_host(self, root: Path) -> Settings:
         """The same settings for a fake host below `root`."""

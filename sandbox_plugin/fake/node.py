@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
 from sandbox_plugin.fake.pci import OFF_THE_BUS, PCI_BRIDGE, Pci, addresses_in, driver_of, group_of, number_in
 from sandbox_plugin.fake.presets import PRESETS
-from sandbox_plugin.fake.tree import create_file, is_plain_file, listed, replace_file, text_of
+from sandbox_plugin.fake.tree import create_file, create_link, is_plain_file, link_target, listed, replace_file, text_of
 from sandbox_plugin.fake.vfio import Vfio
 from sandbox_plugin.model import D3COLD, PciFunction, VfioDev, is_vfio_driver
 
@@ -218,6 +219,57 @@ class FakeNode:
         elif has_vfio:
             self._pci.sleep(folder)
 
+    # vGPUs by the vendor's driver
+
+    def add_vgpu_functions(self, carrier: str, types: Mapping[int, str], count: int) -> list[str]:
+        """SR-IOV virtual functions of a GPU, as with NVIDIA's `sriov-manage -e`, which its driver makes VFIO devices of
+        at once; none has a type yet. Their addresses follow the GPU's.
+
+        `types`: number and name of each type that the card can make; what fits is `count` vGPUs of one type.
+        """
+        folder = self._folder(carrier)
+        driver = driver_of(folder)
+        if driver is None or is_vfio_driver(driver):
+            raise FakeNodeError(f"{carrier} is bound to {driver or 'no driver'}: its vendor's driver makes vGPUs")
+        if not self._vfio.is_loaded:
+            self._vfio.load()
+        lines = "ID    : vGPU Name\n" + "".join(f"{number:<6}: {name}\n" for number, name in sorted(types.items()))
+        create_file(self._state("vgpu-types", carrier), lines)
+        made = []
+        for index in range(count):
+            address = f"{carrier[:-4]}{(index + 4) // 8:02x}.{(index + 4) % 8}"
+            self._pci.create_copy(folder, address)
+            part = self._folder(address)
+            create_link(f"{part}/physfn", folder)
+            create_link(f"{folder}/virtfn{index}", part)
+            os.mkdir(f"{part}/nvidia")
+            create_file(f"{part}/nvidia/current_vgpu_type", "0\n")
+            create_file(f"{part}/nvidia/creatable_vgpu_types", lines)
+            self._pci.link_driver(part, driver)
+            self._vfio.register(part, group_of(part) or 0, set(self._held_numbers().values()))
+            made.append(address)
+        return made
+
+    def set_vgpu_type(self, address: str, number: int, *, full: bool = False) -> None:
+        """What a write of the number into `nvidia/current_vgpu_type` does; 0 clears it. No event tells.
+
+        `full`: the card has room for no more after that, so all lists of types are empty but for their heading.
+        Raises `FakeNodeError` while a VM has the function (EBUSY), and for what is no type of the card (EINVAL).
+        """
+        folder = self._folder(address)
+        carrier = link_target(f"{folder}/physfn")
+        lines = text_of(self._state("vgpu-types", os.path.basename(carrier or "-")))
+        if carrier is None or lines is None:
+            raise FakeNodeError(f"{address} is no virtual function that its vendor's driver makes a vGPU of")
+        if number and not re.search(rf"^{number} *:", lines, re.MULTILINE):
+            raise FakeNodeError(f"{number} is no type of {os.path.basename(carrier)} (EINVAL)")
+        if number_in(f"{folder}/enable", 10):
+            raise FakeNodeError(f"{address} is held by a VM: its enable must be 0 first")
+        left = lines.splitlines()[0] if full else lines
+        for name in [name for name in listed(carrier) if name.startswith("virtfn")]:
+            self._pci.write(f"{carrier}/{name}", "nvidia/creatable_vgpu_types", left)
+        self._pci.write(folder, "nvidia/current_vgpu_type", str(number))
+
     # Hot-plug
 
     def remove(self, address: str) -> None:
@@ -303,7 +355,7 @@ class FakeNode:
     # How
 
     def _build(self, preset: Preset) -> None:
-        for name in ("removed", "held", "sick"):
+        for name in ("removed", "held", "sick", "vgpu-types"):
             os.makedirs(self._state(name))
         os.makedirs(f"{self._pci.root}/dev")
         self._pci.create()

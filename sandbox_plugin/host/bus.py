@@ -95,6 +95,15 @@ def read_group_nodes(paths: HostPaths) -> tuple[frozenset[int], frozenset[int]]:
     return with_iommu, frozenset(int(number) for number in rest if number.isdecimal())
 
 
+def read_egm_gpus(paths: HostPaths) -> dict[str, frozenset[str]]:
+    """As in `HostFacts.egm_gpus`. `/sys/class/egm/egmN/gpu_devices` has the PCI addresses of the GPUs of one socket;
+    one that names none belongs to nobody. Raises `sysfs.OutOfResources`."""
+    texts = {
+        name: sysfs.text_or_none(f"{paths.egm_class}/{name}/gpu_devices") for name in sysfs.listed(paths.egm_class)
+    }
+    return {f"/dev/{name}": frozenset(text.lower().split()) for name, text in sorted(texts.items()) if text}
+
+
 def read_kernel_has_cdevs(paths: HostPaths) -> bool:
     """Whether /proc/devices shows that this kernel makes VFIO cdevs.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.host.pci_function import FunctionNow, FunctionUnreadable, is_a_vms, read_again
+from sandbox_plugin.host.pci_function import FunctionNow, FunctionUnreadable, driver_of, is_a_vms, read_again
 from sandbox_plugin.host.sweep import SILENCE
 from sandbox_plugin.host.threads import DaemonThreads
 from sandbox_plugin.model import (
@@ -114,10 +114,11 @@ def objection(paths: HostPaths, device: Device, functions: Functions) -> Objecti
     address = device.address
     try:
         for address, placement in placements.items():
-            function = read_again(paths, functions[address])
-            if why := _why_unfit(paths, device, placement, function):
+            was = functions[address]
+            now = read_again(paths, was)
+            if why := _why_unfit(paths, device, placement, now) or _why_no_vgpu(paths, was, now):
                 return Objection(why=why)
-            if function.enable == 1:
+            if now.enable == 1:
                 used.add(address)
         # Of its mates no more than that is read: they may hang, or be gone.
         used |= {other for other in device.group_functions if other not in placements and is_a_vms(paths, other)}
@@ -141,11 +142,21 @@ def _why_unfit(paths: HostPaths, device: Device, was: Placement, now: FunctionNo
         return f"{device.node} is gone"
     if None not in (binding, was.binding) and binding != was.binding:
         return f"{was.address} was bound again, or made again with another type"
-    type_file = f"{paths.pci_devices}/{was.address}/nvidia/current_vgpu_type"
-    if not is_vfio_driver(now.driver) and sysfs.text_or_none(type_file) == "0":
-        return f"{was.address} has no vGPU type: every open fails"
     if now.silence is not None:
         return f"{was.address} does not answer on the PCI bus now ({now.silence})"
+    return None
+
+
+def _why_no_vgpu(paths: HostPaths, was: PciFunction, now: FunctionNow) -> str | None:
+    """Why a vGPU on its vendor's driver is not the one that the latest scan saw; None for any other function."""
+    if not was.is_vendors_vgpu:
+        return None
+    if now.vgpu_type in (None, "0"):
+        return f"{was.address} has no vGPU type: every open fails"
+    if now.vgpu_type != was.vgpu_type:
+        return f"{was.address} has vGPU type {now.vgpu_type} now, and had {was.vgpu_type or 'none'}"
+    if driver_of(paths, was.physical_function or "") is None:
+        return f"its physical function {was.physical_function} has no driver: every open fails"
     return None
 
 

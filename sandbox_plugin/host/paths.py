@@ -16,6 +16,7 @@ class HostPaths:
         self.iommu_groups = root / "sys/kernel/iommu_groups"
         self.vfio_class = root / "sys/class/vfio"
         self.vfio_dev_class = root / "sys/class/vfio-dev"
+        self.egm_class = root / "sys/class/egm"
         self.dev = root / "dev"
         self.dev_vfio = root / "dev/vfio"
         self.devices_list = root / "proc/devices"

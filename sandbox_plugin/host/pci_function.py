@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sandbox_plugin.host import sysfs
@@ -24,6 +24,7 @@ VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
+_TYPE_NUMBER = re.compile(r"[0-9]{1,9}")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
 _ACPI_POWER_RESOURCES = ("power_resources_D3hot", "real_power_state")
 """What an ACPI device has whose power ACPI can cut (drivers/acpi/power.c and drivers/acpi/device_sysfs.c)."""
@@ -86,6 +87,7 @@ class FunctionNow:
 
     driver: str | None
     vfio: VfioDev | None
+    vgpu_type: str | None
     enable: int | None
     silence: str | None
 
@@ -94,7 +96,7 @@ def read_again(paths: HostPaths, was: PciFunction) -> FunctionNow:
     """A function that was read earlier, as it is now. Raises `FunctionUnreadable` and `sysfs.OutOfResources`."""
     if was.mdev_type is not None:
         function = read_function(paths, was.address)
-        return FunctionNow(driver=function.driver, vfio=function.vfio, enable=None, silence=None)
+        return FunctionNow(driver=function.driver, vfio=function.vfio, vgpu_type=None, enable=None, silence=None)
     folder = f"{paths.pci_devices}/{was.address}"
     try:
         driver = sysfs.target_name(f"{folder}/driver")
@@ -111,6 +113,7 @@ def read_again(paths: HostPaths, was: PciFunction) -> FunctionNow:
         silence=silence(
             power.get("link_speed"), power.get("link_width"), power["power_state"], power.get("runtime_status")
         ),
+        vgpu_type=_vgpu_type(folder) if was.is_vendors_vgpu else None,
     )
 
 
@@ -136,6 +139,8 @@ def _read_pci_function(paths: HostPaths, address: str, before: PciFunction | Non
         function = PciFunction(
             **(identity | _read_details(paths, folder, identity)), driver=driver, iommu_group=group, vfio=vfio
         )
+        if function.is_vendors_vgpu:
+            function = replace(function, vgpu_type=_vgpu_type(folder), vgpu_types=_creatable_types(folder))
     else:
         # A function that was unbound under a VM stays the VM's, and `enable` 1, until the VM lets go of it. One that
         # is seen for the first time may have been.
@@ -218,22 +223,37 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
     """
     folder = f"{paths.mdev_devices}/{uuid}"
     carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
-    if not _PCI_ADDRESS.fullmatch(carrier):
-        raise ValueError(f"{uuid} does not lie below a PCI function")
-    carrier_folder = f"{paths.pci_devices}/{carrier}"
-    parent = _identify(carrier_folder, carrier)
+    # A parent need not be a PCI function: s390x's vfio-ap has its `matrix` (drivers/s390/crypto/vfio_ap_drv.c).
+    of_parent: dict[str, Any] = {"vendor": 0, "device": 0, "class_code": 0}
+    if _PCI_ADDRESS.fullmatch(carrier):
+        carrier_folder = f"{paths.pci_devices}/{carrier}"
+        parent = _identify(carrier_folder, carrier)
+        of_parent = {name: parent[name] for name in of_parent} | {
+            "numa_node": _known_node(_Optional(carrier_folder).number("numa_node")),
+            "bridges": (*parent["bridges"], carrier),
+        }
+    name = sysfs.text_or_none(f"{folder}/mdev_type/name") or sysfs.target_name(f"{folder}/mdev_type")
     return PciFunction(
         address=uuid,
-        vendor=parent["vendor"],
-        device=parent["device"],
-        class_code=parent["class_code"],
+        **of_parent,
         driver=sysfs.target_name(f"{folder}/driver"),
         iommu_group=_group_number(folder),
         vfio=_vfio_dev(folder),
-        numa_node=_known_node(_Optional(carrier_folder).number("numa_node")),
-        bridges=(*parent["bridges"], carrier),
-        mdev_type=sysfs.text_or_none(f"{folder}/mdev_type/name") or sysfs.target_name(f"{folder}/mdev_type"),
+        mdev_type=name or "unknown type",
     )
+
+
+def _vgpu_type(folder: str) -> str | None:
+    """As in `PciFunction.vgpu_type`; None also for what is no number."""
+    text = sysfs.text_or_none(f"{folder}/nvidia/current_vgpu_type")
+    return str(int(text)) if text is not None and _TYPE_NUMBER.fullmatch(text) else None
+
+
+def _creatable_types(folder: str) -> tuple[tuple[str, str], ...]:
+    """As in `PciFunction.vgpu_types`. Below a line of headings the file has a line `id : name` for each type."""
+    lines = (sysfs.text_or_none(f"{folder}/nvidia/creatable_vgpu_types") or "").splitlines()
+    found = [(number.strip(), name.strip()) for number, _, name in (line.partition(":") for line in lines)]
+    return tuple((str(int(number)), name) for number, name in found if _TYPE_NUMBER.fullmatch(number) and name)
 
 
 class _Optional:

@@ -122,6 +122,7 @@ class Sweep:
             kernel_has_cdevs=bus.read_kernel_has_cdevs(self.paths),
             dev_nodes=bus.read_dev_nodes(self.paths),
             vfio_devs=MappingProxyType(bus.read_vfio_devs(self.paths)),
+            egm_gpus=MappingProxyType(bus.read_egm_gpus(self.paths)),
             began_at=self.began_at,
         )
 

@@ -19,6 +19,7 @@ from sandbox_plugin.inventory.ledger import Place
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.nodes import is_in_dev, node_exists
 from sandbox_plugin.inventory.rules import Offer, Rules
+from sandbox_plugin.inventory.vgpu_types import NO_TYPES, TypeNames, learn_types, type_of
 from sandbox_plugin.model import (
     Device,
     HostFacts,
@@ -61,6 +62,8 @@ class Found:
     """Those with a device in them."""
     unreadable: Mapping[str, str]
     """PCI address -> why a function could not be read."""
+    type_names: TypeNames
+    """What types of vGPU are called: all that was seen since the daemon started."""
     parts: Mapping[int | None, _Part] = field(repr=False)
     """What each group amounts to, and from what: one of which nothing has changed keeps its devices."""
 
@@ -98,6 +101,9 @@ class _Seen:
     """Those of its nodes that the host's /dev has; None: that cannot be seen."""
     carried: tuple[str | None, ...]
     """What each of the functions carries, in words."""
+    vgpus: tuple[tuple[str | None, str | None] | None, ...]
+    """Of each that may be a vGPU on its vendor's driver: the name of its type, and the driver of its physical
+    function."""
     cdevs: bool
 
     def is_same_as(self, other: _Seen) -> bool:
@@ -131,13 +137,17 @@ def find_devices(facts: HostFacts, rules: Rules, before: Found | None = None) ->
     for function in facts.functions.values():
         by_group[function.iommu_group].append(function)
     carried = what_they_carry(facts)
+    types = learn_types(facts, before.type_names if before is not None else NO_TYPES)
     known = before.parts if before is not None else {}
     parts: dict[int | None, _Part] = {}
     for number, functions in by_group.items():
-        seen = _seen(number, functions, facts, carried, cdevs=cdevs)
+        seen = _seen(number, functions, facts, carried, types, cdevs=cdevs)
         part = known.get(number)
-        parts[number] = part if part is not None and part.seen.is_same_as(seen) else _part(number, seen, facts, rules)
+        parts[number] = (
+            part if part is not None and part.seen.is_same_as(seen) else _part(number, seen, facts, rules, types)
+        )
     is_same = parts.keys() == known.keys() and all(part is known[number] for number, part in parts.items())
+    is_same = is_same and before is not None and types is before.type_names
     if before is not None and is_same and facts.unreadable == before.unreadable and cdevs == before.cdevs:
         return before
     unoffered = dict(facts.unreadable)
@@ -149,12 +159,19 @@ def find_devices(facts: HostFacts, rules: Rules, before: Found | None = None) ->
         cdevs=cdevs,
         groups={number: part.group for number, part in parts.items() if number is not None and part.group is not None},
         unreadable=facts.unreadable,
+        type_names=types,
         parts=parts,
     )
 
 
 def _seen(
-    number: int | None, functions: Sequence[PciFunction], facts: HostFacts, carried: Mapping[str, str], *, cdevs: bool
+    number: int | None,
+    functions: Sequence[PciFunction],
+    facts: HostFacts,
+    carried: Mapping[str, str],
+    types: TypeNames,
+    *,
+    cdevs: bool,
 ) -> _Seen:
     group = facts.groups.get(number) if number is not None else None
     members = group.members if group is not None and facts.unreadable else ()
@@ -168,16 +185,19 @@ def _seen(
         has_group_node=number in facts.group_nodes,
         nodes_in_dev=facts.dev_nodes.intersection(nodes) if facts.dev_nodes is not None else None,
         carried=tuple([carried.get(f.address) for f in functions]),
+        vgpus=tuple(
+            [(type_of(f, types), _carriers_driver(f, facts)) if f.is_vendors_vgpu else None for f in functions]
+        ),
         cdevs=cdevs,
     )
 
 
-def _part(number: int | None, seen: _Seen, facts: HostFacts, rules: Rules) -> _Part:
-    offered = [(f, offer) for f in seen.functions if (offer := rules.offer(f)) is not None]
+def _part(number: int | None, seen: _Seen, facts: HostFacts, rules: Rules, types: TypeNames) -> _Part:
+    offered = [(f, offer) for f in seen.functions if (offer := rules.offer(f, types)) is not None]
     wanted, left_out = _wanted(seen, offered, facts, rules)
     if not wanted or number is None:
         return _Part(seen=seen, devices=(), unoffered=left_out, group=None)
-    devices = _devices(number, wanted, seen.functions, facts, rules.names, cdevs=seen.cdevs)
+    devices = _devices(number, wanted, seen.functions, facts, rules.names, types, cdevs=seen.cdevs)
     group = _group(number, devices, seen.functions, offered, facts)
     return _Part(seen=seen, devices=devices, unoffered=left_out, group=group)
 
@@ -224,6 +244,8 @@ def _why_not(function: PciFunction, offer: Offer, facts: HostFacts, carried: str
         if carried is not None:
             return f"bound to {function.driver or 'no driver'} and carries {carried}: do not bind it to vfio-pci"
         return f"bound to {function.driver}, not to vfio-pci" if function.driver else "bound to no driver"
+    if why := why_no_vgpu(function, facts):
+        return why
     if function.virtual_functions:
         return f"{has_vfs(function)}; only those can be offered"
     if function.iommu_group is None:
@@ -245,6 +267,24 @@ def _must_not_be_passed(functions: Sequence[PciFunction], offered: Sequence[_Off
     return found[-1] if found else None
 
 
+def why_no_vgpu(function: PciFunction, facts: HostFacts) -> str | None:
+    """Why every open of a virtual function on its vendor's driver fails (ENODEV); None for any other function."""
+    if not function.is_vendors_vgpu:
+        return None
+    if function.vgpu_type is None:
+        return f"bound to {function.driver}, and shows no vGPU type (nvidia/current_vgpu_type)"
+    if function.vgpu_type == "0":
+        return "has no vGPU type (nvidia/current_vgpu_type is 0)"
+    if _carriers_driver(function, facts) is None:
+        return f"its physical function {function.physical_function} is bound to no driver"
+    return None
+
+
+def _carriers_driver(function: PciFunction, facts: HostFacts) -> str | None:
+    carrier = facts.functions.get(function.physical_function or "")
+    return carrier.driver if carrier is not None else None
+
+
 def has_vfs(function: PciFunction) -> str:
     """That it carries virtual functions, in words."""
     return f"has {function.virtual_functions} SR-IOV virtual functions enabled"
@@ -259,6 +299,7 @@ def _devices(
     functions: Sequence[PciFunction],
     facts: HostFacts,
     names: ModelNames,
+    types: TypeNames,
     *,
     cdevs: bool,
 ) -> list[Device]:
@@ -276,7 +317,7 @@ def _devices(
                 id=device_id,
                 resource=resource,
                 node=node,
-                model=" + ".join(dict.fromkeys(_model(f, names) for f, _ in part)),
+                model=" + ".join(dict.fromkeys(_model(f, names, types) for f, _ in part)),
                 placements=tuple(_placement(f) for f, _ in part),
                 iommu_group=number,
                 mates=tuple(other for other in ids if other != device_id),
@@ -289,10 +330,12 @@ def _devices(
     return made
 
 
-def _model(function: PciFunction, names: ModelNames) -> str:
+def _model(function: PciFunction, names: ModelNames, types: TypeNames) -> str:
     name = names.describe(function.vendor, function.device)
     if function.mdev_type is not None:
-        return f"{function.mdev_type} on {name}"
+        return f"{function.mdev_type} on {name}" if function.vendor else function.mdev_type
+    if function.is_vendors_vgpu:
+        return f"{type_of(function, types) or f'vGPU type {function.vgpu_type}'} on {name}"
     return f"{name}, virtual function of {function.physical_function}" if function.physical_function else name
 
 

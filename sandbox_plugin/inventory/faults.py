@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sandbox_plugin.inventory.devices import has_vfs
+from sandbox_plugin.inventory.devices import has_vfs, why_no_vgpu
 from sandbox_plugin.inventory.functions import is_vfio_bound
 from sandbox_plugin.inventory.nodes import is_in_dev
 from sandbox_plugin.model import ROM, Device, Fault, HostFacts, PciFunction, Reason, node_of_cdev
@@ -111,7 +111,17 @@ def why_lost(device: Device, facts: HostFacts) -> Fault:
     if function is None:
         where = "there" if device.mdev else "on the PCI bus"
         return Fault(reason=Reason.GONE, detail=f"{device.address} is not {where} any more")
+    if is_vfio_bound(function, facts) and function.is_vendors_vgpu and _has_its_cdev(device, function):
+        detail = why_no_vgpu(function, facts) or f"is a vGPU of another type now: number {function.vgpu_type}"
+        return Fault(reason=Reason.NO_TYPE, detail=f"{device.address} {detail}")
     return Fault(reason=Reason.NOT_BOUND, detail=f"{device.address} {_why_not_bound(device, function, facts)}")
+
+
+def _has_its_cdev(device: Device, function: PciFunction) -> bool:
+    vfio = function.vfio
+    return not device.is_cdev or (
+        vfio is not None and vfio.cdev is not None and device.node == node_of_cdev(vfio.number)
+    )
 
 
 def _why_not_bound(device: Device, function: PciFunction, facts: HostFacts) -> str:

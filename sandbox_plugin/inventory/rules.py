@@ -5,11 +5,14 @@ The built-in rules are NVIDIA's GPUs and NVSwitches. Rules of the config file (`
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from sandbox_plugin.config.settings import ResourceRule, Settings
 from sandbox_plugin.inventory.naming import ModelNames, type_name
+from sandbox_plugin.inventory.vgpu_types import NO_TYPES, TypeNames, type_of
 from sandbox_plugin.model import NVIDIA, PciFunction
 from sandbox_plugin.names import is_alias
 
@@ -39,24 +42,28 @@ class Rules:
     settings: Settings = field(default_factory=Settings)
     names: ModelNames = field(default_factory=ModelNames)
 
-    def offer(self, function: PciFunction) -> Offer | None:
-        """What the first rule that matches says, or None: no rule matches this function."""
+    def offer(self, function: PciFunction, types: TypeNames = NO_TYPES) -> Offer | None:
+        """What the first rule that matches says, or None: no rule matches this function. `types`: what types of vGPU
+        are called, as far as it was seen."""
+        type_seen = type_of(function, types)
         for rank, rule in enumerate(self.settings.resources):
-            if _matches(rule, function):
+            if _matches(rule, function, type_seen):
                 return Offer(rank=rank, resource=rule.name, rule=rule.label)
-        return self._built_in(function, len(self.settings.resources)) if function.vendor == NVIDIA else None
+        if function.vendor != NVIDIA:
+            return None
+        return self._built_in(function, type_seen, len(self.settings.resources))
 
-    def _built_in(self, function: PciFunction, rank: int) -> Offer | None:
+    def _built_in(self, function: PciFunction, type_seen: str | None, rank: int) -> Offer | None:
         """What the built-in rules say of a function of NVIDIA's. The rank is that of GPUs; NVSwitches have the next.
 
         A part of a GPU is not a GPU: it never shares a resource with whole ones.
         """
-        if function.mdev_type is not None:
-            return Offer(rank=rank, resource=f"nvidia.com/{type_name(function.mdev_type)}", rule="NVIDIA vGPU")
+        if function.mdev_type is not None or function.is_vendors_vgpu:
+            return Offer(rank=rank, resource=f"nvidia.com/{self._type(function, type_seen)}", rule="NVIDIA vGPU")
         is_gpu = function.class_code in _GPU_CLASSES
         if not is_gpu and function.class_code != _NVSWITCH_CLASS:
             return None
-        model = self.settings.model_names.get(function.model_id) or self.names.resource_name(*function.model_id)
+        model = self._model(function)
         if not is_gpu:
             resource = f"nvidia.com/{self.settings.nvswitch_alias or model}"
             return Offer(rank=rank + 1, resource=resource, rule="NVIDIA NVSwitch")
@@ -65,10 +72,22 @@ class Rules:
             return Offer(rank=rank, resource=resource, rule="NVIDIA GPU, virtual function")
         return Offer(rank=rank, resource=f"nvidia.com/{self.settings.gpu_alias or model}", rule="NVIDIA GPU")
 
+    def _model(self, function: PciFunction) -> str:
+        return self.settings.model_names.get(function.model_id) or self.names.resource_name(*function.model_id)
+
+    def _type(self, function: PciFunction, type_seen: str | None) -> str:
+        """The last part of the resource name of a vGPU. One whose name was not seen is called by its number."""
+        if type_seen is not None:
+            return type_name(type_seen)
+        number = function.vgpu_type or "0"
+        given = self.settings.type_names.get((*function.model_id, int(number)))
+        return given or type_name(f"{self._model(function)}_TYPE_{number}")
+
     def may_be_ours(self, resource: str) -> bool:
         """Whether a device can get this resource name: what PodResources tells of others is not ours.
 
-        Types of vGPU are not known beforehand, so their names do not count.
+        Types of vGPU are not known beforehand, so their names do not count, except those of the config file and the
+        numbers of those without a name.
         """
         if resource in {rule.name for rule in self.settings.resources}:
             return True
@@ -76,9 +95,9 @@ class Rules:
         if domain != "nvidia.com" or not name:
             return False
         aliases = {self.settings.gpu_alias, self.settings.nvswitch_alias}
-        model = name.removesuffix("_VF")
-        is_of_virtual_functions = model != name and self._is_model_name(model)
-        return name in aliases or is_of_virtual_functions or ("" in aliases and self._is_model_name(name))
+        model = re.sub(r"_(VF|TYPE_[0-9]+)$", "", name)
+        is_of_parts = (model != name and self._is_model_name(model)) or name in self.settings.type_names.values()
+        return name in aliases or is_of_parts or ("" in aliases and self._is_model_name(name))
 
     def was_perhaps_ours(self, resource: str) -> bool:
         """Whether an earlier run of this plugin, with other aliases or rules, may have offered a resource of this name.
@@ -94,19 +113,27 @@ class Rules:
         return name in self.settings.model_names.values() or self.names.is_resource_name(name)
 
 
-def _matches(rule: ResourceRule, function: PciFunction) -> bool:
+def _matches(rule: ResourceRule, function: PciFunction, type_seen: str | None) -> bool:
     """Whether every condition that the rule states holds.
 
     A mediated device is not a PCI function: its IDs and class are those of the function that carries it, and by them a
-    rule for whole functions must not take it.
+    rule for whole functions must not take it. Nor is it a virtual function, or a whole one.
     """
-    if function.mdev_type is not None and (rule.vendors or rule.devices or rule.classes or rule.subsystems):
+    of_functions = (rule.vendors, rule.devices, rule.classes, rule.subsystems, rule.physical_functions)
+    if function.mdev_type is not None and (any(of_functions) or rule.virtual is not None):
         return False
     return (
-        (not rule.vendors or function.vendor in rule.vendors)
+        (rule.virtual is None or rule.virtual is (function.physical_function is not None))
+        and _is_like(function.physical_function, rule.physical_functions)
+        and _is_like(type_seen, rule.types)
+        and (not rule.vendors or function.vendor in rule.vendors)
         and (not rule.devices or function.device in rule.devices)
         and (not rule.classes or any(f"{function.class_code:06x}".startswith(prefix) for prefix in rule.classes))
         and (not rule.subsystems or (function.subsystem_vendor, function.subsystem_device) in rule.subsystems)
-        and (not rule.addresses or any(fnmatchcase(function.address, pattern) for pattern in rule.addresses))
+        and _is_like(function.address, rule.addresses)
         and (not rule.drivers or function.driver in rule.drivers)
     )
+
+
+def _is_like(word: str | None, patterns: Sequence[str]) -> bool:
+    return not patterns or (word is not None and any(fnmatchcase(word, pattern) for pattern in patterns))

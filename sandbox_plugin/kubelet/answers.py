@@ -43,10 +43,13 @@ class AllocateAnswer(v1beta1.AllocateResponse):
         return content
 
 
-def answer(consumer: Consumer, resource: str, devices: Sequence[Device]) -> Answer:
-    """The answer for one container that gets these devices, in this order."""
+def answer(
+    consumer: Consumer, resource: str, devices: Sequence[Device], egm_gpus: Mapping[str, frozenset[str]]
+) -> Answer:
+    """The answer for one container that gets these devices, in this order. `egm_gpus`: as in `HostFacts`."""
     if consumer is Consumer.KUBEVIRT:
-        return Answer(_kubevirt_variables(resource, devices), _kubevirt_nodes(devices))
+        nodes = [*_kubevirt_nodes(devices), *_egm_nodes(devices, egm_gpus)]
+        return Answer(_kubevirt_variables(resource, devices), nodes)
     return Answer({}, [device.node for device in devices])
 
 
@@ -87,3 +90,9 @@ def _kubevirt_nodes(devices: Sequence[Device]) -> list[str]:
         if device.group_node is not None:
             nodes |= dict.fromkeys((device.group_node, _CONTAINER_NODE))
     return list(nodes)
+
+
+def _egm_nodes(devices: Sequence[Device], egm_gpus: Mapping[str, frozenset[str]]) -> list[str]:
+    """The nodes of the extended GPU memory (Grace) whose GPUs are all among these: it is the memory of one VM."""
+    asked = {placement.address for device in devices for placement in device.placements}
+    return [node for node, gpus in egm_gpus.items() if gpus and gpus <= asked]

@@ -108,7 +108,8 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         changed = [d.id for was, d in zip(looked_at_devices, chosen, strict=True) if _bound(was) != _bound(d)]
         self._refuse(chosen, dict.fromkeys(changed, "it changed while it was looked at"))
         by_id = {d.id: d for d in chosen}
-        answers = [answer(self.consumer, self.resource, [by_id[i] for i in ids]) for ids in asked]
+        egm = self.registry.egm_gpus
+        answers = [answer(self.consumer, self.resource, [by_id[i] for i in ids], egm) for ids in asked]
         self.registry.allocate([(d.resource, d.id) for d in chosen], looked_at=looked_at)
         asyncio.get_running_loop().call_soon(self._tell, chosen, answers)  # the kubelet first
         return AllocateAnswer(answers)
