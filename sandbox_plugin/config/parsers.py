@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias
+from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias, check_resource_name
 
 _Word = TypeVar("_Word", bound=str)
 
@@ -22,6 +23,15 @@ def alias(text: str) -> str:
     if text:
         check_alias(text)
     return text
+
+
+def whole_node(text: str) -> tuple[str, int | None]:
+    """A resource, and how many of its devices are a whole node where that is said: `nvidia.com/pgpu=8`."""
+    resource, has_count, count = text.partition("=")
+    check_resource_name(resource)
+    if has_count and not re.fullmatch("[1-9][0-9]{0,3}", count):
+        raise ValueError(f"{text!r}: behind = must be a number of devices from 1 to 9999, as in 'nvidia.com/pgpu=8'")
+    return resource, int(count) if has_count else None
 
 
 def path(text: str) -> Path:
