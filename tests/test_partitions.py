@@ -161,8 +161,9 @@ def test_the_daemon_follows_the_file_as_it_comes_breaks_and_goes(
     for broken in (b"\xff", b" " * 70_000, b"{"):
         file.write_bytes(broken)
         kubelet.wait_for(lambda: devices.prefer(every, 2) == ["4", "5"])
+    seen = len(plugin.events())
     file.unlink()
-    kubelet.wait_for(lambda: "No such file" in plugin.log().splitlines()[-1])
+    plugin.wait_for("allocation without fabric partitions", reason="No such file", since=seen)
     assert devices.prefer(every, 2) == ["4", "5"]
 
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias, check_resource_name
 
 _Word = TypeVar("_Word", bound=str)
+_T = TypeVar("_T")
 
 _SOCKET_FOLDER_BYTES = SOCKET_PATH_BYTES - len("/") - SHORTEST_SOCKET_NAME
 """Longest path of a folder in which there is room for a socket of ours, if need be with its shortest name."""
@@ -79,6 +80,11 @@ def one_of(*words: _Word) -> Callable[[str], _Word]:
         raise ValueError(f"{text!r} is not one of {', '.join(words)}")
 
     return parse
+
+
+def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
+    """A parser that also takes `off`, which is None: so a flag can undo what the config file says."""
+    return lambda text: None if text == "off" else parse(text)
 
 
 def switch(text: str) -> bool:

@@ -192,11 +192,14 @@ class Settings:
         "packed: GPUs that are close together; spread: far apart",
     )
     fabric_partitions: Path | None = option(
-        None, parsers.path, "FILE", "JSON map of PCI address to module on an HGX board: prefer whole partitions"
+        None,
+        parsers.or_off(parsers.path),
+        "FILE",
+        "JSON map of PCI address to module on an HGX board: prefer whole partitions",
     )
     whole_node: tuple[str, int | None] | None = option(
         None,
-        parsers.whole_node,
+        parsers.or_off(parsers.whole_node),
         "RESOURCE[=COUNT]",
         "a container gets one device of it or all (COUNT, else all known)",
     )
