@@ -15,6 +15,7 @@ from facts import gpu
 from grpc import StatusCode
 from kubelet import GrpcKubelet, refusal
 from names import PGPU
+from trials import wait_until
 
 from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.inventory.partitions import Board, boards, parse_modules
@@ -152,15 +153,16 @@ def test_the_daemon_follows_the_file_as_it_comes_breaks_and_goes(
     addresses = ["1b", "43", "52", "61", "9d", "c3", "d1", "df"]
     mapping = {f"00000000:{bus.upper()}:00.0": str(m) for bus, m in zip(addresses, MODULES, strict=True)}
     file.write_text(json.dumps(mapping | {"0000:01:00.0": 9}))
-    kubelet.wait_for(
-        lambda: devices.prefer(every, 2, ["4"]) == ["4", "5"] and devices.prefer(every[2:], 2) == ["6", "7"]
-    )
-    kubelet.wait_for(lambda: devices.prefer(["4", "6", "8", "10", "11"], 2) == ["10", "11"])
+    plugin.wait_for("no PCI function here has these addresses: ignored")
+    scraps = ["4", "6", "8", "10", "11"]  # modules 5 6 1 2 4: the only pair is 2 and 4
+    assert devices.prefer(scraps, 2) == ["10", "11"]
+    assert devices.prefer(every[2:], 2) == ["6", "7"]
     file.write_text(json.dumps(dict(zip(mapping, range(1, 9), strict=True))))
-    kubelet.wait_for(lambda: devices.prefer(every, 2) == ["4", "6"])
-    for broken in (b"\xff", b" " * 70_000, b"{"):
+    wait_until(lambda: devices.prefer(every, 2) == ["4", "6"], "modules in the order of addresses")
+    for broken, why in ((b"\xff", "UTF-8"), (b" " * 70_000, "65536 bytes"), (b"{", "not JSON")):
         file.write_bytes(broken)
-        kubelet.wait_for(lambda: devices.prefer(every, 2) == ["4", "5"])
+        plugin.wait_for("allocation without fabric partitions", reason=why)
+        wait_until(lambda: devices.prefer(every, 2) == ["4", "5"], "an answer without partitions")
     seen = len(plugin.events())
     file.unlink()
     plugin.wait_for("allocation without fabric partitions", reason="No such file", since=seen)
