@@ -22,6 +22,7 @@ import structlog
 from sandbox_plugin.cdi.stale import learn_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.fabric import FabricFile
 from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.uevents import UeventSource
@@ -104,6 +105,8 @@ class Daemon:
             start(self._rescans.follow_time())
             start(self._poller.run())
             start(report(self._registry))
+            if self._settings.fabric_partitions is not None:
+                start(FabricFile(self._settings.fabric_partitions, self._registry).run())
             # The rest can wait until pods can have devices: a watch that begins makes everybody look.
             await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
             await self._watch_folders(start, step=_UNHURRIED if is_real else _QUICK)

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from sandbox_plugin.inventory.advance import advance, allocate
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings
+from sandbox_plugin.inventory.partitions import Board, boards
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
 from sandbox_plugin.model import HostFacts, PciFunction
@@ -42,6 +43,8 @@ class Registry:
     ) -> None:
         self._rules = rules
         self._clock = clock
+        self.modules: Mapping[str, int] = {}
+        """Module numbers on their HGX boards by PCI address, where partitions are followed."""
         self._facts: HostFacts | None = None
         self._signals = Signals(in_cdi={} if requires_cdi else None)
         self._inventory = Inventory()
@@ -85,6 +88,15 @@ class Registry:
     def egm_gpus(self) -> Mapping[str, frozenset[str]]:
         """As in `HostFacts`, as the latest scan saw them."""
         return {} if self._facts is None else self._facts.egm_gpus
+
+    @property
+    def boards(self) -> tuple[Board, ...]:
+        """The HGX boards whose partitions are known, with the GPUs of the latest scan."""
+        return boards(self.modules, self._facts.functions.values()) if self.modules and self._facts else ()
+
+    def addresses_not_here(self, addresses: Iterable[str]) -> list[str]:
+        """Those that the latest scan did not see; none before the first scan."""
+        return [] if self._facts is None else sorted(set(addresses).difference(self._facts.functions))
 
     @property
     def holdings(self) -> Holdings | None:

@@ -54,6 +54,8 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         consumer = "kubevirt"
         require-iommufd = true
         allocation-policy = "spread"
+        fabric-partitions = "/f.json"
+        whole-node = "nvidia.com/pgpu=8"
         health-interval = 2.5
         log-format = "json"
         log-level = "debug"
@@ -68,6 +70,8 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         consumer=Consumer.KUBEVIRT,
         require_iommufd=True,
         allocation_policy=Policy.SPREAD,
+        fabric_partitions=Path("/f.json"),
+        whole_node=("nvidia.com/pgpu", 8),
         health_interval=2.5,
         log_format="json",
         log_level="debug",

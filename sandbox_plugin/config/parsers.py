@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias
+from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias, check_resource_name
 
 _Word = TypeVar("_Word", bound=str)
+_T = TypeVar("_T")
 
 _SOCKET_FOLDER_BYTES = SOCKET_PATH_BYTES - len("/") - SHORTEST_SOCKET_NAME
 """Longest path of a folder in which there is room for a socket of ours, if need be with its shortest name."""
@@ -22,6 +24,15 @@ def alias(text: str) -> str:
     if text:
         check_alias(text)
     return text
+
+
+def whole_node(text: str) -> tuple[str, int | None]:
+    """A resource, and how many of its devices are a whole node where that is said: `nvidia.com/pgpu=8`."""
+    resource, has_count, count = text.partition("=")
+    check_resource_name(resource)
+    if has_count and not re.fullmatch("[1-9][0-9]{0,3}", count):
+        raise ValueError(f"{text!r}: behind = must be a number of devices from 1 to 9999, as in 'nvidia.com/pgpu=8'")
+    return resource, int(count) if has_count else None
 
 
 def path(text: str) -> Path:
@@ -69,6 +80,11 @@ def one_of(*words: _Word) -> Callable[[str], _Word]:
         raise ValueError(f"{text!r} is not one of {', '.join(words)}")
 
     return parse
+
+
+def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
+    """A parser that also takes `off`, which is None: so a flag can undo what the config file says."""
+    return lambda text: None if text == "off" else parse(text)
 
 
 def switch(text: str) -> bool:

@@ -77,7 +77,7 @@ class Option:
     def default_text(self) -> str:
         """The default as the user would give it."""
         if self.default is None:
-            return "console on a terminal, else json"
+            return "console on a terminal, else json" if self.name == "log_format" else "off"
         text = f"{self.default:g}" if isinstance(self.default, float) else str(self.default)
         return text.lower() if self.is_switch else text
 
@@ -198,6 +198,18 @@ class Settings:
         parsers.one_of(*Policy),
         "POLICY",
         "packed: GPUs that are close together; spread: far apart",
+    )
+    fabric_partitions: Path | None = option(
+        None,
+        parsers.or_off(parsers.path),
+        "FILE",
+        "JSON map of PCI address to module on an HGX board: prefer whole partitions",
+    )
+    whole_node: tuple[str, int | None] | None = option(
+        None,
+        parsers.or_off(parsers.whole_node),
+        "RESOURCE[=COUNT]",
+        "a container gets one device of it or all (COUNT, else all known)",
     )
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")

@@ -34,6 +34,7 @@ from operator import add
 from typing import NamedTuple
 
 from sandbox_plugin.config.settings import Policy
+from sandbox_plugin.inventory.partitions import Board, choose_partition, splits
 from sandbox_plugin.inventory.topology import Link, TreePlace, places_by_id
 from sandbox_plugin.model import Device, id_order
 
@@ -49,11 +50,15 @@ def prefer(
     must_include: Sequence[str],
     size: int,
     policy: Policy,
+    boards: Sequence[Board] = (),
 ) -> tuple[str, ...]:
     """The IDs of the `size` devices to take: those of `must_include` first, both parts in the order of their IDs.
 
     `devices` are all devices of the resource by their ID. An ID that stands twice counts once; one in `must_include`
     counts as available; one that is not in `devices` is taken like an unhealthy one, after those.
+
+    Where `boards` are known, the answer is a whole fabric partition or within the smallest one that holds it
+    (`choose_partition`), unless that would split more IOMMU groups.
 
     Raises `InvalidRequest` when there is no set of that size that holds `must_include`. The kubelet rejects the pod on
     an error, so whatever else may be wrong with the request is answered as well as can be.
@@ -71,6 +76,9 @@ def prefer(
     missing = size - len(usable)
     if missing < 0:
         best = _choose(devices, places_by_id(devices.values()), usable, forced, size, policy)
+        within = choose_partition(boards, devices, usable, forced, size, policy) if boards else None
+        if within is not None and splits(devices, usable, within) <= splits(devices, usable, best):
+            best = within
         return (*must, *(i for i in best if i not in forced))
     last_resort = sorted(set(candidates).difference(usable), key=lambda i: (i not in devices, id_order(i)))
     return (*must, *(i for i in usable if i not in forced), *last_resort[:missing])

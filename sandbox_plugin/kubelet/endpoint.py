@@ -138,6 +138,7 @@ class Endpoint:
     """As in `DevicePluginServicer`."""
     on_registered: Callable[[], None] = lambda: None
     """Called each time the kubelet has accepted the resource."""
+    whole_node: tuple[str, int | None] | None = None
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
     _own: sockets.Identity | None = None
@@ -216,6 +217,7 @@ class Endpoint:
             registry=self.registry,
             policy=self.policy,
             consumer=self.consumer,
+            whole_node=self.whole_node,
             stream=lambda: self._stream(registration),
             last_look=self.last_look,
         )

@@ -66,6 +66,7 @@ class Endpoints:
             registry=self.registry,
             policy=self.settings.allocation_policy,
             consumer=self.settings.consumer,
+            whole_node=self.settings.whole_node,
             last_look=self.last_look,
             on_registered=self.registered.set,
         )

@@ -45,6 +45,8 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
     consumer: Consumer
     stream: Callable[[], AbstractContextManager[None]]
     last_look: LastLook
+    whole_node: tuple[str, int | None] | None = None
+    """As `Settings.whole_node`."""
 
     async def get_device_plugin_options(self, empty: v1beta1.Empty) -> v1beta1.DevicePluginOptions:
         return v1beta1.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
@@ -72,6 +74,8 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
     ) -> v1beta1.PreferredAllocationResponse:
         """One answer for each container. An error rejects the pod, so only a question without any answer gets one."""
         devices = {d.id: d for d in self.registry.current.resources.get(self.resource, ())}
+        self._refuse_part_of_node([asked.allocation_size for asked in request.container_requests])
+        boards = self.registry.boards
         answers = []
         for asked in request.container_requests:
             about = {"available": asked.available_device_i_ds, "must_include": asked.must_include_device_i_ds}
@@ -83,6 +87,7 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
                     must_include=asked.must_include_device_i_ds,
                     size=asked.allocation_size,
                     policy=self.policy,
+                    boards=boards,
                 )
             except InvalidRequest as error:
                 raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
@@ -99,6 +104,7 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         asked = [container.devices_ids for container in request.container_requests]
         log.debug("allocate asked", resource=self.resource, devices=asked)
         chosen = self._choose(asked)
+        self._refuse_part_of_node([len(ids) for ids in asked])
         looked_at = self.registry.now()
         against = await self.last_look(chosen, self.registry.functions)
         if in_use := {(self.resource, i): found.in_use for i, found in against.items() if found.in_use}:
@@ -139,6 +145,20 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
             chosen.append(device)
         self._refuse(chosen, {d.id: str(d.health) for d in chosen if not d.health.healthy})
         return chosen
+
+    def _refuse_part_of_node(self, sizes: Sequence[int]) -> None:
+        """Raises GRPCError if a container asks for some devices of a resource of which it can have one or all.
+
+        All that are listed count, healthy or not: seven GPUs of a board of which one has died are no board.
+        """
+        if self.whole_node is None or self.whole_node[0] != self.resource:
+            return
+        everything = self.whole_node[1] or len(self.registry.current.resources.get(self.resource, ()))
+        if wrong := [size for size in sizes if size not in (1, everything)]:
+            why = f"{wrong[0]} devices for one container; with --whole-node it gets 1 or all {everything}"
+            log.warning("allocation refused", resource=self.resource, reason=why)
+            hint = "a confidential guest with any other number does not start"
+            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {why}: {hint}")
 
     def _refuse(self, devices: Sequence[Device], reasons: Mapping[str, str]) -> None:
         """Raises GRPCError for the first of these devices that has a reason, by ID, not to be given."""
