@@ -111,7 +111,7 @@ def test_the_pod_that_holds_a_device_is_named_and_one_not_yet_named_is_told_of(
 
     found = holders()
     assert (found["4"]["namespace"], found["4"]["pod"]) == ("default", "vm")
-    assert found["4"]["container"]
+    assert found["4"]["container"] == "vm"
     assert found["5"] == {"namespace": None, "pod": None, "container": None}
     assert found["6"] is None
     assert "a pod that PodResources has not named yet" in ask(node).stdout
@@ -130,6 +130,10 @@ def test_the_one_that_stands_by_is_ready_and_a_living_ones_socket_is_not_stolen(
     answer = until(lambda: ask(node, own, "--probe"), lambda answer: answer.returncode == 0)
     assert answer.stdout == "standing by\n"
     assert ask(node, own).returncode == 0
+    for each in (third, other):  # before the one that serves, whose sockets are there until it ends
+        each.terminate()
+        each.wait_for("stopped")
+    old.close()
 
 
 def test_a_dead_daemons_socket_is_replaced_and_only_its_owner_may_use_the_new_one(serve: Serve, places: Places) -> None:
@@ -176,9 +180,12 @@ def test_clients_that_do_not_read_keep_nobody_else_from_an_answer(places: Places
         path = places.top / "s"
         big = {"text": "x" * (4 << 20)}
         running = asyncio.create_task(StatusSocket(path=path, document=lambda: big, patience=0.1).run())
-        while not path.exists():
-            await asyncio.sleep(0.01)
-        slow = [await asyncio.open_unix_connection(str(path)) for _ in range(20)]
+        slow: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        while len(slow) < 20:
+            try:
+                slow.append(await asyncio.open_unix_connection(str(path)))
+            except OSError:  # it does not listen yet
+                await asyncio.sleep(0.01)
         reader, writer = await asyncio.open_unix_connection(str(path), limit=8 << 20)
         answer = await asyncio.wait_for(reader.read(), TIMEOUT)
         for each in [writer, *(w for _, w in slow)]:
