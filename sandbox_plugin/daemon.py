@@ -11,14 +11,17 @@ lives half-dead is worse than one that Kubernetes starts again.
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from sandbox_plugin import __version__
 from sandbox_plugin.cdi.stale import learn_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Settings
@@ -31,11 +34,18 @@ from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.endpoints import Endpoints
 from sandbox_plugin.kubelet.lock import NodeLock
 from sandbox_plugin.kubelet.podresources import HoldingsPoller
+from sandbox_plugin.names import cdi_file_name
+from sandbox_plugin.outputs.document import SERVING, STANDING_BY, WAITING, Parts, document
+from sandbox_plugin.outputs.status_socket import StatusSocket
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.report import report
 from sandbox_plugin.rescans import Rescans
 from sandbox_plugin.shutdown import Shutdown, running_tasks
 from sandbox_plugin.tasks import happens
+
+if TYPE_CHECKING:
+    from sandbox_plugin.cdi.foreign import ForeignSpecWatch
+    from sandbox_plugin.host.watch import FolderWatcher
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -81,6 +91,11 @@ class Daemon:
             interval=min(settings.health_interval, _CDI_INTERVAL),
         )
 
+        self._uevents = UeventSource(on_change=partial(self._rescans.wake, "uevent"), on_aer=self._rescans.note_aer)
+        self._began_at = time.monotonic()
+        self._folder_watcher: FolderWatcher | None = None
+        self._foreign_specs: list[ForeignSpecWatch] = []
+
     async def run(self, shutdown: Shutdown) -> None:
         """Runs until it is cancelled.
 
@@ -93,14 +108,14 @@ class Daemon:
 
             # First: only what PodResources is asked after this plugin began to serve tells who holds what.
             start(self._lock.run(partial(self._serve, shutdown)))
+            start(StatusSocket(path=self._settings.status_socket, document=self.status).run())
             asking = start(self._poller.ask(patience=_FIRST_ANSWER))
             if self._needs_cdi:
                 await start(learn_former(self._settings.cdi_dir, self._registry, self._rules.may_be_ours))
             await asking
             is_real = self._settings.host_root == Path("/")
             if is_real:
-                wake = partial(self._rescans.wake, "uevent")
-                start(UeventSource(on_change=wake, on_aer=self._rescans.note_aer).run())
+                start(self._uevents.run())
             start(self._rescans.run())
             start(self._rescans.follow_time())
             start(self._poller.run())
@@ -124,10 +139,12 @@ class Daemon:
         if self._needs_cdi:
             watched[self._cdi_writer.look] = lambda: [self._settings.cdi_dir]
             # Each folder for itself: the others must not wait for one on a dead mount.
-            for foreign in await watch_foreign_specs(self._settings, interval=self._cdi_writer.interval):
+            self._foreign_specs = await watch_foreign_specs(self._settings, interval=self._cdi_writer.interval)
+            for foreign in self._foreign_specs:
                 start(foreign.run())
                 watched[foreign.look] = partial(list, [foreign.folder])
-        start(FolderWatcher(groups=watched, step=step).run())
+        self._folder_watcher = FolderWatcher(groups=watched, step=step)
+        start(self._folder_watcher.run())
 
     async def _serve(self, shutdown: Shutdown, since: float) -> None:
         """What two plugins on one node must not do at the same time. `since`: when this one got the lock."""
@@ -148,6 +165,67 @@ class Daemon:
         self._lock.look()
         self._endpoints.look()
         self._poller.look()
+
+    def status(self) -> dict[str, Any]:
+        """What the status socket answers now."""
+        now = time.monotonic()
+        inventory = self._registry.current
+        registrations = {}
+        for status in self._endpoints.status():
+            since = status.registered_at
+            registrations[status.resource] = {
+                "state": str(status.state),
+                "registered_seconds": None if since is None else now - since,
+                "registrations": status.registrations,
+                "losses": status.losses,
+                "streams": status.streams,
+                "socket": status.socket,
+                "trouble": status.trouble,
+            }
+        turn = SERVING if self._lock.is_held else STANDING_BY if self._lock.is_standing_by else WAITING
+        files = {resource: str(self._settings.cdi_dir / cdi_file_name(resource)) for resource in inventory.resources}
+        began_at = self._rescans.began_at
+        return document(
+            inventory,
+            Parts(
+                plugin={
+                    "version": __version__,
+                    "node": os.environ.get("NODE_NAME") or os.uname().nodename,
+                    "pid": os.getpid(),
+                    "uptime_seconds": now - self._began_at,
+                    "consumer": str(self._settings.consumer),
+                },
+                turn={"state": turn, "reason": self._lock.why_not_held},
+                registrations=registrations,
+                scan={
+                    "age_seconds": None if began_at is None else now - began_at,
+                    "took_seconds": self._rescans.took,
+                    "count": self._rescans.scans.total(),
+                    "trouble": self._rescans.trouble,
+                },
+                cdi_files=files if self._needs_cdi else None,
+                foreign_specs=[
+                    {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles
+                ],
+                events=self._event_sources(),
+            ),
+        )
+
+    def _event_sources(self) -> list[dict[str, str | None]]:
+        def source(name: str, trouble: str | None) -> dict[str, str | None]:
+            return {"source": name, "state": "up" if trouble is None else "down", "reason": trouble}
+
+        is_real = self._settings.host_root == Path("/")
+        off: dict[str, str | None] = {"source": "kernel events", "state": "off", "reason": "the host is a fake one"}
+        begins: dict[str, str | None] = {"source": "inotify", "state": "off", "reason": "it has not begun yet"}
+        pods = source("PodResources", self._poller.trouble)
+        if not self._registry.has_pod_resources:
+            pods["state"] = "off"  # absent is fine
+        return [
+            source("kernel events", self._uevents.trouble) if is_real else off,
+            begins if self._folder_watcher is None else source("inotify", self._folder_watcher.trouble),
+            pods,
+        ]
 
     def log_state(self) -> None:
         """For whoever wonders what the daemon is doing, or whether it grows."""

@@ -36,6 +36,10 @@ class Rescans:
         self._scanner = HostScanner(paths, on_late=partial(self.wake, "late answer"))
         self.scans: Counter[str] = Counter()
         """How many scans each trigger has led to; a scan may have several."""
+        self.took: float | None = None
+        """Seconds that the last scan took; None: there was none yet."""
+        self.began_at: float | None = None
+        """When it began, in monotonic seconds."""
         self._triggers = {"start"}
         """What has asked for the next scan, for the log; nothing: the timer."""
 
@@ -47,6 +51,11 @@ class Rescans:
     def note_aer(self, address: str, event: str) -> None:
         """A step of an error recovery, to be taken in with a scan that begins after it."""
         self._aer.append((address, event))
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last attempt saw nothing; None: it did."""
+        return self._trouble.now
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -74,7 +83,8 @@ class Rescans:
             self._complain("scan failed", f"{error}; the last known state stays, and it is tried again")
             return False
         self.scans.update(triggers)
-        ms = round((time.monotonic() - facts.began_at) * 1000, 1)
+        self.began_at, self.took = facts.began_at, time.monotonic() - facts.began_at
+        ms = round(self.took * 1000, 1)
         log.debug("scanned", trigger=", ".join(sorted(triggers)), functions=len(facts.functions), ms=ms)
         self._complain("the PCI bus cannot be read", facts.unreachable)
         self._registry.observe(facts, aer=aer)

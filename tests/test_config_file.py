@@ -56,6 +56,7 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         allocation-policy = "spread"
         fabric-partitions = "/f.json"
         whole-node = "nvidia.com/pgpu=8"
+        status-socket = "/s.sock"
         health-interval = 2.5
         log-format = "json"
         log-level = "debug"
@@ -72,6 +73,7 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         allocation_policy=Policy.SPREAD,
         fabric_partitions=Path("/f.json"),
         whole_node=("nvidia.com/pgpu", 8),
+        status_socket=Path("/s.sock"),
         health_interval=2.5,
         log_format="json",
         log_level="debug",

@@ -113,6 +113,8 @@ def test_the_mounts_are_the_folders_of_the_daemons_defaults_at_the_hosts_paths(k
     settings, mounts = Settings(), kata.mounts()
     cdi = {str(folder) for folder in asyncio.run(cdi_folders(settings))}
     pod_resources = str(settings.pod_resources_socket.parent)
+    status = mounts.pop(str(settings.status_socket.parent))
+    assert "emptyDir" in status["volume"], "each pod has its own"
     assert mounts.keys() == {str(settings.kubelet_dir), pod_resources, *cdi}
     assert {path for path, mount in mounts.items() if mount.get("readOnly")} == {pod_resources, "/etc/cdi"}
     for path, mount in mounts.items():
@@ -127,9 +129,10 @@ def test_it_runs_on_every_kata_node_however_tainted_and_is_not_the_first_to_be_e
     assert kata.pod["priorityClassName"] == "system-node-critical"
 
 
-def test_the_daemon_is_started_as_this_version_with_arguments_that_it_knows_and_no_environment(kata: Installed) -> None:
+def test_the_daemon_is_started_as_this_version_with_arguments_that_it_knows_and_no_settings(kata: Installed) -> None:
     assert kata.container["image"] == f"sandbox-plugin:{__version__}"
-    assert not {"env", "envFrom"} & set(kata.container)
+    assert "envFrom" not in kata.container
+    assert [variable["name"] for variable in kata.container["env"]] == ["NODE_NAME"]
     assert kata.pod["enableServiceLinks"] is False, "services would set variables"
     assert run_command(*kata.container["args"], "--help").returncode == 0
 
@@ -154,7 +157,7 @@ def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_
 ) -> None:
     overlay = installed(ADMINISTRATORS)
     assert overlay.container["image"] == f"registry.example/gpu/sandbox-plugin:{__version__}"
-    variables = {variable["name"]: variable["value"] for variable in overlay.container["env"]}
+    variables = {variable["name"]: variable.get("value", "") for variable in overlay.container["env"]}
     assert unknown_variables(variables) == []
     config = Path(variables.pop("SANDBOX_PLUGIN_CONFIG"))
     config_map = overlay.by_kind["ConfigMap"]
@@ -188,8 +191,10 @@ def test_the_example_of_an_overlay_is_one_for_kubevirt_when_the_two_lines_that_s
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
     overlay = installed("manifests/overlays/kubevirt")
     assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
-    assert overlay.mounts().keys() == {str(Settings().kubelet_dir), str(Settings().pod_resources_socket.parent)}
-    assert len(overlay.pod["volumes"]) == 2
+    settings = Settings()
+    folders = (settings.kubelet_dir, settings.pod_resources_socket.parent, settings.status_socket.parent)
+    assert overlay.mounts().keys() == {*map(str, folders)}
+    assert len(overlay.pod["volumes"]) == len(folders)
     assert overlay.pod["nodeSelector"]["kubevirt.io/schedulable"] == "true"
 
 

@@ -59,6 +59,11 @@ class ForeignSpecWatch:
         """Something changed in the folder."""
         self._bell.set()
 
+    @property
+    def troubles(self) -> list[tuple[Path, str]]:
+        """The specs that something is wrong with, and what."""
+        return [(file, why) for troubles in self._troubles.values() for file, why in troubles.now.items()]
+
     async def run(self) -> None:
         """Runs until cancelled."""
         known: Mapping[Path, Known[Reading]] = {}

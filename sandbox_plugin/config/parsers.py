@@ -59,6 +59,14 @@ def socket_folder(text: str) -> Path:
     return folder
 
 
+def socket_path(text: str) -> Path:
+    """Where a unix socket may lie."""
+    found = path(text)
+    if len(text.encode()) > SOCKET_PATH_BYTES:
+        raise ValueError(f"the path has {len(text.encode())} bytes; that of a socket may have {SOCKET_PATH_BYTES}")
+    return found
+
+
 def seconds(text: str) -> float:
     """A number of seconds, with or without a fraction."""
     try:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 from sandbox_plugin.config import parsers
 
 VARIABLE_PREFIX = "SANDBOX_PLUGIN_"
+STATUS_SOCKET = Path("/run/sandbox-plugin/status.sock")
+"""Not in the kubelet's folder: the kubelet deletes sockets there."""
 
 _T = TypeVar("_T")
 
@@ -211,6 +213,10 @@ class Settings:
         "RESOURCE[=COUNT]",
         "a container gets one device of it or all (COUNT, else all known)",
     )
+    status_socket: Path = option(
+        STATUS_SOCKET, parsers.socket_path, "PATH", "where `sandbox-plugin status` asks the daemon"
+    )
+    """With a fake host the default is below its root."""
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
     """None: console on a terminal, else json."""
@@ -230,7 +236,9 @@ class Settings:
 
     def on_fake_host(self, root: Path) -> Settings:
         """The same settings for a fake host below `root`."""
-        return replace(self, host_root=root)
+        is_default = self.status_socket == STATUS_SOCKET
+        below = root / STATUS_SOCKET.relative_to("/")
+        return replace(self, host_root=root, status_socket=below if is_default else self.status_socket)
 
 
 OPTIONS = tuple(

@@ -47,6 +47,11 @@ class UeventSource:
     """Seconds before a socket that could not be had is tried again."""
     _trouble: Trouble = field(default_factory=Trouble)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why there are no kernel events; None: they come."""
+        return self._trouble.now
+
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:

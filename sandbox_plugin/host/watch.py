@@ -75,6 +75,12 @@ class FolderWatcher:
     _left_out: Troubles[tuple[str, ...]] = field(default_factory=Troubles)
     """By folders."""
 
+    @property
+    def trouble(self) -> str | None:
+        """Why folders are not watched; None: all are."""
+        left_out = (f"{', '.join(folders)}: {why}" for folders, why in self._left_out.now.items())
+        return self._trouble.now or "; ".join(left_out) or None
+
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:

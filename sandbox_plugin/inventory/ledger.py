@@ -48,6 +48,8 @@ class Holdings:
     """Monotonic seconds before the question was sent: what happened later may be missing from the answer."""
     pods: Mapping[DeviceKey, str] = field(default_factory=dict)
     """Device -> `namespace/name` of the pod that holds it."""
+    containers: Mapping[DeviceKey, str] = field(default_factory=dict, compare=False)
+    """Device -> name of the container that has it, for people."""
     complete: bool = True
     """False: pods may be missing, as from the answer of a kubelet that has just started. It frees nothing then."""
 

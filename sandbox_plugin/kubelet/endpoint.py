@@ -88,6 +88,10 @@ class EndpointStatus:
     """How often the kubelet accepted it, and opened a stream."""
     losses: int
     """How often a registration was lost."""
+    registered_at: float | None
+    """Since when it is registered, in monotonic seconds; None: it is not."""
+    streams: int
+    """How many ListAndWatch streams are open, also of other clients than the kubelet."""
 
 
 @dataclass(kw_only=True)
@@ -151,6 +155,7 @@ class Endpoint:
     """Monotonic seconds: of the start, or of the last loss."""
     _registrations: int = 0
     _losses: int = 0
+    _streams: int = 0
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     """Rung by everything that is worth a look. Only `_wait` waits for it."""
     _trouble: Trouble = field(default_factory=Trouble)
@@ -170,6 +175,8 @@ class Endpoint:
             trouble=self._trouble.now,
             registrations=self._registrations,
             losses=self._losses,
+            registered_at=self._registered_at if self.state is State.REGISTERED else None,
+            streams=self._streams,
         )
 
     def look(self) -> None:
@@ -230,9 +237,11 @@ class Endpoint:
         if registration is not None:
             registration.opened = True
             self._bell.set()
+        self._streams += 1
         try:
             yield
         finally:
+            self._streams -= 1
             log.debug("stream ended", resource=self.resource, client=whose)
             current = self._registration
             ours = None if registration is None else (registration.kubelet, registration.own)

@@ -48,6 +48,8 @@ class NodeLock:
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     _trouble: Trouble = field(default_factory=Trouble)
     """The event that was logged last, while there is something to wait for."""
+    _why: str | None = None
+    """As `why_not_held`."""
     _held: int | None = None
     """Descriptor of the locked file."""
 
@@ -55,6 +57,16 @@ class NodeLock:
     def is_held(self) -> bool:
         """Whether this plugin serves the node; else another one does, or the folder is not there."""
         return self._held is not None
+
+    @property
+    def is_standing_by(self) -> bool:
+        """Whether another plugin serves the node."""
+        return not self.is_held and self._trouble.now == _STANDING_BY
+
+    @property
+    def why_not_held(self) -> str | None:
+        """What it waits for, in words; None where it holds the lock, or has not tried yet."""
+        return self._why
 
     def look(self) -> None:
         """Something changed in the folder: perhaps the other one is gone."""
@@ -80,6 +92,7 @@ class NodeLock:
         if self._trouble.now == _STANDING_BY:  # and not after a wait for the folder, which nobody had
             log.info("taking over", path=str(self.folder / LOCK_NAME))
         self._trouble.update(None)
+        self._why = None
         self._held = descriptor
         try:
             yield
@@ -114,6 +127,7 @@ class NodeLock:
         return None
 
     def _say(self, event: str, path: Path, reason: str | None) -> None:
+        self._why = f"{path}: {reason}"
         if self._trouble.update(event):
             log.warning(event, path=str(path), reason=reason)
 

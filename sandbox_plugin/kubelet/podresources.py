@@ -72,6 +72,11 @@ class HoldingsPoller:
         if sockets.identity(self.socket) != self._kubelet:
             self.hurry()
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the last question had no answer; None: it had one."""
+        return self._trouble.now
+
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
@@ -145,14 +150,16 @@ async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
 
 def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: bool) -> Holdings:
     """Which pod holds which device, out of an answer."""
+    held = [
+        ((devices.resource_name, device_id), f"{pod.namespace}/{pod.name}", container.name)
+        for pod in answer.pod_resources
+        for container in pod.containers
+        for devices in container.devices
+        for device_id in devices.device_ids
+    ]
     return Holdings(
         asked_at=asked_at,
         complete=complete,
-        pods={
-            (devices.resource_name, device_id): f"{pod.namespace}/{pod.name}"
-            for pod in answer.pod_resources
-            for container in pod.containers
-            for devices in container.devices
-            for device_id in devices.device_ids
-        },
+        pods={key: pod for key, pod, _ in held},
+        containers={key: container for key, _, container in held},
     )

@@ -1,0 +1,108 @@
+"""The status document for people: lines that fit the terminal."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from sandbox_plugin.cli.screen import wrapped
+from sandbox_plugin.cli.stdout import say
+from sandbox_plugin.cli.tables import Line, Styled, Table, has_colors, is_terminal, painted
+
+_NARROWEST = 40
+_BAD = "red"
+
+
+def print_status(document: Mapping[str, Any]) -> None:
+    """Prints it, as wide as the terminal is, or 80 columns."""
+    columns = shutil.get_terminal_size().columns if is_terminal() else 80
+    say("\n".join(painted(line, colors=has_colors()) for line in status_lines(document, columns)))
+
+
+def status_lines(document: Mapping[str, Any], columns: int) -> list[Line]:
+    """What a person sees, in lines that are not wider than that."""
+    columns = max(columns, _NARROWEST)
+    plugin, turn, scan = document["plugin"], document["turn"], document["scan"]
+    lines: list[Line] = []
+    head = f"sandbox-plugin {plugin['version']} on {plugin['node']}, up {_age(plugin['uptime_seconds'])}, "
+    lines += wrapped(head + _with_reason(turn["state"], turn["reason"]), columns)
+    for why in document["not_ready"]:
+        lines += _indented(f"not ready: {why}", columns, indent="", style=_BAD)
+    for why in document["remarks"]:
+        lines += _indented(why, columns, indent="", style=_BAD)
+    for resource in document["resources"]:
+        lines += [[""], *_resource(resource, columns)]
+    if document["held_without_device"]:
+        lines += [[""], [Styled("held by pods, but no device here", "bold")]]
+        for held in document["held_without_device"]:
+            lines += _indented(f"{held['resource']}={held['id']}: {_holder(held['holder'])}", columns)
+    lines.append([""])
+    if document["cdi"] is not None:
+        for file in document["cdi"]["files"]:
+            lines += wrapped(f"CDI spec {file['path']}: {file['devices']} devices", columns)
+    for source in document["events"]:
+        style = _BAD if source["state"] == "down" else ""
+        lines += wrapped(f"{source['source']}: {_with_reason(source['state'], source['reason'])}", columns, style)
+    if scan["age_seconds"] is not None:
+        lines += wrapped(
+            f"last scan {_age(scan['age_seconds'])} ago, took {scan['took_seconds'] * 1000:.1f} ms", columns
+        )
+    return lines
+
+
+def _resource(resource: Mapping[str, Any], columns: int) -> list[Line]:
+    registration, devices = resource["registration"], resource["devices"]
+    healthy = sum(device["health"] == "Healthy" for device in devices)
+    state = registration["state"]
+    if state == "registered":
+        state += f" {_age(registration['registered_seconds'])} ago, streams: {registration['streams']}"
+    text = (
+        f"{resource['name']}: {healthy} of {len(devices)} Healthy, {_with_reason(state, registration.get('trouble'))}"
+    )
+    lines = wrapped(text, columns, "bold")
+    table = Table(("ID", "PCI FUNCTION", "HEALTH", "HELD BY"))
+    for device in devices:
+        health = Styled(device["health"], "" if device["health"] == "Healthy" else _BAD)
+        address = (device["pci_addresses"] or ["-"])[0]
+        table.add_row(device["id"], address, health, _holder(device["holder"]))
+    heading, *rows = table.lines()
+    lines.append(heading)
+    for device, row in zip(devices, rows, strict=True):
+        lines.append(_cut(row, columns))
+        if device["reason"]:
+            lines += _indented(f"{device['reason']}: {device['detail']}", columns)
+    return lines
+
+
+def _holder(holder: Mapping[str, str | None] | None) -> str:
+    if holder is None:
+        return ""
+    if holder["pod"] is None:
+        return "a pod that PodResources has not named yet"
+    return "/".join(part for part in (holder["namespace"], holder["pod"], holder["container"]) if part)
+
+
+def _cut(line: Line, columns: int) -> Line:
+    """A row whose last cell ends with an ellipsis where the terminal ends."""
+    *others, last = line
+    if not isinstance(last, str):
+        return line
+    room = max(columns - sum(len(part if isinstance(part, str) else part.text) for part in others), 1)
+    return [*others, last if len(last) <= room else last[: room - 1] + "…"]
+
+
+def _indented(text: str, columns: int, indent: str = "    ", style: str = "") -> list[Line]:
+    return [[indent, *line] for line in wrapped(text, columns - len(indent), style)]
+
+
+def _with_reason(state: str, reason: str | None) -> str:
+    return f"{state}: {reason}" if reason else state
+
+
+def _age(seconds: float) -> str:
+    """A duration in one unit that says enough."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

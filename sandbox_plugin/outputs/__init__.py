@@ -1,0 +1,1 @@
+"""What the registry and the parts know of themselves, shown to whoever asks."""
