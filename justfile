@@ -112,8 +112,12 @@ fuzz seconds="60":
 simulate *arguments: setup
     python scripts/simulate-allocation.py "$@"
 
-# how long preferred allocation takes
+# how fast it is where somebody waits, and what it costs when nobody does
 bench *arguments: setup
+    python scripts/bench.py "$@"
+
+# how long preferred allocation takes
+bench-prefer *arguments: setup
     python scripts/bench-prefer.py "$@"
 
 # build the wheel into dist/
@@ -127,7 +131,3 @@ image *arguments:
 # remove what the other recipes leave behind, .venv included
 clean:
     rm -rf .cache .venv .venv.lock dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
-
-# how long a bind and an unbind take to reach a kubelet, on a fake node
-bench-latency *arguments: setup
-    python scripts/bench-latency.py "$@"

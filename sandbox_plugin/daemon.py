@@ -145,6 +145,7 @@ class Daemon:
                 watched[foreign.look] = partial(list, [foreign.folder])
         self._folder_watcher = FolderWatcher(groups=watched, step=step)
         start(self._folder_watcher.run())
+        log.info("running", seconds=round(time.monotonic() - self._began_at, 3))
 
     async def _serve(self, shutdown: Shutdown, since: float) -> None:
         """What two plugins on one node must not do at the same time. `since`: when this one got the lock."""

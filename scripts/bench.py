@@ -4,7 +4,8 @@
     scripts/bench.py [--quick] [--python PYTHON] [--json FILE] [SECTION ...]
 
 Sections: start, allocate, kubelet, bind, idle, memory, commands; without any, all of them. `--python` is an interpreter
-that has the program installed; without it this one, whose environment also has what only developers need.
+that has the program installed; without it an environment is made for that below .cache, as users have it: this one also
+has what only developers need, and structlog loads rich where that is installed.
 
 Prints a Markdown table, each figure with its ratio to a yardstick of the same run: a start to `python -c "import
 asyncio"`, a call to an empty call (GetDevicePluginOptions) of the same server. Times are from a kubelet played by
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import threading
 import time
+import venv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -225,19 +227,32 @@ SECTIONS = ("start", "allocate", "kubelet", "bind", "idle", "memory", "commands"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a fifth of the repetitions, and no 4,096 GPUs")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of an environment with the program")
+    parser.add_argument("--python", help="interpreter of an environment with the program; default: one is made")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default: all")
     args = parser.parse_args()
     if unknown := set(args.sections) - set(SECTIONS):
         parser.error(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its byte code
-    bench = Bench(args.python, args.quick)
+    bench = Bench(args.python or program_alone(), args.quick)
     print("| what | median | ratio |\n|---|---|---|")
     for section in args.sections or SECTIONS:
         getattr(bench, section)()
     if args.json:
         args.json.write_text(json.dumps([asdict(figure) for figure in bench.figures], indent=2) + "\n")
+
+
+def program_alone() -> str:
+    """Makes an environment that has what the program needs and nothing else. Returns its interpreter."""
+    folder = ROOT / ".cache/bench"
+    python = folder / "bin/python"
+    venv.EnvBuilder(with_pip=False, symlinks=True, clear=True).create(folder)
+    pip = [f"{sys.base_prefix}/bin/python3", "-m", "pip", "--python", str(python), "install", "-qq", "--compile"]
+    lock = ["--require-hashes", "--only-binary=:all:", "-r", str(ROOT / "requirements/runtime.txt")]
+    subprocess.run([*pip, *lock], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "sandbox-plugin.pth").write_text(f"{ROOT}\n")
+    return str(python)
 
 
 def _ms(calls: Iterable[Callable[[], object]]) -> list[float]:

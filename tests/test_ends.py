@@ -133,7 +133,7 @@ sys.meta_path.insert(0, Finder())
 
 @pytest.mark.parametrize(
     ("command", "module", "status"),
-    [("run", "argparse", 0), ("run", "asyncio", 0), (LIST, "sandbox_plugin.cli.run", 128 + signal.SIGTERM)],
+    [("run", "argparse", 0), ("run", "asyncio", 0), (LIST, "sandbox_plugin.cli.list_devices", 128 + signal.SIGTERM)],
 )
 def test_a_signal_while_modules_are_imported_ends_it_as_at_any_other_time(
     start: Start, command: str, module: str, status: int, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ import structlog
 from sandbox_plugin.cdi import files
 from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.cdi.lint import Reading, lint, read_spec
+from sandbox_plugin.cdi.text import prepare
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.tasks import happens
@@ -96,6 +97,7 @@ class ForeignSpecWatch:
 
 async def watch_foreign_specs(settings: Settings, interval: float) -> list[ForeignSpecWatch]:
     """A watch for each of the folders that Kata reads specs from."""
+    prepare()
     watches: list[ForeignSpecWatch] = []
     for folder in await cdi_folders(settings):
         watches.append(ForeignSpecWatch(folder=folder, interval=interval, others=tuple(watches)))

@@ -24,9 +24,15 @@ class NotRead(Exception):
     """The text is left unread, although Kata may be able to read it. The message says why."""
 
 
+def prepare() -> None:
+    """Imports the parser, so that it is there when this process has no descriptors left: an import that fails half-way
+    cannot be tried again."""
+    _loader()
+
+
 @cache
 def _loader() -> Any:
-    """Made when the first spec is read that somebody else wrote: on most nodes that is never while pods wait."""
+    """Made when it is needed: where no spec was left behind that is after the first devices are served."""
     import yaml
 
     base: type[yaml.BaseLoader] = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # with libyaml: many times as fast
