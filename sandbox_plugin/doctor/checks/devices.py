@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from sandbox_plugin.doctor.findings import Finding, Group, Teller
 from sandbox_plugin.doctor.node import Displays, Node, Unread
 from sandbox_plugin.inventory.faults import LOST_BARS, NO_RESET, remarks
-from sandbox_plugin.inventory.functions import is_vfio_bound, may_be_dead, what_they_carry
+from sandbox_plugin.inventory.functions import is_vfio_bound, what_they_carry
 from sandbox_plugin.model import Device, PciFunction, Reason, is_vfio_driver
 
 _tell = Teller(Group.DEVICES)
@@ -153,10 +153,6 @@ def _groups(node: Node, devices: Sequence[Device]) -> Iterator[Finding]:
 
 def _state(functions: Sequence[PciFunction]) -> Iterator[Finding]:
     """BARs and resets, as the inventory remarks on them."""
-    dead = [f for f in functions if f.silence is None and may_be_dead(f)]
-    for function in dead:
-        seen = f"{function.address} is in D3cold although nothing has cut its power: it may be dead"
-        yield _tell.warn("answers", seen, f"Look again in a moment; if it stays: {_SLOT}")
     lost = [f.address for f in functions if LOST_BARS in remarks(f)]
     stuck = [f.address for f in functions if NO_RESET in remarks(f)]
     if lost:

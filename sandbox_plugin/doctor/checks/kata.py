@@ -32,15 +32,16 @@ def findings(node: Node) -> Iterator[Finding]:
 
 
 def _files(node: Node, files: tuple[KataFile, ...]) -> Iterator[Finding]:
-    for file in [file for file in files if file.trouble is not None]:
+    broken = [file for file in files if file.trouble is not None]
+    for file in broken:
         yield _tell.fail("configuration", str(file.trouble), "Repair this file: its runtime class starts no pod.")
     for_gpus = [file for file in files if file.trouble is None and _is_for_gpus(file)]
     wrong = [finding for file in for_gpus for finding in _file(node, file)]
     yield from wrong
-    if not for_gpus:
+    if not for_gpus and not broken:
         seen = f"none of {len(files)} files plugs devices: cold_plug_vfio is {_NO_PORT} in all"
         yield _tell.warn("configuration", seen, 'Use the runtime class kata-qemu-nvidia-gpu, or set "root-port".')
-    elif not wrong:
+    elif not wrong and for_gpus:
         count = len(for_gpus)
         yield _tell.passed(
             "configuration", f"{count} file{'' if count == 1 else 's'} for GPUs, e.g. {for_gpus[0].path.name}"
@@ -108,7 +109,7 @@ def _hugepages(node: Node, files: list[KataFile]) -> Iterator[Finding]:
 
 
 def _memlock(node: Node, files: list[KataFile]) -> Iterator[Finding]:
-    """All memory of a VM is pinned. With CAP_IPC_LOCK that has no limit (vfio_lock_acct): rootless VMs alone have one."""
+    """All memory of a VM is pinned: with CAP_IPC_LOCK without limit (vfio_lock_acct), so this is for rootless VMs."""
     wanting = [file for file in files if _has(file, "rootless")]
     if not wanting or isinstance(node.limits, Unread):
         return
