@@ -575,9 +575,7 @@ def test_iommufd_in_kata_needs_cdevs(machine_of: Callable[[str], Machine], exami
     assert troubles(examine(machine)) == ["kata/iommufd fail"]
 
 
-def test_what_a_rule_excludes_is_no_fault(
-    machine: Machine, examine: Examine, tmp_path: Path
-) -> None:
+def test_what_a_rule_excludes_is_no_fault(machine: Machine, examine: Examine, tmp_path: Path) -> None:
     machine.node.bind(FIRST_GPU, "nvidia")
     config = tmp_path / "config.toml"
     config.write_text(f'[[resources]]\naddress = "{FIRST_GPU}"\nexclude = true\n')
@@ -716,13 +714,14 @@ def test_the_text_fits_80_columns_and_says_what_to_do(machine: Machine, capsys: 
     assert "  FAIL  iommu" in out
     assert "-> Remove intel_iommu=off" in out
     summary = " ".join(out.rpartition("\n\n")[2].split())
-    assert summary == "This node is not ready: 18 passed, 1 to look at, 3 failed, 1 cannot be seen here."
+    said = r"This node is not ready: \d+ passed, 1 to look at, 3 failed, 1 cannot be seen here."
+    assert re.fullmatch(said, summary)
 
 
 def test_a_ready_node_says_so_in_one_line(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", *machine.flags]) == 0
     summary = capsys.readouterr().out.rpartition("\n\n")[2].strip()
-    assert summary == "Nothing speaks against passthrough on this node: 24 passed."
+    assert re.fullmatch(r"Nothing speaks against passthrough on this node: \d+ passed.", summary)
 
 
 def test_the_json_has_a_version_counts_and_findings(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from sandbox_plugin.cdi.lint import Reading
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
-from sandbox_plugin.model import HostFacts
+from sandbox_plugin.model import HostFacts, is_vfio_driver
 
 _T = TypeVar("_T")
 
@@ -184,6 +184,14 @@ class Node:
         """A path as it is called on the host itself."""
         root = self.settings.host_root
         return Path("/") / path.relative_to(root) if path.is_relative_to(root) else path
+
+    @property
+    def has_vfio(self) -> bool:
+        """Whether a driver is loaded that makes VFIO devices; true also where that cannot be told. A vGPU's is its
+        vendor's own."""
+        if isinstance(self.kernel, Unread) or any(map(is_vfio_driver, self.kernel.drivers)):
+            return True
+        return any(function.vfio is not None for function in self.host.functions.values())
 
     @property
     def has_iommu(self) -> bool:

@@ -12,7 +12,8 @@ from sandbox_plugin.doctor.findings import Finding, Group, Teller
 from sandbox_plugin.doctor.node import Displays, Node, Unread
 from sandbox_plugin.inventory.faults import LOST_BARS, NO_RESET, remarks
 from sandbox_plugin.inventory.functions import is_vfio_bound, what_they_carry
-from sandbox_plugin.model import Device, PciFunction, Reason, is_vfio_driver
+from sandbox_plugin.inventory.vgpu_types import NO_TYPES
+from sandbox_plugin.model import Device, PciFunction, Reason
 
 _tell = Teller(Group.DEVICES)
 _BIND = "Run `sandbox-plugin vfio bind {}`, or exclude it by a resource rule."
@@ -53,7 +54,7 @@ def findings(node: Node) -> Iterator[Finding]:
         return
     not_offered = list(_not_offered(node))
     yield from not_offered
-    if not not_offered and _has_vfio(node):
+    if not not_offered and node.has_vfio:
         yield _tell.passed("driver", f"{_counted(len(devices), 'device')} on a vfio driver")
     elif not not_offered:
         yield _tell.unseen("driver", "not judged without a vfio driver")
@@ -66,7 +67,8 @@ def findings(node: Node) -> Iterator[Finding]:
 
 
 def _is_wanted(node: Node, function: PciFunction) -> bool:
-    offer = node.rules.offer(function)
+    found = node.inventory.memory.found
+    offer = node.rules.offer(function, found.type_names if found is not None else NO_TYPES)
     return offer is not None and offer.resource is not None
 
 
@@ -75,10 +77,6 @@ def _count(node: Node, functions: Sequence[PciFunction]) -> str:
     for function in functions:
         counts[node.rules.names.describe(*function.model_id)] += 1
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _has_vfio(node: Node) -> bool:
-    return isinstance(node.kernel, Unread) or any(map(is_vfio_driver, node.kernel.drivers))
 
 
 def _unreadable(node: Node) -> Iterator[Finding]:
@@ -93,7 +91,7 @@ def _unreadable(node: Node) -> Iterator[Finding]:
 def _not_offered(node: Node) -> Iterator[Finding]:
     """One finding for all that have the same reason."""
     carried = what_they_carry(node.host)
-    has_driver = _has_vfio(node)
+    has_driver = node.has_vfio
     by_reason: dict[str, list[PciFunction]] = defaultdict(list)
     for address, why in node.inventory.unoffered.items():
         function = node.host.functions.get(address)
@@ -101,6 +99,8 @@ def _not_offered(node: Node) -> Iterator[Finding]:
             continue  # said by `_unreadable`, or left out on purpose
         if function.address in carried or function.virtual_functions:
             continue  # what it carries is offered instead
+        if function.is_vendors_vgpu and function.vgpu_type in (None, "0"):
+            continue  # no vGPU yet
         if function.driver is None and not has_driver:
             continue  # follows from that
         by_reason[why].append(function)
@@ -111,6 +111,8 @@ def _not_offered(node: Node) -> Iterator[Finding]:
 
 def _how_to_offer(node: Node, functions: Sequence[PciFunction]) -> str:
     first = functions[0]
+    if first.is_vendors_vgpu:
+        return f"Bind {first.physical_function} to its vendor's driver."
     if not is_vfio_bound(first, node.host):
         return _BIND.format(" ".join(f.address for f in functions) if len(functions) < 3 else "--all")
     if first.iommu_group is None or node.host.groups[first.iommu_group].noiommu:

@@ -18,8 +18,8 @@ def findings(node: Node) -> Iterator[Finding]:
         yield _tell.unseen("driver", f"sysfs: {kernel.why}")
         return
     drivers = [driver for driver in kernel.drivers if is_vfio_driver(driver)]
-    if drivers:
-        yield _tell.passed("driver", f"{', '.join(drivers)} loaded")
+    if node.has_vfio:
+        yield _tell.passed("driver", f"{', '.join(drivers) or 'the vendor of the vGPUs has its own'} loaded")
         yield _cdevs(node, kernel)
     else:
         seen = "no vfio driver is loaded, so no GPU can be bound to one"
