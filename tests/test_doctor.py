@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,24 +11,34 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from daemon import ROOT, Places, clean_environment
+from grpclib import GRPCError
+from grpclib import Status as GrpcStatus
 from kubelet import TIMEOUT, GrpcKubelet
 from names import AUDIO, FIRST_GPU, GEFORCE
 from pods import PodResources
 from test_fake_node import snapshot
 
 from sandbox_plugin.cli.main import main
+from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.doctor.checks import findings_of
+from sandbox_plugin.doctor.examine import below_its_root, read_node
 from sandbox_plugin.doctor.findings import Group, Status
+from sandbox_plugin.doctor.node import CdiFolder, KubeletFolder, Peer, Unread
+from sandbox_plugin.doctor.node import PodResources as Answers
 from sandbox_plugin.fake.hardware import At, Preset, RootBus
 from sandbox_plugin.fake.models import H100_SXM5, XEON_ROOT_PORT
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import WITH_CDEVS
+from sandbox_plugin.host import sysfs
+from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.lock import LOCK_NAME
+from sandbox_plugin.rpc.client import NoAnswerError
 
 KATA = "opt/kata/share/defaults/kata-containers/runtimes/qemu-nvidia-gpu/configuration-qemu-nvidia-gpu.toml"
 SOCKET = "/var/lib/kubelet/pod-resources/kubelet.sock"
@@ -288,6 +299,13 @@ def add_screen(m: Machine, folder: Path, driver: str) -> None:
     (m.root / "sys/bus/platform/devices" / folder.name).symlink_to(folder)
 
 
+def console_of_a_later_driver(m: Machine) -> None:
+    """One whose driver cannot be told, and one on a NIC: both are no trouble."""
+    add_screen(m, m.node.folder("0000:18:00.0") / "simple-framebuffer.1", "simple-framebuffer")
+    (m.root / "sys/bus/platform/devices/simple-framebuffer.2").mkdir()
+    (m.root / "sys/bus/platform/devices/simple-framebuffer.2/driver").mkdir()
+
+
 def no_bus(m: Machine) -> None:
     m.remove("sys/bus/pci/devices")
 
@@ -305,6 +323,11 @@ def no_registration(m: Machine) -> None:
 def dead_registration(m: Machine) -> None:
     no_registration(m)
     leave_socket(m.places.kubelet / "kubelet.sock")
+
+
+def no_socket_at_all(m: Machine) -> None:
+    no_registration(m)
+    (m.places.kubelet / "kubelet.sock").touch()
 
 
 def leave_socket(path: Path) -> None:
@@ -453,6 +476,7 @@ def selinux_confines(m: Machine) -> None:
         (no_bus, "devices/pci-bus fail", ["No such file"]),
         (no_kubelet_folder, "kubelet/folder fail", ["device-plugins", "systemctl status kubelet"]),
         (no_registration, "kubelet/registration fail", ["there is no socket"]),
+        (no_socket_at_all, "kubelet/registration fail", ["there is no socket"]),
         (dead_registration, "kubelet/registration fail", ["nobody listens"]),
         (no_pod_resources, "kubelet/pod-resources fail", ["no such socket"]),
         (get_disabled, "kubelet/pod-resources-get fail", ["Get method disabled", "1.34"]),
@@ -524,6 +548,54 @@ def one_group(gpus: int = 3) -> Preset:
     return Preset(summary="", kernel=WITH_CDEVS, buses=(RootBus(name="pci0000:15", functions=ports),))
 
 
+def a_gpu_in_no_group(m: Machine) -> None:
+    (m.node.folder(FIRST_GPU) / "iommu_group").unlink()
+
+
+def a_gpu_that_is_being_bound(m: Machine) -> None:
+    vfio = m.node.function(FIRST_GPU).vfio
+    assert vfio is not None
+    (m.node.folder(FIRST_GPU) / f"vfio-dev/vfio{vfio.number}/dev").unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [(a_gpu_in_no_group, "Switch on the IOMMU for it"), (a_gpu_that_is_being_bound, "Look again in a moment")],
+)
+def test_what_a_vfio_driver_has_and_cannot_be_offered_is_told_of(
+    machine: Machine, examine: Examine, spoil: Callable[[Machine], None], said: str
+) -> None:
+    spoil(machine)
+    findings = examine(machine)
+    assert troubles(findings) == ["devices/driver fail"]
+    assert said in words(findings)
+
+
+def test_a_group_that_cannot_be_passed_whole_is_told_of(
+    machine_of: Callable[[str | Preset], Machine], examine: Examine, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[[resources]]\naddress = "{AUDIO}"\nexclude = true\n')
+    findings = examine(machine_of("workstation"), f"--config={config}")
+    assert troubles(findings) == ["devices/driver fail"]
+    assert "Exclude none of its IOMMU group" in words(findings)
+
+
+def test_vgpus_without_a_type_are_no_fault_and_those_whose_card_has_lost_its_driver_are(
+    machine_of: Callable[[str | Preset], Machine], examine: Examine
+) -> None:
+    machine, card = machine_of("rtx-pro-6000"), "0000:16:00.0"
+    machine.node.bind(card, "nvidia")
+    one, _ = machine.node.add_vgpu_functions(card, {1155: "NVIDIA L40S-24Q"}, 2)
+    assert troubles(examine(machine)) == []
+    machine.node.set_vgpu_type(one, 1155)
+    assert troubles(examine(machine)) == []
+    (machine.node.folder(card) / "driver").unlink()
+    findings = examine(machine)
+    assert troubles(findings) == ["devices/driver fail"]
+    assert f"Bind {card} to its vendor's driver" in words(findings)
+
+
 def test_gpus_of_several_slots_in_one_group_are_told_of(
     machine_of: Callable[[str | Preset], Machine], examine: Examine
 ) -> None:
@@ -536,6 +608,16 @@ def test_a_node_without_gpus_is_not_ready(machine_of: Callable[[str], Machine], 
     machine = machine_of("empty")
     machine.node.bind("0000:41:00.0", "vfio-pci")
     assert troubles(examine(machine)) == ["devices/found fail"]
+
+
+def test_what_is_harmless_passes(machine: Machine, examine: Examine) -> None:
+    console_of_a_later_driver(machine)
+    machine.node.set_attribute(FIRST_GPU, "resource2_resize", "7ff")
+    for enforcing, said in (("0", "permissive"), ("1", "enforcing; the plugin's pod needs the type spc_t")):
+        machine.write("sys/fs/selinux/enforce", enforcing)
+        findings = examine(machine)
+        assert troubles(findings) == []
+        assert {said, "1 function; sizes are not read, as that wakes them"} <= {f["seen"] for f in findings}
 
 
 # What the settings ask for
@@ -690,6 +772,86 @@ def test_a_kubelet_that_does_not_answer_holds_nothing_up(machine: Machine, exami
         findings = examine(machine)
     assert troubles(findings) == ["kubelet/pod-resources fail"]
     assert "no answer within 2 s" in words(findings)
+
+
+Change = dict[str, Any]
+
+
+def test_whatever_could_not_be_read_is_said_and_nothing_else(machine: Machine) -> None:
+    settings = below_its_root(Settings(host_root=machine.root, pod_resources_socket=machine.pods.socket))
+    settings = replace(settings, kubelet_dir=machine.places.kubelet)
+    node = asyncio.run(read_node(settings, Rules(settings)))
+    assert isinstance(node.kubelet, KubeletFolder)
+    (run, etc) = node.cdi
+    assert isinstance(run, CdiFolder)
+    hangs = Unread("it hangs")
+    may_not_write = {
+        "kubelet": replace(node.kubelet, writable=False, registration=Peer.FORBIDDEN),
+        "cdi": (replace(run, exists=True, writable=False), etc),
+    }
+    expected: list[tuple[Change, list[str]]] = [
+        ({}, []),
+        ({"kernel": hangs}, ["iommu unseen", "driver unseen"]),
+        ({"displays": hangs}, []),
+        ({"kubelet": hangs}, ["folder fail"]),
+        ({"cdi": (hangs, etc)}, ["folder fail"]),
+        ({"kata": hangs}, ["configuration fail"]),
+        ({"limits": hangs}, ["inotify unseen"]),
+        ({"kata": ()} | {"settings": replace(settings, host_root=Path("/")), "is_fake": False}, ["configuration warn"]),
+        (
+            {"pod_resources": Answers(path=machine.pods.socket, get_said="gone")},
+            ["pod-resources-get unseen"],
+        ),
+        (may_not_write, ["folder warn", "registration unseen", "folder warn"]),
+    ]
+    for change, said in expected:
+        findings = findings_of(replace(node, **change))
+        assert [f"{f.check} {f.status}" for f in findings if f.status is not Status.PASS] == said, change
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (GRPCError(GrpcStatus.PERMISSION_DENIED, "not you"), "PERMISSION_DENIED: not you"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (NoAnswerError("Connection refused"), "Connection refused"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_why_pod_resources_does_not_answer_is_said(
+    machine: Machine, examine: Examine, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    async def fail(socket: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("sandbox_plugin.doctor.examine.list_pods", fail)
+    findings = examine(machine)
+    assert troubles(findings) == ["kubelet/pod-resources fail"]
+    assert said in words(findings)
+
+
+def test_a_kubelet_that_goes_away_before_get_leaves_that_open(
+    machine: Machine, examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(socket: Path, method: object) -> None:
+        raise NoAnswerError("connection lost")
+
+    monkeypatch.setattr("sandbox_plugin.doctor.examine.call", fail)
+    assert unseen(examine(machine)) == ["pod-resources-get"]
+
+
+def test_a_process_without_descriptors_says_so(
+    machine: Machine, examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(paths: object, *others: object) -> None:
+        raise sysfs.OutOfResources("Too many open files")
+
+    monkeypatch.setattr("sandbox_plugin.doctor.reading.read_limits", fail)
+    monkeypatch.setattr("sandbox_plugin.host.scan.HostScanner.scan", fail)
+    findings = examine(machine)
+    assert troubles(findings) == ["devices/pci-bus fail"]
+    assert unseen(findings) == ["inotify"]
+    assert "Too many open files" in words(findings)
 
 
 # The command

@@ -60,7 +60,7 @@ def findings(node: Node) -> Iterator[Finding]:
         yield _tell.unseen("driver", "not judged without a vfio driver")
     yield from _faults(devices)
     yield from _groups(node, devices)
-    bound = [function for function in functions if function.is_held_by_vfio]
+    bound = [f for f in functions if f.is_held_by_vfio and not f.is_vendors_vgpu]  # those their own driver resets
     yield from _state(bound)
     if not isinstance(node.displays, Unread):
         yield from _display(node.displays, {function.address for function in functions})
@@ -194,7 +194,8 @@ def _counted(number: int, what: str) -> str:
 
 
 def _size(size: int) -> str:
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size // unit} {name}"
-    return f"{size} bytes"
+    """In the unit that people would use."""
+    for shift, name in ((30, "GiB"), (20, "MiB")):
+        if size >> shift:
+            return f"{size >> shift} {name}"
+    return f"{size >> 10} KiB"
