@@ -115,5 +115,5 @@ def _summary(counts: dict[str, int]) -> str:
     words += [f"{counts[Status.WARN]} to look at"] if counts[Status.WARN] else []
     words += [f"{counts[Status.FAIL]} failed"] if counts[Status.FAIL] else []
     words += [f"{counts[Status.UNSEEN]} cannot be seen here"] if counts[Status.UNSEEN] else []
-    verdict = "This node is not ready" if counts[Status.FAIL] else "Nothing speaks against passthrough on this node"
+    verdict = "This node is not ready" if counts[Status.FAIL] else "Nothing speaks against passthrough"
     return f"{verdict}: {', '.join(words)}."

@@ -20,6 +20,8 @@ _BIND = "Run `sandbox-plugin vfio bind {}`, or exclude it by a resource rule."
 _ROOM = "Switch on `Above 4G Decoding` in the firmware's setup; if it is on, boot with pci=realloc."
 _SLOT = "Look at dmesg; power-cycle the slot or the node."
 _FOUR_GIB = 1 << 32
+_DISPLAY = 0x03
+"""Base class of GPUs."""
 _TO_DO = {
     Reason.NOT_VIABLE: ("group", "Run `sandbox-plugin vfio bind {}`: it takes the whole group."),
     Reason.FIRMWARE_MAPPING: (
@@ -114,7 +116,9 @@ def _how_to_offer(node: Node, functions: Sequence[PciFunction]) -> str:
     if first.is_vendors_vgpu:
         return f"Bind {first.physical_function} to its vendor's driver."
     if not is_vfio_bound(first, node.host):
-        return _BIND.format(" ".join(f.address for f in functions) if len(functions) < 3 else "--all")
+        if len(functions) < 3:
+            return _BIND.format(" ".join(f.address for f in functions))
+        return _BIND.format("--all --switches" if any(f.class_code >> 16 != _DISPLAY for f in functions) else "--all")
     if first.iommu_group is None or node.host.groups[first.iommu_group].noiommu:
         return "Switch on the IOMMU for it; look in dmesg for its address."
     if node.host.kernel_has_cdevs and (first.vfio is None or first.vfio.cdev is None):
@@ -143,7 +147,7 @@ def _groups(node: Node, devices: Sequence[Device]) -> Iterator[Finding]:
     by_group: dict[int, set[str]] = defaultdict(set)
     for device in devices:
         for placement in device.placements:
-            if node.host.functions[placement.address].class_code >> 16 == 0x03 and not device.mdev:
+            if node.host.functions[placement.address].class_code >> 16 == _DISPLAY and not device.mdev:
                 by_group[device.iommu_group].add(placement.address)
     shared = {number: slots for number, slots in by_group.items() if len({a.rpartition(".")[0] for a in slots}) > 1}
     for number, addresses in shared.items():
