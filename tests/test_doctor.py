@@ -10,17 +10,18 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import StartDaemon
 from daemon import ROOT, Places, clean_environment
 from grpclib import GRPCError
 from grpclib import Status as GrpcStatus
 from kubelet import TIMEOUT, GrpcKubelet
-from names import AUDIO, FIRST_GPU, GEFORCE
+from names import AUDIO, FIRST_GPU, GEFORCE, PGPU
 from pods import PodResources
 from test_fake_node import snapshot
 
@@ -95,19 +96,18 @@ class Machine:
 
 
 @pytest.fixture
-def machine_of(places: Places, kubelet: GrpcKubelet) -> Iterator[Callable[[str | Preset], Machine]]:
+def machine_of(places: Places, kubelet: GrpcKubelet, pods: PodResources) -> Callable[[str | Preset], Machine]:
     """Makes a machine of a preset."""
-    with PodResources(places.top / "pod-resources/kubelet.sock") as pods:
-        pods.get_error = NOT_FOUND
-        pods.start(age=3600)
+    pods.get_error = NOT_FOUND
+    pods.start(age=3600)
 
-        def make(preset: str | Preset) -> Machine:
-            machine = Machine(places, FakeNode.create(places.top / "node", preset), kubelet, pods)
-            machine.write(KATA, GOOD_KATA)
-            machine.write(SOCKET.lstrip("/"), "")
-            return machine
+    def make(preset: str | Preset) -> Machine:
+        machine = Machine(places, FakeNode.create(places.top / "node", preset), kubelet, pods)
+        machine.write(KATA, GOOD_KATA)
+        machine.write(SOCKET.lstrip("/"), "")
+        return machine
 
-        yield make
+    return make
 
 
 @pytest.fixture
@@ -153,6 +153,17 @@ def test_a_node_that_is_ready_passes_in_every_respect(
     findings = examine(machine_of(preset))
     assert [finding for finding in findings if finding["status"] != "pass"] == []
     assert {finding["group"] for finding in findings} == set(Group)
+
+
+@pytest.mark.parametrize("preset", ["hgx-h100", "hgx-h100-group", "workstation"])
+def test_a_node_whose_gpus_are_in_use_passes_too(
+    machine_of: Callable[[str], Machine], examine: Examine, preset: str
+) -> None:
+    machine = machine_of(preset)
+    for function in machine.node.functions():
+        if function.driver == "vfio-pci":
+            machine.node.set_enable(function.address, 1)
+    assert troubles(examine(machine)) == []
 
 
 # Broken in one place
@@ -391,6 +402,10 @@ def no_socket_in_kata(m: Machine) -> None:
     m.edit_kata(SOCKET, "")
 
 
+def no_socket_in_another_file_of_kata(m: Machine) -> None:
+    m.write("etc/kata-containers/configuration-qemu.toml", '[hypervisor.qemu]\ncold_plug_vfio = "root-port"\n')
+
+
 def wrong_socket_in_kata(m: Machine) -> None:
     m.edit_kata(SOCKET, "/run/kubelet.sock")
 
@@ -491,6 +506,7 @@ def selinux_confines(m: Machine) -> None:
         (no_cold_plug, "kata/cold-plug fail", [f"/{KATA}", "'no-port'", '"root-port"']),
         (kata_off_in_a_drop_in, "kata/cold-plug fail", [f"/{KATA}", "'no-port'"]),
         (no_socket_in_kata, "kata/pod-resources-socket fail", ["is empty", SOCKET]),
+        (no_socket_in_another_file_of_kata, "kata/pod-resources-socket warn", ["configuration-qemu.toml", "is empty"]),
         (wrong_socket_in_kata, "kata/pod-resources-socket fail", ["/run/kubelet.sock, which is not there"]),
         (broken_toml, "kata/configuration fail", [f"/{KATA}: not valid TOML"]),
         (kata_without_gpus, "kata/configuration warn", ["none of 1 files", "kata-qemu-nvidia-gpu"]),
@@ -703,18 +719,27 @@ def test_a_socket_that_was_left_is_no_plugin(machine: Machine, examine: Examine)
     assert troubles(examine(machine)) == []
 
 
-def test_the_plugin_that_has_our_lock_is_found_by_the_kernels_list_of_locks(machine: Machine, examine: Examine) -> None:
+def test_the_plugin_that_has_our_lock_is_found_by_the_kernels_list_of_locks(
+    machine: Machine, examine: Examine, daemon: StartDaemon
+) -> None:
+    plugin = daemon(machine.node)
+    plugin.wait_for("registered", resource=PGPU)
+    machine.write("proc/locks", Path("/proc/locks").read_text())
+    findings = examine(machine, f"--cdi-dir={machine.places.cdi}")
+    assert troubles(findings) == []
+    assert f"one plugin has the lock (process {plugin.pid})" in [finding["seen"] for finding in findings]
+
+
+@pytest.mark.parametrize("owner", ["-1", "0"])
+def test_a_lock_of_a_process_that_cannot_be_seen_is_a_lock(machine: Machine, examine: Examine, owner: str) -> None:
     lock = machine.places.kubelet / LOCK_NAME
     lock.touch()
-    status = lock.stat()
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
-    machine.write(
-        "proc/locks", f"1: POSIX  ADVISORY  READ 5 00:01:2 0 EOF\n2: FLOCK  ADVISORY  WRITE 812 {place} 0 EOF\n"
-    )
+    line = f"2: FLOCK  ADVISORY  WRITE {owner} 00:01:{lock.stat().st_ino} 0 EOF"
+    machine.write("proc/locks", f"1: POSIX  ADVISORY  READ 5 00:01:2 0 EOF\n{line}\n")
     with listen(machine.places.kubelet / "sandbox-pgpu.sock"):
         findings = examine(machine)
     assert troubles(findings) == []
-    assert "one plugin has the lock (process 812)" in [finding["seen"] for finding in findings]
+    assert "one plugin has the lock" in [finding["seen"] for finding in findings]
 
 
 # What cannot be seen

@@ -146,16 +146,18 @@ def peer_at(path: Path) -> Peer:
 
 
 def _lock_holder(file: Path, locks: str) -> int | None:
-    """Who has a lock on this file, by /proc/locks: `1: FLOCK  ADVISORY  WRITE 812 00:1c:4711 0 EOF` (proc_locks(5))."""
+    """Who has a lock on this file, by /proc/locks: `1: FLOCK  ADVISORY  WRITE 812 00:1c:4711 0 EOF` (proc_locks(5)).
+
+    By its inode number alone: on btrfs and overlayfs the device there is another than stat(2) says.
+    """
     try:
-        status = os.stat(file)
+        inode = os.stat(file).st_ino
     except OSError:
         return None
-    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     for line in locks.splitlines():
         words = line.split()
-        if len(words) > 5 and words[1] == "FLOCK" and words[5] == place:
-            return max(int(words[4]), 0) if words[4].lstrip("-").isdecimal() else 0
+        if len(words) > 5 and words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+            return int(words[4]) if words[4].isdecimal() else 0
     return None
 
 

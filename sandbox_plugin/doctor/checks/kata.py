@@ -51,7 +51,7 @@ def _files(node: Node, files: tuple[KataFile, ...]) -> Iterator[Finding]:
 
 
 def _is_for_gpus(file: KataFile) -> bool:
-    ports = [section.get(key) for section in _hypervisors(file) for key in ("cold_plug_vfio", "hot_plug_vfio")]
+    ports = [section.get("cold_plug_vfio") for section in _hypervisors(file)]
     return _GPU_SHIM in file.path.name or any(port not in (None, "", _NO_PORT) for port in ports)
 
 
@@ -74,7 +74,8 @@ def _file(node: Node, file: KataFile) -> Iterator[Finding]:
     if not file.sockets:
         seen = f"{file.path}: pod_resource_api_sock is empty, so Kata does not learn which GPUs a pod has"
         path = "/var/lib/kubelet/pod-resources/kubelet.sock"
-        yield _tell.fail("pod-resources-socket", seen, f'Set pod_resource_api_sock = "{path}" in [runtime].')
+        make = _tell.fail if _GPU_SHIM in file.path.name else _tell.warn  # it may serve pods with CDI annotations
+        yield make("pod-resources-socket", seen, f'Set pod_resource_api_sock = "{path}" in [runtime].')
     elif not all(file.sockets.values()) and node.pod_resources.trouble is None:
         # Without a PodResources, whose absence is a finding of its own, nothing is said of its path.
         (named,) = file.sockets

@@ -23,7 +23,7 @@ def findings(node: Node) -> Iterator[Finding]:
         yield _cdevs(node, kernel)
     else:
         seen = "no vfio driver is loaded, so no GPU can be bound to one"
-        yield _tell.fail("driver", seen, "Run modprobe vfio-pci; `sandbox-plugin vfio bind --persist` keeps it so.")
+        yield _tell.fail("driver", seen, "Run modprobe vfio-pci, then `sandbox-plugin vfio bind --all --persist`.")
     if kernel.unsafe_noiommu:
         seen = "enable_unsafe_noiommu_mode is on: it lets programs use devices without protection of the host"
         yield _tell.warn(
