@@ -42,6 +42,8 @@ class Bar:
     io: bool
     unset: bool = False
     """It has no address, and without one the kernel does not enable the function."""
+    start: int = field(default=0, compare=False)
+    """Its address on the host; 0 for one without."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

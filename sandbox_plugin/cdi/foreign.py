@@ -18,7 +18,7 @@ import structlog
 
 from sandbox_plugin.cdi import files
 from sandbox_plugin.cdi.files import Known
-from sandbox_plugin.cdi.lint import Reading, lint, read_spec
+from sandbox_plugin.cdi.lint import Reading, in_two_folders, lint, read_spec
 from sandbox_plugin.cdi.text import prepare
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.host.threads import on_thread
@@ -80,12 +80,9 @@ class ForeignSpecWatch:
         wrong = lint(readings)
         unread = {file: reading.unread for file, reading in readings.items() if reading.unread is not None}
         self._spec_with = {device: file for file, reading in readings.items() for device in reading.devices}
-        twice = {
-            self._spec_with[device]: f"device {device} is in {other._spec_with[device]} too: Kata's Go runtime takes "
-            "it from /var/run/cdi, runtime-rs from /etc/cdi"
-            for other in self.others
-            for device in sorted(self._spec_with.keys() & other._spec_with.keys(), reverse=True)
-        }
+        twice: dict[Path, str] = {}
+        for other in self.others:
+            twice |= in_two_folders(self._spec_with, other._spec_with)
         gone = self._troubles[_BAD].now.keys() - wrong.keys()
         for (event, what_to_do), found in zip(_TO_DO.items(), (wrong, unread, twice), strict=True):
             for file, why in self._troubles[event].update(found).items():

@@ -88,6 +88,15 @@ def lint(readings: Mapping[Path, Reading]) -> dict[Path, str]:
     return wrong
 
 
+def in_two_folders(here: Mapping[str, Path], there: Mapping[str, Path]) -> dict[Path, str]:
+    """Spec of this folder -> which of its devices is in a spec of the other folder too. Both are device -> its spec."""
+    return {
+        here[device]: f"device {device} is in {there[device]} too: Kata's Go runtime takes it from /var/run/cdi, "
+        "runtime-rs from /etc/cdi"
+        for device in sorted(here.keys() & there.keys(), reverse=True)
+    }
+
+
 def _devices(spec: Any) -> dict[str, tuple[str, ...]]:
     """What `Reading.devices` says. Raises `_Wrong`."""
     if spec is None:

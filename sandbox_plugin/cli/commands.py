@@ -23,6 +23,7 @@ _COMMANDS = {
     "run": ("run", "the daemon, until SIGTERM or SIGINT (also what runs without a command)"),
     "list": ("list_devices", "what would be advertised, and why not the rest"),
     "status": ("status", "what the running daemon thinks: devices, holders, registrations"),
+    "doctor": ("doctor", "is this node ready for passthrough, and what to do if it is not"),
     "demo": ("demo", "watch the daemon on a fake node with a fake kubelet"),
     "fake-node": ("fake_node", "make a fake node, and change it as hardware would"),
 }

@@ -70,6 +70,8 @@ class Kernel:
 
     On a real one it is 0. Here groups start above any vfioN, so that taking one number for the other shows.
     """
+    iommu: str = "dmar"
+    """What translates DMA: `dmar` (Intel), `ivhd` (AMD) or `smmu3` (Arm)."""
     vfio_loaded: bool = True
     """Whether vfio is loaded at the start; binding to a vfio driver loads it."""
 

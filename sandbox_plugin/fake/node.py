@@ -21,6 +21,7 @@ from pathlib import Path
 
 from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
 from sandbox_plugin.fake.pci import OFF_THE_BUS, PCI_BRIDGE, Pci, addresses_in, driver_of, group_of, number_in
+from sandbox_plugin.fake.platform import create_platform
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.tree import create_file, create_link, is_plain_file, link_target, listed, replace_file, text_of
 from sandbox_plugin.fake.vfio import Vfio
@@ -359,6 +360,7 @@ class FakeNode:
             os.makedirs(self._state(name))
         os.makedirs(f"{self._pci.root}/dev")
         self._pci.create()
+        create_platform(self.root, preset.kernel)
         self._vfio.write_majors(loaded=False)
         if preset.kernel.vfio_loaded:
             self._vfio.load()

@@ -104,7 +104,7 @@ def _slots(numa_node: int, root: str, *gpus: str, model: Model) -> RootBus:
 
 _RTX_PRO_6000 = Preset(
     summary="8 RTX PRO 6000 over two sockets, two on each PCIe switch; kernel with VFIO cdevs",
-    kernel=WITH_CDEVS,
+    kernel=replace(WITH_CDEVS, iommu="ivhd"),
     buses=(
         _switched(0, "10", "11", "12", "16", "17", model=models.RTX_PRO_6000),
         _switched(0, "70", "71", "72", "75", "76", model=models.RTX_PRO_6000),
@@ -115,7 +115,7 @@ _RTX_PRO_6000 = Preset(
 
 _UNEVEN = Preset(
     summary="invented: 8 L40S, 3 on one socket and 5 on the other, in slots and on switches; kernel with VFIO cdevs",
-    kernel=WITH_CDEVS,
+    kernel=replace(WITH_CDEVS, iommu="ivhd"),
     buses=(
         _slots(0, "20", "21", "22", model=models.L40S),
         _slots(0, "40", "41", model=models.L40S),
@@ -152,7 +152,7 @@ _WORKSTATION = Preset(
 
 _GH200 = Preset(
     summary="Grace Hopper: a GH200 on nvgrace_gpu_vfio_pci in PCI domain 0009, and a NIC; kernel with VFIO cdevs",
-    kernel=replace(WITH_CDEVS, first_group=10),
+    kernel=replace(WITH_CDEVS, first_group=10, iommu="smmu3"),
     buses=(
         RootBus(
             name="pci0000:00",
@@ -171,7 +171,7 @@ _GH200 = Preset(
 
 _EMPTY = Preset(
     summary="a server without a GPU: bridges, a NIC and the graphics of its management controller; vfio not loaded",
-    kernel=replace(WITH_CDEVS, vfio_loaded=False),
+    kernel=replace(WITH_CDEVS, vfio_loaded=False, iommu="ivhd"),
     buses=(
         RootBus(
             name="pci0000:40",

@@ -336,6 +336,7 @@ def _parse_bars(lines: Iterable[str]) -> Iterable[Bar]:
                 wide=bool(flags & _MEM_64),
                 io=bool(flags & _IO_REGION),
                 unset=unset,
+                start=0 if unset else start,
             )
 
 

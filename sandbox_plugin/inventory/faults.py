@@ -15,6 +15,8 @@ from sandbox_plugin.model import ROM, Device, Fault, HostFacts, PciFunction, Rea
 
 _DISPLAY = 0x03
 """Base class of GPUs."""
+LOST_BARS = "of its BARs only BAR 0 is left: there was no room for the others"
+NO_RESET = "the kernel cannot reset it alone: the next VM may find what the last one left"
 
 
 def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -> Fault | None:
@@ -136,11 +138,11 @@ def _why_not_bound(device: Device, function: PciFunction, facts: HostFacts) -> s
 
 
 def remarks(function: PciFunction) -> list[str]:
-    """What is odd about a GPU or another function to offer, although it can be given to a VM."""
+    """What is odd about a GPU or another function to offer, although a VM can have it: `LOST_BARS`, `NO_RESET`."""
     found = []
     whole_gpu = function.class_code >> 16 == _DISPLAY and function.physical_function is None
     if whole_gpu and [bar.index for bar in function.bars if not bar.io and bar.index != ROM] == [0]:
-        found.append("of its BARs only BAR 0 is left: there was no room for the others")
+        found.append(LOST_BARS)
     if function.reset_methods == ():
-        found.append("the kernel cannot reset it alone: the next VM may find what the last one left")
+        found.append(NO_RESET)
     return found

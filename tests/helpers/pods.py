@@ -33,6 +33,8 @@ class PodResources:
         self._asked = 0
         self._changed = threading.Condition()
         self._server: grpc.Server | None = None
+        self.get_error: str | None = None
+        """What Get says of any pod, as an error of gRPC's UNKNOWN; None: it is unimplemented."""
 
     def __enter__(self) -> PodResources:
         return self
@@ -49,6 +51,8 @@ class PodResources:
         self._server = grpc.server(ThreadPoolExecutor(4, thread_name_prefix="PodResources"))
         servicer = wire.podresources_grpc.PodResourcesListerServicer()  # the other calls are unimplemented in it
         servicer.List = self._list
+        if self.get_error is not None:
+            servicer.Get = self._get
         wire.podresources_grpc.add_PodResourcesListerServicer_to_server(servicer, self._server)
         assert self._server.add_insecure_port(f"unix:{self.socket}")
         self._server.start()
@@ -75,6 +79,9 @@ class PodResources:
         with self._changed:
             wanted = self._asked + times
             assert self._changed.wait_for(lambda: self._asked >= wanted, timeout), f"nobody asked in {timeout:g} s"
+
+    def _get(self, request: Any, context: Any) -> Any:
+        context.abort(grpc.StatusCode.UNKNOWN, self.get_error)
 
     def _list(self, request: Any, context: Any) -> Any:
         answer = load_wire().podresources.ListPodResourcesResponse()
