@@ -181,14 +181,14 @@ class Bench:
         seconds = 10 if self.quick else 60
         with places() as place, GrpcKubelet(place.kubelet) as kubelet:
             kubelet.start()
-            for title, node in (("fake node, 16 GPUs", FakeNode.create(place.top / "node", machine(16))),):
-                with self.started(place, node) as daemon:
-                    _wait_until_healthy(kubelet, 16)
-                    self._idle(title, daemon.pid, seconds)
+            with self.started(place, FakeNode.create(place.top / "node", machine(16))) as daemon:
+                _wait_until_healthy(kubelet, 16)
+                self._idle("fake node, 16 GPUs", daemon.pid, seconds)
             folders = [
                 f"--kubelet-dir={place.kubelet}",
                 f"--cdi-dir={place.cdi}",
                 f"--pod-resources-socket={place.top}/p",
+                f"--status-socket={place.top}/status.sock",
             ]
             with subprocess.Popen(
                 [self.python, "-m", "sandbox_plugin", "run", *folders], stderr=subprocess.DEVNULL, cwd=ROOT
