@@ -278,7 +278,9 @@ C 03  Display controller
 @pytest.mark.parametrize(
     ("name", "content"), [("pci.ids", PCI_IDS.encode()), ("x.gz", gzip.compress(PCI_IDS.encode()))]
 )
-def test_the_table_is_made_of_all_devices_of_nvidia_and_of_gpus_and_nics_of_intel(tmp_path: Path, name: str, content: bytes) -> None:
+def test_the_table_is_made_of_all_devices_of_nvidia_and_of_gpus_and_nics_of_intel(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
     done, table = make_table(tmp_path, name, content)
     assert done.returncode == 0, done.stderr
     assert table.splitlines() == [

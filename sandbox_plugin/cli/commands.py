@@ -22,6 +22,7 @@ confidential Kata, KubeVirt). Without a command it runs the daemon.
 _COMMANDS = {
     "run": ("run", "the daemon, until SIGTERM or SIGINT (also what runs without a command)"),
     "list": ("list_devices", "what would be advertised, and why not the rest"),
+    "vfio": ("vfio", "give GPUs to vfio drivers and back: status, bind, unbind"),
     "demo": ("demo", "watch the daemon on a fake node with a fake kubelet"),
     "fake-node": ("fake_node", "make a fake node, and change it as hardware would"),
 }
