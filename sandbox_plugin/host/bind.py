@@ -54,8 +54,9 @@ class HostKernel:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._writer is not None:
             assert self._writer.stdin is not None
-            self._writer.stdin.close()  # it ends by itself
-            self._writer.wait()
+            self._writer.stdin.close()
+            self._writer.wait()  # it waits for nothing but the next line
+            _leave(self._writer)
 
     def write(self, path: str, text: str) -> None:
         """Writes to one file of sysfs. Raises TimeoutError, and OSError with the kernel's answer."""
@@ -82,6 +83,7 @@ class HostKernel:
             _, said = process.communicate(timeout=self._patience)
         except subprocess.TimeoutExpired:
             process.kill()
+            _leave(process)
             raise TimeoutError(errno.ETIMEDOUT, f"no end of modprobe in {self._patience:g} s") from None
         if process.returncode != 0:
             why = " ".join(said.split()) or f"status {process.returncode}"
@@ -110,18 +112,20 @@ class HostKernel:
             if not line:
                 raise OSError(errno.EIO, "the process that writes has ended", path)
         except BaseException:  # a signal too
-            self._abandon(writer)
+            self._writer = None
+            _leave(writer)
             raise
         number, content = json.loads(line)
         if number:
             raise OSError(number, os.strerror(number), path)
         return str(content)
 
-    def _abandon(self, writer: subprocess.Popen[str]) -> None:
-        """Leaves it to the kernel: it ends when that answers. The interpreter must not wait for it, or warn."""
-        assert writer.stdin is not None
-        self._writer = None
+
+def _leave(process: subprocess.Popen[str]) -> None:
+    """Has no more to do with a process, which may be one that the kernel holds: it ends when that lets it."""
+    for pipe in (process.stdin, process.stdout, process.stderr):
         with suppress(OSError):
-            writer.stdin.close()
-        if writer.poll() is None:
-            writer.returncode = 0
+            if pipe is not None:
+                pipe.close()
+    if process.poll() is None:
+        process.returncode = 0  # else the interpreter warns of it, and keeps it to wait for

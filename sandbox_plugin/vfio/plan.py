@@ -119,8 +119,9 @@ def plan_unbind(situation: Situation, rules: Rules, selection: Selection) -> lis
     for group, functions in _by_group(_select(facts, rules, selection)).items():
         mates = _members(facts, group, functions)
         members = [f for f in mates if not f.is_bridge and is_vfio_driver(f.driver)]
-        waiting = [] if selection.force else [f for f in mates if f.is_left_enabled]
-        refusals = _unwelcome(functions, rules, selection) + _held_by_vms([*members, *waiting], selection)
+        refusals = _unwelcome(functions, rules, selection)
+        if not selection.force:
+            refusals += [f"{f.address}: {why}" for f in mates if not f.is_bridge for why in _vm_of(f)]
         plans.append(
             GroupPlan(
                 group=group,
@@ -160,11 +161,17 @@ def is_ours(function: PciFunction, rules: Rules) -> bool:
 
 def in_use_by(function: PciFunction, situation: Situation) -> tuple[str, ...]:
     """Who uses a function now, in words."""
+    if vm := _vm_of(function):
+        return vm
+    return () if function.is_held_by_vfio else situation.users.get(function.address, ())
+
+
+def _vm_of(function: PciFunction) -> tuple[str, ...]:
     if is_vfio_driver(function.driver) and function.enable == 1:
         return ("a VM has it (enable is 1)",)
     if function.is_left_enabled:
         return ("it is enabled without a driver: a VM that had it when it was unbound, or a host driver, left it so",)
-    return () if function.is_held_by_vfio else situation.users.get(function.address, ())
+    return ()
 
 
 def _select(facts: HostFacts, rules: Rules, selection: Selection) -> list[PciFunction]:
@@ -232,12 +239,6 @@ def _unwelcome(functions: list[PciFunction], rules: Rules, selection: Selection)
     return [f"{f.address}: no resource rule offers it" for f in functions if not is_ours(f, rules)]
 
 
-def _held_by_vms(functions: list[PciFunction], selection: Selection) -> list[str]:
-    if selection.force:
-        return []
-    return [f"{f.address}: {why}" for f in functions for why in in_use_by(f, Situation(facts=HostFacts()))]
-
-
 def _against(
     changed: list[PciFunction],
     mates: list[PciFunction],
@@ -281,16 +282,19 @@ def _to_vfio(function: PciFunction, driver: str) -> Change:
 
 
 def _to_host(function: PciFunction, situation: Situation) -> Change:
-    """Back to the driver that is remembered; where none is, the kernel chooses."""
+    """Back to the driver that is remembered, if it is there; where none is, the kernel chooses.
+
+    With an override for as long as the probe takes: the driver of before may match nothing by its own IDs (pci-stub).
+    """
     address = function.address
     assert function.driver is not None
-    writes = [Write(path=f"{PCI}/devices/{address}/driver_override", text="\n"), _unbind(address, function.driver)]
-    after = situation.remembered.get(address)
-    if after is not None and after in situation.drivers:
-        writes.append(Write(path=f"{PCI}/drivers/{after}/bind", text=address))
-    elif after is not None or address not in situation.remembered:
-        after = None
-        writes.append(Write(path=f"{PCI}/drivers_probe", text=address))
+    before = situation.remembered.get(address)
+    after = before if before in situation.drivers else None
+    has_choice = after is not None or before is not None or address not in situation.remembered
+    override = f"{PCI}/devices/{address}/driver_override"
+    writes = [Write(path=override, text=after or "\n"), _unbind(address, function.driver)]
+    writes += [Write(path=f"{PCI}/drivers_probe", text=address)] if has_choice else []
+    writes += [Write(path=override, text="\n")] if after is not None else []
     return Change(address=address, before=function.driver, after=after, writes=tuple(writes))
 
 
