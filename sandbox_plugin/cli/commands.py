@@ -24,6 +24,7 @@ _COMMANDS = {
     "list": ("list_devices", "what would be advertised, and why not the rest"),
     "status": ("status", "what the running daemon thinks: devices, holders, registrations"),
     "doctor": ("doctor", "is this node ready for passthrough, and what to do if it is not"),
+    "vfio": ("vfio", "give GPUs to vfio drivers and back: status, bind, unbind"),
     "demo": ("demo", "watch the daemon on a fake node with a fake kubelet"),
     "fake-node": ("fake_node", "make a fake node, and change it as hardware would"),
 }

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
 from sandbox_plugin.fake.pci import OFF_THE_BUS, PCI_BRIDGE, Pci, addresses_in, driver_of, group_of, number_in
@@ -28,6 +29,20 @@ from sandbox_plugin.fake.vfio import Vfio
 from sandbox_plugin.model import D3COLD, PciFunction, VfioDev, is_vfio_driver
 
 _STATE = ".fake-node"
+_RELEASE = "6.12.0-fake"
+_ALIASES = (
+    ("vfio_pci:v000010DEd00002342sv*sd*bc*sc*i*", "nvgrace_gpu_vfio_pci"),
+    ("vfio_pci:v000010DEd00002345sv*sd*bc*sc*i*", "nvgrace_gpu_vfio_pci"),
+    ("vfio_pci:v*d*sv*sd*bc*sc*i*", "vfio_pci"),
+    ("pci:v000010DEd*sv*sd*bc03sc00i00*", "nvidia"),
+    ("pci:v000010DEd*sv*sd*bc03sc02i00*", "nvidia"),
+    ("pci:v000010DEd*sv*sd*bc06sc80i00*", "nvidia"),
+    ("pci:v000010DEd*sv*sd*bc03sc*i*", "nouveau"),
+    ("pci:v000010DEd*sv*sd*bc04sc03i00*", "snd_hda_intel"),
+    ("pci:v*d*sv*sd*bc0Csc03i30*", "xhci_pci"),
+    ("pci:v000010DEd*sv*sd*bc0Csc80i00*", "i2c_nvidia_gpu"),
+)
+"""Of modules.alias, what has to do with vfio and GPUs (nvgrace_gpu_vfio_pci_table in drivers/vfio/pci/nvgrace-gpu)."""
 _HARMLESS_DRIVERS = ("pci-stub", "pcieport")
 """Host drivers that leave the DMA of their function's group alone (driver_managed_dma in struct pci_driver)."""
 
@@ -271,6 +286,32 @@ class FakeNode:
             self._pci.write(f"{carrier}/{name}", "nvidia/creatable_vgpu_types", left)
         self._pci.write(folder, "nvidia/current_vgpu_type", str(number))
 
+    def override(self, address: str, driver: str) -> None:
+        """Sets `driver_override`: the only driver that a probe may bind; empty for any (driver_set_override)."""
+        self._pci.write(self._folder(address), "driver_override", driver or "(null)")
+
+    def wanted_driver(self, address: str) -> str | None:
+        """The driver that a probe would bind: the override, else the one that claims such a function by itself.
+
+        vfio drivers claim none by themselves. One that is not loaded takes nothing.
+        """
+        override = text_of(f"{self._folder(address)}/driver_override")
+        driver = text_of(self._state("claims", address)) if override in (None, "(null)") else override
+        return driver if driver in listed(f"{self._pci.bus}/drivers") else None
+
+    def probe(self, address: str) -> None:
+        """As a write to `drivers_probe`: a function without a driver gets the one that it wants, if there is one."""
+        driver = self.wanted_driver(address)
+        if driver is not None and driver_of(self._folder(address)) is None:
+            self.bind(address, driver)
+
+    def load(self, module: str) -> None:
+        """As modprobe: the module's driver appears, and vfio with a vfio driver."""
+        driver = "vfio-pci" if module == "vfio_pci" else module
+        self._pci.add_driver(driver)
+        if is_vfio_driver(driver) and not self._vfio.is_loaded:
+            self._vfio.load()
+
     # Hot-plug
 
     def remove(self, address: str) -> None:
@@ -293,6 +334,7 @@ class FakeNode:
             mates=sorted(there | away),
             driver=None if is_vfio_driver(driver) else driver,
         )
+        self._pci.write(folder, "driver_override", "(null)")
         self._pci.disappear(folder)
         os.rename(folder, self._state("removed", address))
         create_file(self._state("removed", f"{address}.json"), json.dumps(asdict(remembered)))
@@ -356,8 +398,9 @@ class FakeNode:
     # How
 
     def _build(self, preset: Preset) -> None:
-        for name in ("removed", "held", "sick", "vgpu-types"):
+        for name in ("removed", "held", "sick", "vgpu-types", "claims"):
             os.makedirs(self._state(name))
+        _create_system(self._pci.root)
         os.makedirs(f"{self._pci.root}/dev")
         self._pci.create()
         create_platform(self.root, preset.kernel)
@@ -377,6 +420,10 @@ class FakeNode:
         parent = f"{self._pci.devices}/{spec.parent}" if spec.parent.startswith("pci") else self._folder(spec.parent)
         folder = self._pci.create_function(spec, parent)
         self._pci.appear(folder, spec.iommu_group)
+        if spec.model.host_driver:
+            self._pci.add_driver(spec.model.host_driver)
+            os.makedirs(self._state("claims"), exist_ok=True)
+            replace_file(self._state("claims", spec.address), spec.model.host_driver, self._spare)
 
     def _put_back(self, address: str, iommu_group: int | None) -> None:
         remembered = self._remembered(address)
@@ -448,6 +495,16 @@ class FakeNode:
             driver = driver_of(member)
             if driver and not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
                 raise FakeNodeError(f"IOMMU group {group_of(folder)} is not viable (EPERM): {mate} has driver {driver}")
+
+
+def _create_system(root: str) -> None:
+    """What else there is of a Linux system: a release, a boot, folders of module settings, and the vfio aliases."""
+    modules = f"{root}/lib/modules/{_RELEASE}"
+    for folder in (modules, f"{root}/proc/sys/kernel/random", f"{root}/etc/modprobe.d", f"{root}/etc/modules-load.d"):
+        os.makedirs(folder)
+    create_file(f"{root}/proc/sys/kernel/osrelease", f"{_RELEASE}\n")
+    create_file(f"{root}/proc/sys/kernel/random/boot_id", f"{uuid4()}\n")
+    create_file(f"{modules}/modules.alias", "".join(f"alias {alias} {module}\n" for alias, module in _ALIASES))
 
 
 def _vfio_dev(folder: str) -> VfioDev | None:

@@ -202,6 +202,7 @@ def _attributes(spec: FunctionSpec) -> dict[str, str]:
         "numa_node": str(spec.numa_node),
         "resource": _resource(model.bars),
         "enable": "0",
+        "driver_override": "(null)",
         "power_state": "D0",
         "power/runtime_status": "active",
     }

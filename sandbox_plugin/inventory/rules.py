@@ -18,6 +18,8 @@ from sandbox_plugin.names import is_alias
 
 _GPU_CLASSES = (0x030000, 0x030200)
 """VGA controller and 3D controller, programming interface 0 (PCI Code and ID Assignment Specification)."""
+NVSWITCH_RULE = "NVIDIA NVSwitch"
+"""Name of the built-in rule for switches."""
 _NVSWITCH_CLASS = 0x068000
 """Other bridge: what an NVSwitch function says it is."""
 
@@ -66,7 +68,7 @@ class Rules:
         model = self._model(function)
         if not is_gpu:
             resource = f"nvidia.com/{self.settings.nvswitch_alias or model}"
-            return Offer(rank=rank + 1, resource=resource, rule="NVIDIA NVSwitch")
+            return Offer(rank=rank + 1, resource=resource, rule=NVSWITCH_RULE)
         if function.physical_function is not None:
             resource = f"nvidia.com/{type_name(f'{model}_VF')}"
             return Offer(rank=rank, resource=resource, rule="NVIDIA GPU, virtual function")

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import vfio_cases
 from judge import NO_ANSWER, DeviceKey, Judge, VfioUser, vm
 from kernel import (
     CDEVS,
@@ -187,6 +188,7 @@ def main() -> int:
         _off_the_bus(bench)
         _pods(bench)
         _mates(bench)
+        _vfio_command(bench)
     finally:
         bench.pods.stop()
         bench.case("SIGTERM: a graceful end", lambda: bench.close())
@@ -544,6 +546,28 @@ def _mates(bench: Bench) -> None:
     bench.case("and bound again", bound_again)
     bench.case("unbound right after a VM opened it: the same", partial(unbound, is_seen=False))
     bench.case("and bound again", bound_again)
+
+
+def _vfio_command(bench: Bench) -> None:
+    """`sandbox-plugin vfio`, beside the daemon."""
+
+    def offered(*addresses: str) -> None:
+        bench.kubelet.wait_for(lambda: all(bench.offers(GPUS, address) for address in addresses), PATIENCE)
+
+    def sibling() -> None:
+        vfio_cases.takes_the_sibling_back_and_forth(TWIN, SIBLING)
+
+    def put_back() -> None:
+        vfio_cases.is_put_back_when_a_probe_fails(TWIN, SIBLING)
+        offered(TWIN)
+
+    def in_use() -> None:
+        vfio_cases.is_not_taken_from_a_vm(GPU)
+        offered(GPU, TWIN)
+
+    bench.case("vfio bind and unbind take the sibling along, and so do the lines of --dry-run in a shell", sibling)
+    bench.case("vfio bind puts the group back when a probe fails", put_back)
+    bench.case("vfio unbind refuses what a VM has; with --force it ends although its write waits", in_use)
 
 
 def _expect_refused(address: str) -> None:
