@@ -20,6 +20,7 @@ EVERY_KEY = ", ".join(sorted([*KEYS, "names", "resources"]))
 CONDITIONS = "vendor, device, class, subsystem, address, driver, virtual, physical-function, type"
 HEX = "is not four hexadecimal digits, e.g. '10de'"
 CLASS = "is not two, four or six hexadecimal digits, e.g. '0302'"
+TYPE = "is not the number of a vGPU type, e.g. '10de:26b9:1155'"
 PAIR = "is not VENDOR:DEVICE, e.g. '10de:16c1'"
 ADDRESS = "is not a whole PCI address such as '0000:41:00.0', in which * matches anything and ? any one character"
 ALIAS = "allowed are 2 to 63 letters, digits, `-` and `_`, a letter first and a letter or digit last"
@@ -170,6 +171,8 @@ WRONG = [
     ('[names]\n"10de:2330" = 100', "names: '10de:2330': a name must be a string"),
     ('[names]\n"10de:2330" = ""', f"names: '10de:2330': '' is not a valid resource name: {ALIAS}"),
     ('[names]\n"10de:2bb5" = "AA"\n"10DE:2BB5" = "BB"', "names: '10DE:2BB5': this model has the name 'AA' already"),
+    ('[names]\n"10de:26b9:0" = "HALF"', f"names: '10de:26b9:0': '0' {TYPE}"),
+    ('[names]\n"10de:26b9:L40S-24Q" = "HALF"', f"names: '10de:26b9:L40S-24Q': 'L40S-24Q' {TYPE}"),
     # Rules
     ('[resources]\nname = "a.b/cc"', TABLES),
     ("resources = [1]", TABLES),
@@ -193,6 +196,8 @@ WRONG_RULES = [
     ('exclude = true\ndevice = "٢٣٣٠"', f"device: '٢٣٣٠' {HEX}"),
     ('exclude = true\nclass = "03020"', f"class: '03020' {CLASS}"),
     ('exclude = true\nsubsystem = "10de:"', f"subsystem: '' {HEX}"),
+    ('exclude = true\nvirtual = "yes"', "virtual must be true or false"),
+    ("exclude = true\nvirtual = 1", "virtual must be true or false"),
     ('exclude = true\naddress = "41:00.0"', f"address: '41:00.0' {ADDRESS}"),
     ('exclude = true\naddress = "0000:41:00.8"', f"address: '0000:41:00.8' {ADDRESS}"),
     ('exclude = true\naddress = "0000:4[12]:*"', f"address: '0000:4[12]:*' {ADDRESS}"),

@@ -152,6 +152,15 @@ def test_a_function_that_hangs_is_unreadable_and_the_others_are_read(
     assert GEFORCE in facts.groups[11].members
 
 
+def test_a_vgpu_whose_type_hangs_costs_itself_alone(node: FakeNode, paths: HostPaths, trap: SetTrap) -> None:
+    node.bind(T4, "nvidia")
+    one, two = node.add_vgpu_functions(T4, {222: "GRID T4-1B"}, 2)
+    trap(node.folder(one) / "nvidia/current_vgpu_type")
+    facts = scan(paths)
+    assert dict(facts.unreadable) == {one: SILENCE}
+    assert facts.functions[two].vgpu_type == "0"
+
+
 @in_loop
 async def test_each_function_that_hangs_has_one_thread_and_is_waited_for_once(
     node: FakeNode, paths: HostPaths, trap: SetTrap
