@@ -54,12 +54,6 @@ def _one_vgpu(node: FakeNode) -> None:
     Mediated(node, "0000:02:00.0").add(1, "nvidia-231", "GRID T4-2Q", 70)
 
 
-def _one_vgpu_function(node: FakeNode) -> None:
-    card = "0000:21:00.0"
-    node.bind(card, "nvidia")
-    node.set_vgpu_type(node.add_vgpu_functions(card, {1155: "NVIDIA L40S-24Q"}, 2)[0], 1155)
-
-
 CONSUMERS = (
     Shown(name="kata", preset="workstation", example="kata-pod.yaml"),
     Shown(
@@ -82,11 +76,10 @@ CONSUMERS = (
     ),
     Shown(
         name="vgpu-function",
-        preset="uneven",
+        preset="vgpu",
         flags=("--consumer", "kubevirt"),
         example="kubevirt-vgpu-function-vm.yaml",
         resource="nvidia.com/NVIDIA_L40S-24Q",
-        prepare=_one_vgpu_function,
     ),
 )
 

@@ -22,7 +22,10 @@ HEX = "is not four hexadecimal digits, e.g. '10de'"
 CLASS = "is not two, four or six hexadecimal digits, e.g. '0302'"
 TYPE = "is not the number of a vGPU type, e.g. '10de:26b9:1155'"
 PAIR = "is not VENDOR:DEVICE, e.g. '10de:16c1'"
-ADDRESS = "is not a whole PCI address such as '0000:41:00.0', in which * matches anything and ? any one character"
+ADDRESS = (
+    "is not a whole PCI address such as '0000:41:00.0', or the UUID of a mediated device, "
+    "in which * matches anything and ? any one character"
+)
 ALIAS = "allowed are 2 to 63 letters, digits, `-` and `_`, a letter first and a letter or digit last"
 SECONDS = "is not a number of seconds between 0.1 and 3600"
 TABLES = "resources must be tables, each one starts with a line [[resources]]"

@@ -32,7 +32,7 @@ from sandbox_plugin.doctor.examine import below_its_root, read_node
 from sandbox_plugin.doctor.findings import Group, Status
 from sandbox_plugin.doctor.node import CdiFolder, KubeletFolder, Peer, Unread
 from sandbox_plugin.doctor.node import PodResources as Answers
-from sandbox_plugin.fake.hardware import At, Preset, RootBus
+from sandbox_plugin.fake.hardware import At, Preset, RootBus, VgpuType
 from sandbox_plugin.fake.models import H100_SXM5, XEON_ROOT_PORT
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import WITH_CDEVS
@@ -602,7 +602,7 @@ def test_vgpus_without_a_type_are_no_fault_and_those_whose_card_has_lost_its_dri
 ) -> None:
     machine, card = machine_of("rtx-pro-6000"), "0000:16:00.0"
     machine.node.bind(card, "nvidia")
-    one, _ = machine.node.add_vgpu_functions(card, {1155: "NVIDIA L40S-24Q"}, 2)
+    one, _ = machine.node.add_vgpu_functions(card, [VgpuType(1155, "NVIDIA L40S-24Q", fits=2)], 2)
     assert troubles(examine(machine)) == []
     machine.node.set_vgpu_type(one, 1155)
     assert troubles(examine(machine)) == []

@@ -84,7 +84,11 @@ def assert_consistent(node: FakeNode) -> None:
     for group in (root / "sys/kernel/iommu_groups").iterdir():
         members = {f.name for f in functions if (f / "iommu_group").resolve() == group}
         assert names(group / "devices") == members != set()
-    bound = [f for f in functions if (f / "driver").exists() and "vfio" in (f / "driver").resolve().name]
+    bound = [
+        f
+        for f in functions
+        if (f / "driver").exists() and ("vfio" in (f / "driver").resolve().name or (f / "nvidia").exists())
+    ]
     assert bound == [f for f in functions if (f / "vfio-dev").exists()]
     devices = [name for f in bound for name in names(f / "vfio-dev")]
     assert len(devices) == len(set(devices)) == len(bound)
@@ -110,7 +114,9 @@ def test_each_preset_becomes_a_tree_that_a_kernel_could_show_with_the_functions_
     FakeNode.create(tmp_path, preset)
     node = FakeNode.open(tmp_path)
     assert_consistent(node)
-    found = {f.address: (f.vendor, f.device, f.class_code, f.driver, f.iommu_group) for f in node.functions()}
+    whole = [f for f in node.functions() if f.physical_function is None]
+    assert len(node.functions()) - len(whole) == sum(len(card.functions) for card in PRESETS[preset].vgpu_cards)
+    found = {f.address: (f.vendor, f.device, f.class_code, f.driver, f.iommu_group) for f in whole}
     assert found == {
         s.address: (s.model.vendor, s.model.device, s.model.class_code, s.driver, s.iommu_group)
         for s in PRESETS[preset].functions()
@@ -468,6 +474,16 @@ def test_the_command_makes_a_node_and_changes_it_by_its_verbs(run: Callable[...,
         (("add", folder, T4), "no driver"),
     ):
         assert said in run(*arguments), arguments
+
+
+def test_the_command_sets_types_of_vgpus_and_shows_them(run: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "node"
+    assert "7 functions bound to vfio" in run("create", "vgpu", folder)
+    assert run("vgpu", folder, "21:00.4", 0).endswith(", no vGPU type\n")
+    filled = run("vgpu", folder, "21:00.0", 1155).splitlines()
+    assert [line.partition(": ")[0] for line in filled] == ["0000:21:00.4", "0000:21:00.5"]
+    assert filled[0].endswith(", vfio1, vGPU type 1155")
+    assert "vGPU type 1155, in use by a VM" in run("enable", folder, "21:00.4", 1)
 
 
 def test_show_has_a_line_for_each_function_and_for_bridges_if_asked(run: Callable[..., str], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from loop import LIMIT, in_loop, run
 from names import AUDIO, GEFORCE, T4
 from trials import wait_until
 
+from sandbox_plugin.fake.hardware import VgpuType
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
@@ -154,7 +155,7 @@ def test_a_function_that_hangs_is_unreadable_and_the_others_are_read(
 
 def test_a_vgpu_whose_type_hangs_costs_itself_alone(node: FakeNode, paths: HostPaths, trap: SetTrap) -> None:
     node.bind(T4, "nvidia")
-    one, two = node.add_vgpu_functions(T4, {222: "GRID T4-1B"}, 2)
+    one, two = node.add_vgpu_functions(T4, [VgpuType(222, "GRID T4-1B", fits=2)], 2)
     trap(node.folder(one) / "nvidia/current_vgpu_type")
     facts = scan(paths)
     assert dict(facts.unreadable) == {one: SILENCE}

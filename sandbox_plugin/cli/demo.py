@@ -58,7 +58,8 @@ def set_up(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    playable = [name for name in PRESETS if name != "empty"]
+    # The story is one of whole GPUs.
+    playable = [name for name, preset in PRESETS.items() if name != "empty" and not preset.vgpu_cards]
     if args.preset not in playable:
         raise UsageError(f"--preset: {args.preset!r} is not one of {', '.join(playable)}")
     with temporary_folder("sandbox-demo-", _short_folder()) as folder:

@@ -73,6 +73,10 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     enable = _changed(lambda node, args: node.set_enable(args.address, int(args.value)))
     parser = _on_function(verbs, "enable", enable, "simulate a VM opening (1) or closing (0) a function")
     parser.add_argument("value", metavar="0|1", choices=("0", "1"))
+    parser = _on_function(
+        verbs, "vgpu", _vgpu, "set the vGPU type of a virtual function, or of as many as fit on a GPU"
+    )
+    parser.add_argument("type", metavar="TYPE", type=int, help="its number in creatable_vgpu_types; 0: clear it")
 
 
 def _verb(verbs: Any, name: str, run: _Run, text: str) -> argparse.ArgumentParser:
@@ -138,6 +142,15 @@ def _remove(args: argparse.Namespace) -> list[str | Table]:
     return [f"removed: {', '.join(name for name in node.removed() if name not in before)}"]
 
 
+def _vgpu(args: argparse.Namespace) -> list[str | Table]:
+    """Of one virtual function, or of those of a whole card."""
+    node = FakeNode.open(args.dir)
+    if node.function(args.address).physical_function is None:
+        return [_told(node, address) for address in node.fill_with_vgpus(args.address, args.type)]
+    node.set_vgpu_type(args.address, args.type)
+    return [_told(node, args.address)]
+
+
 def _show(args: argparse.Namespace) -> list[str | Table]:
     node = FakeNode.open(args.dir)
     names = ModelNames.load()
@@ -183,5 +196,9 @@ def _vfio(function: PciFunction) -> str:
 def _state(function: PciFunction) -> str:
     if function.link_speed == OFF_THE_BUS.speed:
         return "off the bus"
-    by_vm = function.enable and (function.driver is None or function.vfio)
-    return "in use by a VM" if by_vm else ""
+    states = []
+    if function.is_vendors_vgpu:
+        states.append("no vGPU type" if function.vgpu_type == "0" else f"vGPU type {function.vgpu_type}")
+    if function.enable and (function.driver is None or function.vfio):
+        states.append("in use by a VM")
+    return ", ".join(states)

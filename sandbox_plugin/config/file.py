@@ -217,14 +217,15 @@ def _pair(word: str) -> tuple[int, int]:
 
 def _address(word: str) -> str:
     """Of a PCI function, or the UUID of a mediated device."""
-    return word.lower() if re.fullmatch(_UUID, word) else _pci_address(word)
+    return word.lower() if re.fullmatch(_UUID, word) else _pci_address(word, other=", or the UUID of a mediated device")
 
 
-def _pci_address(word: str) -> str:
-    """A pattern with a `*` can match; any other must have the shape of an address, or it never matches."""
+def _pci_address(word: str, other: str = "") -> str:
+    """A pattern with a `*` can match; any other must have the shape of an address, or it never matches. `other`: what
+    else would be allowed, in words."""
     if not re.fullmatch(_ADDRESS_PATTERN if "*" in word else _ADDRESS, word):
         raise ValueError(
-            f"{word!r} is not a whole PCI address such as '0000:41:00.0', "
+            f"{word!r} is not a whole PCI address such as '0000:41:00.0'{other}, "
             "in which * matches anything and ? any one character"
         )
     return word.lower()

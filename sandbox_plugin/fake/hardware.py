@@ -6,8 +6,8 @@ Apart from `models` and `presets`, so that those are data alone, and from `node`
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 
 from sandbox_plugin.model import Bar
@@ -106,6 +106,26 @@ class RootBus:
         return self.name.removeprefix("pci").partition(":")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class VgpuType:
+    """A type of vGPU that a card can make. All vGPUs of a card are of one type at a time."""
+
+    number: int
+    name: str
+    fits: int
+    """How many of them a card has room for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VgpuCard:
+    """A GPU on its vendor's driver, with SR-IOV virtual functions that can be vGPUs."""
+
+    address: str
+    types: tuple[VgpuType, ...]
+    functions: tuple[int, ...]
+    """For each of the virtual functions the number of its type; 0: none is set."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """A whole machine."""
@@ -114,6 +134,9 @@ class Preset:
     """One line for people."""
     kernel: Kernel
     buses: tuple[RootBus, ...]
+    vgpu_cards: tuple[VgpuCard, ...] = ()
+    egm: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Extended GPU memory of Grace: `egmN` -> addresses of the GPUs that it belongs to."""
 
     def functions(self) -> tuple[FunctionSpec, ...]:
         """All functions in the order in which a kernel finds them, groups numbered in that order."""

@@ -14,18 +14,19 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset
+from sandbox_plugin.fake.hardware import FunctionSpec, Kernel, Preset, VgpuType
 from sandbox_plugin.fake.pci import OFF_THE_BUS, PCI_BRIDGE, Pci, addresses_in, driver_of, group_of, number_in
 from sandbox_plugin.fake.platform import create_platform
 from sandbox_plugin.fake.presets import PRESETS
-from sandbox_plugin.fake.tree import create_file, create_link, is_plain_file, link_target, listed, replace_file, text_of
+from sandbox_plugin.fake.tree import create_file, is_plain_file, listed, replace_file, text_of
 from sandbox_plugin.fake.vfio import Vfio
+from sandbox_plugin.fake.vgpus import Vgpus, physical_function_of
 from sandbox_plugin.model import D3COLD, PciFunction, VfioDev, is_vfio_driver
 
 _STATE = ".fake-node"
@@ -83,6 +84,7 @@ class FakeNode:
         self._spare = f"{self._hidden}/spare"
         self._pci = Pci(top, kernel.first_group, self._spare)
         self._vfio = Vfio(top, kernel, self._spare)
+        self._vgpus = Vgpus(self._pci, self._state("vgpu-types"))
 
     @classmethod
     def create(cls, directory: str | os.PathLike[str], preset: str | Preset) -> FakeNode:
@@ -141,6 +143,8 @@ class FakeNode:
             numa_node=None if numa_node < 0 else numa_node,
             link_speed=text_of(f"{folder}/current_link_speed"),
             enable=number_in(f"{folder}/enable", 10),
+            physical_function=None if (whole := physical_function_of(folder)) is None else os.path.basename(whole),
+            vgpu_type=text_of(f"{folder}/nvidia/current_vgpu_type"),
         )
 
     def removed(self) -> list[str]:
@@ -173,9 +177,11 @@ class FakeNode:
             raise FakeNodeError(f"{address} is bound to {driver} already")
         if self._is_held(address, folder):
             raise FakeNodeError(f"{address} is held by a VM: its enable must be 0 first")
-        if is_vfio_driver(driver):
-            if number_in(f"{folder}/class") >> 8 == PCI_BRIDGE:
-                raise FakeNodeError(f"{address} is a bridge: vfio drivers take endpoints only (EINVAL)")
+        card = self._vgpus.card_of(folder)
+        makes_vfio_device = is_vfio_driver(driver) or (card is not None and driver == driver_of(card))
+        if is_vfio_driver(driver) and number_in(f"{folder}/class") >> 8 == PCI_BRIDGE:
+            raise FakeNodeError(f"{address} is a bridge: vfio drivers take endpoints only (EINVAL)")
+        if makes_vfio_device:
             if not self._vfio.is_loaded:
                 self._vfio.load()
         elif driver not in _HARMLESS_DRIVERS:
@@ -190,6 +196,7 @@ class FakeNode:
         self._pci.link_driver(folder, driver)
         if is_vfio_driver(driver):
             self._pci.sleep(folder)
+        if makes_vfio_device:
             self._vfio.register(folder, group_of(folder) or 0, set(self._held_numbers().values()))
         else:
             self._pci.write(folder, "enable", "1")
@@ -218,13 +225,16 @@ class FakeNode:
         """A VM opens (1) or closes (0) the function.
 
         It is awake while a VM has it and asleep afterwards. Closing one that was unbound meanwhile lets the unbind come
-        to its end. Raises `FakeNodeError` when a VM could not open it: the group is not viable (EPERM).
+        to its end. Raises `FakeNodeError` when a VM could not open it: the group is not viable (EPERM), or it is a
+        virtual function without a vGPU type, or whose GPU has no driver (ENODEV).
         """
         folder = self._folder(address)
         has_vfio = is_vfio_driver(driver_of(folder))
         if value:
-            if has_vfio:
+            if _is_for_vms(folder):
                 self._refuse_if_not_viable(folder)
+                self._refuse_if_no_vgpu(folder)
+            if has_vfio:
                 self._pci.wake(folder)
             self._pci.write(folder, "enable", "1")
             return
@@ -237,54 +247,53 @@ class FakeNode:
 
     # vGPUs by the vendor's driver
 
-    def add_vgpu_functions(self, carrier: str, types: Mapping[int, str], count: int) -> list[str]:
-        """SR-IOV virtual functions of a GPU, as with NVIDIA's `sriov-manage -e`, which its driver makes VFIO devices of
-        at once; none has a type yet. Their addresses follow the GPU's.
+    def add_vgpu_functions(self, card: str, types: Sequence[VgpuType], count: int) -> list[str]:
+        """SR-IOV virtual functions of a GPU, as with NVIDIA's `sriov-manage -e`: its driver makes VFIO devices of them
+        at once, and none has a type yet. Their addresses follow the GPU's.
 
-        `types`: number and name of each type that the card can make; what fits is `count` vGPUs of one type.
+        `types` are those that the card can make. Raises `FakeNodeError` when it has virtual functions already, and when
+        its vendor's driver does not have it.
         """
-        folder = self._folder(carrier)
+        folder = self._folder(card)
         driver = driver_of(folder)
         if driver is None or is_vfio_driver(driver):
-            raise FakeNodeError(f"{carrier} is bound to {driver or 'no driver'}: its vendor's driver makes vGPUs")
-        if not self._vfio.is_loaded:
-            self._vfio.load()
-        lines = "ID    : vGPU Name\n" + "".join(f"{number:<6}: {name}\n" for number, name in sorted(types.items()))
-        create_file(self._state("vgpu-types", carrier), lines)
-        made = []
-        for index in range(count):
-            address = f"{carrier[:-4]}{(index + 4) // 8:02x}.{(index + 4) % 8}"
-            self._pci.create_copy(folder, address)
-            part = self._folder(address)
-            create_link(f"{part}/physfn", folder)
-            create_link(f"{folder}/virtfn{index}", part)
-            os.mkdir(f"{part}/nvidia")
-            create_file(f"{part}/nvidia/current_vgpu_type", "0\n")
-            create_file(f"{part}/nvidia/creatable_vgpu_types", lines)
-            self._pci.link_driver(part, driver)
-            self._vfio.register(part, group_of(part) or 0, set(self._held_numbers().values()))
-            made.append(address)
+            raise FakeNodeError(f"{card} is bound to {driver or 'no driver'}: its vendor's driver makes vGPUs")
+        if self._vgpus.functions(folder):
+            raise FakeNodeError(f"{card} has virtual functions already")
+        made = [os.path.basename(part) for part in self._vgpus.create(folder, types, count)]
+        for address in made:
+            self.bind(address, driver)
         return made
 
-    def set_vgpu_type(self, address: str, number: int, *, full: bool = False) -> None:
+    def set_vgpu_type(self, address: str, number: int) -> None:
         """What a write of the number into `nvidia/current_vgpu_type` does; 0 clears it. No event tells.
 
-        `full`: the card has room for no more after that, so all lists of types are empty but for their heading.
-        Raises `FakeNodeError` while a VM has the function (EBUSY), and for what is no type of the card (EINVAL).
+        Raises `FakeNodeError` while a VM has the function (EBUSY), and when its card has no room for such a vGPU.
         """
         folder = self._folder(address)
-        carrier = link_target(f"{folder}/physfn")
-        lines = text_of(self._state("vgpu-types", os.path.basename(carrier or "-")))
-        if carrier is None or lines is None:
+        card = self._vgpus.card_of(folder)
+        if card is None:
             raise FakeNodeError(f"{address} is no virtual function that its vendor's driver makes a vGPU of")
-        if number and not re.search(rf"^{number} *:", lines, re.MULTILINE):
-            raise FakeNodeError(f"{number} is no type of {os.path.basename(carrier)} (EINVAL)")
-        if number_in(f"{folder}/enable", 10):
+        if self._is_held(address, folder):
             raise FakeNodeError(f"{address} is held by a VM: its enable must be 0 first")
-        left = lines.splitlines()[0] if full else lines
-        for name in [name for name in listed(carrier) if name.startswith("virtfn")]:
-            self._pci.write(f"{carrier}/{name}", "nvidia/creatable_vgpu_types", left)
-        self._pci.write(folder, "nvidia/current_vgpu_type", str(number))
+        if number and number not in self._vgpus.creatable(card, but=folder):
+            raise FakeNodeError(f"{os.path.basename(card)} has no room for a vGPU of type {number}")
+        self._vgpus.set_type(folder, number)
+
+    def fill_with_vgpus(self, card: str, number: int) -> list[str]:
+        """Gives the type to as many virtual functions of a GPU as have none and as it has room for; 0: clears all.
+
+        Returns the addresses of those. Raises `FakeNodeError` as `set_vgpu_type` does, and when there is nothing to do.
+        """
+        folder, changed = self._folder(card), []
+        for part in self._vgpus.functions(folder):
+            has_type = self._vgpus.type_of(part) != 0
+            if has_type is (number == 0) and (number == 0 or number in self._vgpus.creatable(folder)):
+                self.set_vgpu_type(os.path.basename(part), number)
+                changed.append(os.path.basename(part))
+        if not changed:
+            raise FakeNodeError(f"{card} has no {f'room for a vGPU of type {number}' if number else 'vGPU'}")
+        return changed
 
     def override(self, address: str, driver: str) -> None:
         """Sets `driver_override`: the only driver that a probe may bind; empty for any (driver_set_override)."""
@@ -317,9 +326,17 @@ class FakeNode:
     def remove(self, address: str) -> None:
         """Takes a function out of the machine, and first what hangs below it.
 
-        A VM that has it is taken to let go at once. Group numbers and vfioN that become free are handed out again.
+        A VM that has it is taken to let go at once. Group numbers and vfioN that become free are handed out again. Its
+        SR-IOV virtual functions go with it, and do not come back. Raises `FakeNodeError` for one of those.
         """
         folder = self._folder(address)
+        if (whole := physical_function_of(folder)) is not None:
+            raise FakeNodeError(f"{address} is a virtual function: it goes with {os.path.basename(whole)}")
+        for part in [os.path.basename(part) for part in self._vgpus.functions(folder)]:
+            self.set_enable(part, 0)
+            if driver_of(self._folder(part)):
+                self.unbind(part)
+        self._vgpus.remove(folder)
         for below in reversed(addresses_in(folder)):
             self.remove(below)
         driver = driver_of(folder)
@@ -414,6 +431,14 @@ class FakeNode:
         for spec in specs:
             if spec.driver:
                 self.bind(spec.address, spec.driver)
+        for card in preset.vgpu_cards:
+            parts = self.add_vgpu_functions(card.address, card.types, len(card.functions))
+            for part, number in zip(parts, card.functions, strict=True):
+                self.set_vgpu_type(part, number)
+        for name, gpus in preset.egm.items():
+            os.makedirs(f"{self._pci.root}/sys/class/egm/{name}")
+            create_file(f"{self._pci.root}/sys/class/egm/{name}/gpu_devices", "".join(f"{gpu}\n" for gpu in gpus))
+            create_file(f"{self._pci.root}/dev/{name}", "")
         create_file(f"{self._hidden}/kernel.json", json.dumps(asdict(self.kernel)))
 
     def _appear(self, spec: FunctionSpec) -> None:
@@ -483,7 +508,7 @@ class FakeNode:
 
     def _is_held(self, address: str, folder: str) -> bool:
         """Whether a VM has the function open, bound to vfio or unbound meanwhile."""
-        is_open = is_vfio_driver(driver_of(folder)) and number_in(f"{folder}/enable", 10) > 0
+        is_open = _is_for_vms(folder) and number_in(f"{folder}/enable", 10) > 0
         return is_open or address in self._held_numbers()
 
     def _held_numbers(self) -> dict[str, int]:
@@ -493,8 +518,23 @@ class FakeNode:
     def _refuse_if_not_viable(self, folder: str) -> None:
         for mate, member in self._pci.members(folder).items():
             driver = driver_of(member)
-            if driver and not (is_vfio_driver(driver) or driver in _HARMLESS_DRIVERS):
+            if driver and not (_is_for_vms(member) or driver in _HARMLESS_DRIVERS):
                 raise FakeNodeError(f"IOMMU group {group_of(folder)} is not viable (EPERM): {mate} has driver {driver}")
+
+    def _refuse_if_no_vgpu(self, folder: str) -> None:
+        card = self._vgpus.card_of(folder)
+        if card is None or is_vfio_driver(driver_of(folder)):
+            return
+        if not self._vgpus.type_of(folder):
+            raise FakeNodeError(f"{os.path.basename(folder)} has no vGPU type (ENODEV)")
+        if driver_of(card) != driver_of(folder):
+            raise FakeNodeError(f"{os.path.basename(card)} is not bound to {driver_of(folder)} (ENODEV)")
+
+
+def _is_for_vms(folder: str) -> bool:
+    """Whether a function is bound to a vfio driver, or to one that makes a VFIO device of it itself."""
+    driver = driver_of(folder)
+    return driver is not None and (is_vfio_driver(driver) or os.path.isdir(f"{folder}/vfio-dev"))
 
 
 def _create_system(root: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from sandbox_plugin.fake.hardware import FunctionSpec, Model, PcieLink
+from sandbox_plugin.fake.hardware import FunctionSpec, PcieLink
 from sandbox_plugin.fake.tree import (
     create_file,
     create_link,
@@ -33,9 +33,6 @@ _IO, _MEM_64 = 0x100, 0x100000
 """IORESOURCE_IO and IORESOURCE_MEM_64 of the kernel's include/linux/ioport.h."""
 _LINES = 13
 """Lines of `resource`: 0 to 5 BARs, 6 ROM, 7 to 12 BARs of virtual functions."""
-
-
-_ANY = Model(vendor=0, device=0, class_code=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +91,6 @@ class Pci:
         for name, text in _attributes(spec).items():
             create_file(f"{folder}/{name}", f"{text}\n")
         return folder
-
-    def create_copy(self, folder: str, address: str) -> None:
-        """A virtual function of the function in this folder, in a group of its own and bound to no driver."""
-        names = [*_attributes(FunctionSpec(address=address, model=_ANY, parent=""))]
-        copy = f"{os.path.dirname(folder)}/{address}"
-        os.makedirs(f"{copy}/power")
-        for name in names:
-            create_file(f"{copy}/{name}", f"{text_of(f'{folder}/{name}')}\n")
-        self.appear(copy, None)
-        self.write(copy, "enable", "0")
 
     def appear(self, folder: str, iommu_group: int | None) -> None:
         """The function gets known: to the bus first, then to the IOMMU, in the lowest free group if none is given."""

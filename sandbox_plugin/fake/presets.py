@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from sandbox_plugin.fake import models
-from sandbox_plugin.fake.hardware import At, Kernel, Model, PcieLink, Preset, RootBus
+from sandbox_plugin.fake.hardware import At, Kernel, Model, PcieLink, Preset, RootBus, VgpuCard, VgpuType
 
 WITH_CDEVS = Kernel(cdevs=True)
 """Built with IOMMUFD and VFIO cdevs."""
@@ -87,7 +87,7 @@ def _switched(numa_node: int, root: str, switch: str, fan: str, *gpus: str, mode
     )
 
 
-def _slots(numa_node: int, root: str, *gpus: str, model: Model) -> RootBus:
+def _slots(numa_node: int, root: str, *gpus: str, model: Model, vfio: str | None = "vfio-pci") -> RootBus:
     """A host bridge with a root port for each GPU, by bus numbers."""
     return RootBus(
         name=f"pci0000:{root}",
@@ -95,7 +95,7 @@ def _slots(numa_node: int, root: str, *gpus: str, model: Model) -> RootBus:
         functions=(
             At(f"{root}:00.0", models.GENOA_HOST_BRIDGE),
             *(
-                At(f"{root}:01.{port}", models.GENOA_ROOT_PORT, (At(f"{gpu}:00.0", model, vfio="vfio-pci"),))
+                At(f"{root}:01.{port}", models.GENOA_ROOT_PORT, (At(f"{gpu}:00.0", model, vfio=vfio),))
                 for port, gpu in enumerate(gpus, start=1)
             ),
         ),
@@ -121,6 +121,28 @@ _UNEVEN = Preset(
         _slots(0, "40", "41", model=models.L40S),
         _switched(1, "a0", "a1", "a2", "a3", "a4", "a5", model=models.L40S),
         _slots(1, "c0", "c1", "c2", model=models.L40S),
+    ),
+)
+
+_L40S_TYPES = (
+    VgpuType(1153, "NVIDIA L40S-12Q", fits=4),
+    VgpuType(1155, "NVIDIA L40S-24Q", fits=2),
+    VgpuType(1156, "NVIDIA L40S-48Q", fits=1),
+)
+"""The names are real. Numbers are the driver's choice, and these are invented."""
+_OTHER_L40S_TYPES = (VgpuType(1155, "NVIDIA L40S-48Q", fits=1), VgpuType(1156, "NVIDIA L40S-24Q", fits=2))
+"""Of a card whose numbers mean other types: they are a card's own."""
+
+_VGPU = Preset(
+    summary="invented: vGPUs of 2 L40S on driver nvidia, one card full, and 1 L40S on vfio-pci; kernel with VFIO cdevs",
+    kernel=WITH_CDEVS,
+    buses=(
+        _slots(0, "20", "21", "22", model=models.L40S, vfio=None),
+        _slots(1, "c0", "c1", model=models.L40S),
+    ),
+    vgpu_cards=(
+        VgpuCard(address="0000:21:00.0", types=_L40S_TYPES, functions=(1155, 0, 0, 0)),
+        VgpuCard(address="0000:22:00.0", types=_OTHER_L40S_TYPES, functions=(1156, 1156)),
     ),
 )
 
@@ -153,6 +175,7 @@ _WORKSTATION = Preset(
 _GH200 = Preset(
     summary="Grace Hopper: a GH200 on nvgrace_gpu_vfio_pci in PCI domain 0009, and a NIC; kernel with VFIO cdevs",
     kernel=replace(WITH_CDEVS, first_group=10, iommu="smmu3"),
+    egm={"egm0": ("0009:01:00.0",)},
     buses=(
         RootBus(
             name="pci0000:00",
@@ -203,6 +226,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         ),
         "rtx-pro-6000": _RTX_PRO_6000,
         "uneven": _UNEVEN,
+        "vgpu": _VGPU,
         "workstation": _WORKSTATION,
         "gh200": _GH200,
         "empty": _EMPTY,

@@ -155,8 +155,9 @@ def _why_no_vgpu(paths: HostPaths, was: PciFunction, now: FunctionNow) -> str | 
         return f"{was.address} has no vGPU type: every open fails"
     if now.vgpu_type != was.vgpu_type:
         return f"{was.address} has vGPU type {now.vgpu_type} now, and had {was.vgpu_type or 'none'}"
-    if driver_of(paths, was.physical_function or "") is None:
-        return f"its physical function {was.physical_function} has no driver: every open fails"
+    driver = driver_of(paths, was.physical_function or "")
+    if driver is None or is_vfio_driver(driver):
+        return f"its physical function {was.physical_function} is bound to {driver or 'no driver'}: every open fails"
     return None
 
 

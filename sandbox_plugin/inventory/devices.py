@@ -26,6 +26,7 @@ from sandbox_plugin.model import (
     IommuGroup,
     PciFunction,
     Placement,
+    is_vfio_driver,
     key_order,
     node_of_cdev,
     node_of_group,
@@ -101,9 +102,9 @@ class _Seen:
     """Those of its nodes that the host's /dev has; None: that cannot be seen."""
     carried: tuple[str | None, ...]
     """What each of the functions carries, in words."""
-    vgpus: tuple[tuple[str | None, str | None] | None, ...]
-    """Of each that may be a vGPU on its vendor's driver: the name of its type, and the driver of its physical
-    function."""
+    vgpus: tuple[tuple[str | None, str | None, str | None] | None, ...]
+    """Of each that may be a vGPU on its vendor's driver: the name of its type, and of its physical function the driver,
+    and why it cannot be read."""
     cdevs: bool
 
     def is_same_as(self, other: _Seen) -> bool:
@@ -185,9 +186,7 @@ def _seen(
         has_group_node=number in facts.group_nodes,
         nodes_in_dev=facts.dev_nodes.intersection(nodes) if facts.dev_nodes is not None else None,
         carried=tuple([carried.get(f.address) for f in functions]),
-        vgpus=tuple(
-            [(type_of(f, types), _carriers_driver(f, facts)) if f.is_vendors_vgpu else None for f in functions]
-        ),
+        vgpus=tuple([(type_of(f, types), *_carrier(f, facts)) if f.is_vendors_vgpu else None for f in functions]),
         cdevs=cdevs,
     )
 
@@ -275,14 +274,17 @@ def why_no_vgpu(function: PciFunction, facts: HostFacts) -> str | None:
         return f"bound to {function.driver}, and shows no vGPU type (nvidia/current_vgpu_type)"
     if function.vgpu_type == "0":
         return "has no vGPU type (nvidia/current_vgpu_type is 0)"
-    if _carriers_driver(function, facts) is None:
-        return f"its physical function {function.physical_function} is bound to no driver"
-    return None
+    driver, why_unreadable = _carrier(function, facts)
+    if why_unreadable is None and (driver is None or is_vfio_driver(driver)):
+        return f"its physical function {function.physical_function} is bound to {driver or 'no driver'}"
+    return None  # one that cannot be read proves nothing: that is a fault, not another device
 
 
-def _carriers_driver(function: PciFunction, facts: HostFacts) -> str | None:
-    carrier = facts.functions.get(function.physical_function or "")
-    return carrier.driver if carrier is not None else None
+def _carrier(function: PciFunction, facts: HostFacts) -> tuple[str | None, str | None]:
+    """Of a virtual function's physical function the driver, and why it cannot be read."""
+    address = function.physical_function or ""
+    carrier = facts.functions.get(address)
+    return (carrier.driver if carrier is not None else None, facts.unreadable.get(address))
 
 
 def has_vfs(function: PciFunction) -> str:

@@ -27,6 +27,7 @@ def assess(device: Device, facts: HostFacts, *, require_iommufd: bool = False) -
     functions = [facts.functions[p.address] for p in device.placements]
     return (
         _no_cdev(device, require_iommufd)
+        or _silent_card(functions, facts)
         or _off_the_bus(functions)
         or _no_address(functions)
         or _firmware_mapping(device, facts)
@@ -40,6 +41,16 @@ def _no_cdev(device: Device, require_iommufd: bool) -> Fault | None:
         return None
     detail = f"confidential guests need an iommufd cdev, and this kernel has only the group node {device.node}"
     return Fault(reason=Reason.NO_CDEV, detail=detail)
+
+
+def _silent_card(functions: Sequence[PciFunction], facts: HostFacts) -> Fault | None:
+    """The vendor's driver opens a vGPU through its physical function: while that hangs, so may the open."""
+    for function in functions:
+        card = function.physical_function or ""
+        if function.is_vendors_vgpu and card in facts.unreadable:
+            detail = f"{card}, the physical function of {function.address}: {facts.unreadable[card]}"
+            return Fault(reason=Reason.UNREADABLE, detail=detail)
+    return None
 
 
 def _off_the_bus(functions: Sequence[PciFunction]) -> Fault | None:
@@ -114,7 +125,9 @@ def why_lost(device: Device, facts: HostFacts) -> Fault:
         where = "there" if device.mdev else "on the PCI bus"
         return Fault(reason=Reason.GONE, detail=f"{device.address} is not {where} any more")
     if is_vfio_bound(function, facts) and function.is_vendors_vgpu and _has_its_cdev(device, function):
-        detail = why_no_vgpu(function, facts) or f"is a vGPU of another type now: number {function.vgpu_type}"
+        detail = (
+            why_no_vgpu(function, facts) or f"is offered as another resource now: its vGPU type is {function.vgpu_type}"
+        )
         return Fault(reason=Reason.NO_TYPE, detail=f"{device.address} {detail}")
     return Fault(reason=Reason.NOT_BOUND, detail=f"{device.address} {_why_not_bound(device, function, facts)}")
 

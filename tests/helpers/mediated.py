@@ -12,12 +12,15 @@ from sandbox_plugin.fake.vfio import Vfio
 
 
 class Mediated:
-    """Mediated devices on one function of a fake node, made and removed as the mdev core and vfio do."""
+    """Mediated devices on one function of a fake node, made and removed as the mdev core and vfio do.
+
+    The carrier is a function's address, or the path of another device below `sys/devices`.
+    """
 
     def __init__(self, node: FakeNode, carrier: str) -> None:
         self._node = node
         self._sys = node.root.absolute() / "sys"
-        self._carrier = node.folder(carrier)
+        self._carrier = self._sys / "devices" / carrier if "/" in carrier else node.folder(carrier)
         self._vfio = Vfio(str(node.root.absolute()), node.kernel, "")
 
     def add(self, number: int, kind: str, name: str, group: int) -> str:
