@@ -484,14 +484,19 @@ def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, list
             "link_width": 4,
             "fatal_errors": 0,
             "bars": [
-                {"index": 0, "size": 16 << 20, "prefetchable": False, "wide": False, "io": False, "unset": False},
-                {"index": 1, "size": 256 << 20, "prefetchable": True, "wide": True, "io": False, "unset": False},
-                {"index": 3, "size": 32 << 20, "prefetchable": True, "wide": True, "io": False, "unset": False},
+                bar(0, 16 << 20, 0x9000_0000),
+                bar(1, 256 << 20, 0x2000_0000_0000, prefetchable=True, wide=True),
+                bar(3, 32 << 20, 0x2000_1000_0000, prefetchable=True, wide=True),
             ],
             "reset_methods": ["flr", "bus"],
             "unread": ["enable: 'many' is not a number"],
         },
     }
+
+
+def bar(index: int, size: int, start: int, *, prefetchable: bool = False, wide: bool = False) -> dict[str, Any]:
+    flags = {"prefetchable": prefetchable, "wide": wide, "io": False, "unset": False}
+    return {"index": index, "size": size, "start": start} | flags
 
 
 def test_list_all_tells_of_vgpus_and_of_what_cannot_be_read(places: Places, listed: Any) -> None:
