@@ -2,8 +2,8 @@
 
 A write to `unbind` waits until a VM lets go of the device, and no signal ends that (vfio_unregister_group_dev in
 drivers/vfio/vfio_main.c); whoever touches the device's lock meanwhile waits too. A thread that waits so keeps its
-process from being reaped, and whoever started it waits as well. So a process of its own does the writing: it is left
-to the kernel when it does not come back, and nothing of ours waits for it.
+process a zombie that nobody can reap, so whoever started it waits as well (seen on Linux 6.1). So a process of its own
+does the writing: it is left to the kernel when it does not come back, and nothing of ours waits for it.
 """
 
 from __future__ import annotations
