@@ -16,7 +16,7 @@ _MARK = "# Written by `sandbox-plugin vfio bind --persist`, which replaces it as
 
 NEXT_STEPS = """\
 What only a person may set, and what only a person knows:
-  kernel command line  Intel: intel_iommu=on iommu=pt   AMD: iommu=pt (the IOMMU is on by default)
+  kernel command line  Intel: intel_iommu=on   AMD: nothing (the IOMMU is on; iommu=pt switches SEV-SNP off)
   initramfs            made anew, if GPU drivers are in it: update-initramfs -u, or dracut -f
   built-in drivers     (often xhci_hcd) come before any module: run `vfio bind` at every boot"""
 
