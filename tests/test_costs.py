@@ -16,10 +16,11 @@ from typing import Any
 import psutil
 import pytest
 from conftest import StartDaemon
-from daemon import ROOT, Places, clean_environment
+from daemon import ROOT, Places, bare_environment, clean_environment
 from kubelet import GrpcKubelet
 from machines import machine
 from names import PGPU
+from trials import wait_until
 
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host.last_look import objection
@@ -37,7 +38,7 @@ def loaded_by(module: str) -> set[str]:
     """What a fresh interpreter has imported after this module."""
     code = f"import {module}, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=clean_environment({})
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=bare_environment()
     )
     return set(done.stdout.split())
 
@@ -132,15 +133,18 @@ def test_a_daemon_that_idles_on_a_real_host_sleeps(places: Places) -> None:
         try:
             assert process.stderr is not None
             assert "starting" in process.stderr.readline()
-            time.sleep(2)  # what follows a start is over then
-            before, began = switches(process.pid), time.monotonic()
-            time.sleep(5)
-            rate = (switches(process.pid) - before) / (time.monotonic() - began)
+            # What others do on this host wakes it too (kernel events), so a quiet second is waited for.
+            wait_until(lambda: wakes_in_a_second(process.pid) < 20, "a second with few wake-ups of all threads")
             threads = psutil.Process(process.pid).num_threads()
         finally:
             process.terminate()
-    assert rate < 25, "wake-ups a second, all threads together; 8 on a quiet machine"
     assert threads < 12
+
+
+def wakes_in_a_second(pid: int) -> int:
+    before = switches(pid)
+    time.sleep(1)
+    return switches(pid) - before
 
 
 def switches(pid: int) -> int:

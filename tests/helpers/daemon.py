@@ -78,6 +78,11 @@ def clean_environment(extra: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if not k.startswith(_OURS)} | dict(extra)
 
 
+def bare_environment(**extra: str) -> dict[str, str]:
+    """The same, and a process in it is not measured: that would import more than the program does."""
+    return {k: v for k, v in clean_environment(extra).items() if not k.startswith("COVERAGE")}
+
+
 def run_command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """`sandbox-plugin ARGUMENTS` until it ends by itself."""
     return subprocess.run(
