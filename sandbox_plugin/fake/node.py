@@ -327,10 +327,10 @@ class FakeNode:
         """Takes a function out of the machine, and first what hangs below it.
 
         A VM that has it is taken to let go at once. Group numbers and vfioN that become free are handed out again. Its
-        SR-IOV virtual functions go with it, and do not come back. Raises `FakeNodeError` for one of those.
+        vGPU functions go with it, and do not come back. Raises `FakeNodeError` for one of those.
         """
         folder = self._folder(address)
-        if (whole := physical_function_of(folder)) is not None:
+        if (whole := self._vgpus.card_of(folder)) is not None:
             raise FakeNodeError(f"{address} is a virtual function: it goes with {os.path.basename(whole)}")
         for part in [os.path.basename(part) for part in self._vgpus.functions(folder)]:
             self.set_enable(part, 0)
