@@ -18,6 +18,8 @@ from names import PGPU
 from trials import wait_until
 
 from sandbox_plugin.config.settings import Policy
+from sandbox_plugin.fake import models
+from sandbox_plugin.fake.hardware import FunctionSpec
 from sandbox_plugin.inventory.partitions import Board, boards, parse_modules
 from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.model import Device
@@ -87,6 +89,17 @@ def test_what_must_be_included_is_in_a_partition_of_its_own_board(first: int) ->
     assert take(2, "01234567", ["0"], on=found) == ids("57")
     assert take(4, "01234567", ["5"], on=found) == ids("1234")
     assert take(2, "01234567", ["0", "4"], on=found) == ids("51")  # no partition, but what must be, must be
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("policy", list(Policy))
+def test_of_two_boards_the_whole_one_stays_whole(size: int, policy: Policy) -> None:
+    modules = {f"0000:{i}:00.0": i - 9 for i in range(10, 26)}
+    found = boards(modules, [replace(gpu(address), device=A100) for address in modules])
+    node = with_mates(*(device(str(i), function(f"0000:{i}:00.0")) for i in range(10, 26)))
+    lower, upper = [[str(i) for i in range(first, first + 8)] for first in (10, 18)]
+    assert take(size, lower + upper[:size], on=found, node=node, policy=policy) == set(upper[:size])
+    assert take(size, lower[:size] + upper, on=found, node=node, policy=policy) == set(lower[:size])
 
 
 def test_mates_of_one_iommu_group_stay_together_although_that_is_no_partition() -> None:
@@ -186,4 +199,27 @@ def test_with_whole_node_a_container_gets_one_gpu_or_all_and_nothing_else(
     assert refusal(lambda: plugin.allocate(every[:4], every[4:])) == refused
     assert plugin.prefer(every, 8) == every
     assert plugin.prefer(every, 1) == ["4"]
+    plugin.allocate(every)
+
+
+def test_a_gpu_that_has_left_its_number_behind_counts_once_for_whole_node(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
+) -> None:
+    """Without PodResources the old number stays listed: a pod may hold it."""
+    node = fake_node("hgx-h100")
+    daemon(node, f"--whole-node={PGPU}")
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 8)
+    gpu_address, other = "0000:1b:00.0", "0000:ee:00.0"
+    node.unbind(gpu_address)
+    node.add(FunctionSpec(address=other, model=models.NVSWITCH3, parent="pci0000:15"))
+    node.bind(other)  # it takes the number
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 7)
+    plugin = kubelet.plugin(PGPU)
+    seven = sorted(kubelet.healthy(PGPU))
+    assert "it gets 1 or all 8" in refusal(lambda: plugin.allocate(seven)).message
+    node.bind(gpu_address)
+    kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 8)
+    assert len(kubelet.devices(PGPU)) == 9
+    every = sorted(kubelet.healthy(PGPU), key=int)
+    assert plugin.prefer(every, 8) == every
     plugin.allocate(every)

@@ -123,7 +123,7 @@ def choose_partition(
     1. They hold all that is forced.
     2. They split the fewest IOMMU groups.
     3. They lie within the smallest partition: they are a whole one, where one of that size is free.
-    4. They leave the most whole free partitions of eight GPUs, then of four, then of two.
+    4. They leave the most whole free partitions of eight GPUs, then of four, then of two, of all boards together.
     5. `packed`: the least sum of distances; `spread`: the greatest.
     6. The lowest IDs.
     """
@@ -143,7 +143,7 @@ def choose_partition(
             key = (
                 splits(devices, usable, ids),
                 min(part.bit_count() for part in board.partitions if taken & ~part == 0),
-                _lost(board, free & ~taken),
+                _broken(board, free, taken),
                 sign * sum(far[pair] for pair in combinations(sorted(ids), 2)),
                 sorted(map(id_order, ids)),
             )
@@ -170,7 +170,7 @@ def _bits_of(board: Board, devices: Mapping[str, Device], usable: Collection[str
     return found
 
 
-def _lost(board: Board, free: int) -> tuple[int, ...]:
-    """How few whole partitions are left, the largest first: less is better."""
-    left = Counter(part.bit_count() for part in board.partitions if part & ~free == 0)
-    return tuple(-left[size] for size in (8, 4, 2))
+def _broken(board: Board, free: int, taken: int) -> tuple[int, ...]:
+    """How many whole free partitions these GPUs are of, the largest first: all others, also of other boards, stay."""
+    broken = Counter(part.bit_count() for part in board.partitions if part & ~free == 0 and part & taken)
+    return tuple(broken[size] for size in (8, 4, 2))

@@ -149,11 +149,13 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
     def _refuse_part_of_node(self, sizes: Sequence[int]) -> None:
         """Raises GRPCError if a container asks for some devices of a resource of which it can have one or all.
 
-        All that are listed count, healthy or not: seven GPUs of a board of which one has died are no board.
+        All that are listed count, healthy or not: seven GPUs of a board of which one has died are no board. But one
+        that was bound again counts once, although its former ID may be listed too; by address, since IDs are re-used.
         """
         if self.whole_node is None or self.whole_node[0] != self.resource:
             return
-        everything = self.whole_node[1] or len(self.registry.current.resources.get(self.resource, ()))
+        listed = self.registry.current.resources.get(self.resource, ())
+        everything = self.whole_node[1] or len({d.address for d in listed if d.placements})
         if wrong := [size for size in sizes if size not in (1, everything)]:
             why = f"{wrong[0]} devices for one container; with --whole-node it gets 1 or all {everything}"
             log.warning("allocation refused", resource=self.resource, reason=why)
