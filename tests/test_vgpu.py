@@ -334,6 +334,16 @@ def test_virtual_functions_come_and_go_with_their_fake_card(tmp_path: Path) -> N
         node.add_vgpu_functions(VGPU_CARD, TYPES, 1)
 
 
+def test_a_virtual_function_of_a_fake_card_goes_to_the_driver_that_is_wanted_and_back(tmp_path: Path) -> None:
+    node = FakeNode.create(tmp_path / "node", "vgpu")
+    for override, driver in (("vfio-pci", "vfio-pci"), ("", "nvidia")):
+        node.unbind(FIRST)
+        node.override(FIRST, override)
+        node.probe(FIRST)
+        assert node.function(FIRST).driver == driver
+    assert node.function(FIRST).is_vendors_vgpu
+
+
 def test_a_fake_vgpu_opens_only_with_a_type_and_a_card_on_its_driver(tmp_path: Path) -> None:
     node = FakeNode.create(tmp_path / "node", "vgpu")
     with pytest.raises(FakeNodeError, match=r"has no vGPU type \(ENODEV\)"):

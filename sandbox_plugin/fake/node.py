@@ -262,6 +262,7 @@ class FakeNode:
             raise FakeNodeError(f"{card} has virtual functions already")
         made = [os.path.basename(part) for part in self._vgpus.create(folder, types, count)]
         for address in made:
+            replace_file(self._state("claims", address), driver, self._spare)
             self.bind(address, driver)
         return made
 

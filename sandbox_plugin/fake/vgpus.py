@@ -20,7 +20,7 @@ _FIRST_FUNCTION = 4
 """Where the virtual functions of NVIDIA's GPUs begin: the first of `0000:21:00.0` is `0000:21:00.4`."""
 _COPIED = ("vendor", "device", "class", "revision", "subsystem_vendor", "subsystem_device", "numa_node", "resource")
 """What a virtual function says as its GPU does: their device IDs are one too."""
-_OWN = {"enable": "0", "power_state": "D0", "power/runtime_status": "active"}
+_OWN = {"enable": "0", "power_state": "D0", "power/runtime_status": "active", "driver_override": "(null)"}
 
 
 @dataclass(frozen=True, slots=True)
