@@ -19,7 +19,6 @@ from typing import Any
 
 import structlog
 
-from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.trouble import Trouble
 
@@ -47,7 +46,7 @@ class StatusSocket:
         """Runs until cancelled; then the socket is removed."""
         while True:
             try:
-                listener, own = await on_thread(_listen)(self.path)
+                listener, own = _listen(self.path)
             except OSError as error:
                 why = error.strerror or str(error)
                 if self._trouble.update(why):
@@ -88,7 +87,7 @@ class StatusSocket:
 
 
 def _listen(path: Path) -> tuple[socket.socket, sockets.Identity]:
-    """Listens at `path`, in place of the socket of a daemon that has ended. For a thread. Raises OSError."""
+    """Listens at `path`, in place of the socket of a daemon that has ended. Raises OSError."""
     os.makedirs(path.parent, mode=0o700, exist_ok=True)
     if sockets.identity(path) is not None and _is_alive(path):
         raise FileExistsError(
