@@ -33,8 +33,11 @@ class FabricFile:
     async def run(self) -> None:
         """Runs until cancelled."""
         while True:
+            scanned = self._registry.functions
             await self._look()
             await self._registry.stepped()
+            while self._registry.functions is scanned:  # an Allocate, or an answer of PodResources
+                await self._registry.stepped()
 
     async def _look(self) -> None:
         try:

@@ -24,7 +24,7 @@ from sandbox_plugin.host.scan import scan_now
 from sandbox_plugin.inventory.devices import find_devices
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
-from sandbox_plugin.kubelet.answers import AllocateAnswer, answer
+from sandbox_plugin.kubelet.answers import answer, prepared
 
 
 def given(kubelet: GrpcKubelet, *containers: Sequence[str]) -> list[dict[str, Any]]:
@@ -84,7 +84,7 @@ def answered(
     found = find_devices(facts, Rules(settings, ModelNames.load()))
     devices = {device.id: device for device in found.devices if device.resource == resource}
     container = answer(settings.consumer, resource, [devices[device_id] for device_id in device_ids], facts.egm_gpus)
-    (response,) = v1beta1.AllocateResponse().parse(AllocateAnswer([container]).SerializeToString()).container_responses
+    (response,) = v1beta1.AllocateResponse().parse(prepared([container]).SerializeToString()).container_responses
     return response
 
 

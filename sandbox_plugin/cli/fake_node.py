@@ -11,6 +11,7 @@ import errno
 from collections.abc import Callable
 from typing import Any
 
+from sandbox_plugin.cli.options import pci_address
 from sandbox_plugin.cli.tables import Table, print_unfolded
 from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.node import FakeNode, FakeNodeError
@@ -103,7 +104,9 @@ def _verb(verbs: Any, name: str, run: _Run, text: str) -> argparse.ArgumentParse
 def _on_function(verbs: Any, name: str, run: _Run, text: str) -> argparse.ArgumentParser:
     parser = _verb(verbs, name, run, text)
     parser.add_argument("dir", metavar="DIR")
-    parser.add_argument("address", metavar="ADDRESS", type=_address, help="PCI address, e.g. 0000:1b:00.0 or 1b:00.0")
+    parser.add_argument(
+        "address", metavar="ADDRESS", type=pci_address, help="PCI address, e.g. 0000:1b:00.0 or 1b:00.0"
+    )
     return parser
 
 
@@ -116,12 +119,6 @@ def _changed(change: Callable[[FakeNode, argparse.Namespace], None]) -> _Run:
         return [_told(node, args.address)]
 
     return run
-
-
-def _address(text: str) -> str:
-    """As sysfs writes it: lower-case, with the domain, which people leave out when it is 0000."""
-    text = text.lower()
-    return f"0000:{text}" if text.count(":") == 1 else text
 
 
 def _create(args: argparse.Namespace) -> list[str | Table]:

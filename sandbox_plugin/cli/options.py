@@ -44,6 +44,12 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
             )
 
 
+def pci_address(text: str) -> str:
+    """As sysfs writes it: lower-case, with the domain, which people leave out when it is 0000."""
+    text = text.lower()
+    return f"0000:{text}" if text.count(":") == 1 else text
+
+
 @contextmanager
 def settings_from(args: argparse.Namespace) -> Iterator[Settings]:
     """The settings of one run. A preset's tree exists for as long as the context."""

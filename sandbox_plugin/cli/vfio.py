@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sandbox_plugin.cli.options import add_options, settings_from
+from sandbox_plugin.cli.options import add_options, pci_address, settings_from
 from sandbox_plugin.cli.stdout import say, visible
 from sandbox_plugin.cli.tables import Styled, Table, is_terminal, print_unfolded
 from sandbox_plugin.config.settings import Settings, UsageError
@@ -71,7 +71,9 @@ def _verb(
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("addresses", metavar="ADDRESS", nargs="*", type=_address, help="e.g. 0000:1b:00.0 or 1b:00.0")
+    parser.add_argument(
+        "addresses", metavar="ADDRESS", nargs="*", type=pci_address, help="e.g. 0000:1b:00.0 or 1b:00.0"
+    )
     parser.add_argument("--all", action="store_true", help="all GPUs, and what else a resource rule offers")
     parser.add_argument("--model", metavar="VENDOR:DEVICE", type=_model, help="all of these of one model, as 10de:2330")
     parser.add_argument("--switches", action="store_true", help="with --all or --model: NVSwitches too")
@@ -84,11 +86,6 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="how long the kernel may take for one step; default: 60",
     )
-
-
-def _address(text: str) -> str:
-    text = text.lower()
-    return f"0000:{text}" if text.count(":") == 1 else text
 
 
 def _model(text: str) -> tuple[int, int]:
@@ -229,7 +226,7 @@ def _name(plan: GroupPlan) -> str:
 def _keep(memory: Memory, situation: Situation, plan: GroupPlan) -> None:
     """Before anything is changed: a crash must not lose it. A function that goes from one vfio driver to another keeps
     what was remembered."""
-    drivers = {c.address: c.before for c in plan.changes if c.before is None or "vfio" not in c.before}
+    drivers = {c.address: c.before for c in plan.changes if not is_vfio_driver(c.before)}
     try:
         memory.remember(situation.facts, drivers)
     except OSError as error:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from sandbox_plugin.doctor.node import Displays, Kernel, KubeletFolder, Limits, Peer, Screen
 from sandbox_plugin.host import sysfs
+from sandbox_plugin.host.modules import read_drivers
+from sandbox_plugin.host.namespaces import is_the_hosts
 from sandbox_plugin.host.paths import HostPaths
+from sandbox_plugin.host.pci_function import PCI_ADDRESS
 from sandbox_plugin.kubelet.lock import LOCK_NAME
 
 _PLENTY = 1 << 20
@@ -25,10 +28,7 @@ _IRQS = 256
 _IOMMU_TABLES = ("DMAR", "IVRS", "IORT")
 _FRAMEBUFFERS = ("simple-framebuffer.", "efi-framebuffer.", "vesa-framebuffer.")
 """Platform devices that drivers/firmware/sysfb.c makes of the firmware's framebuffer."""
-_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _RESIZE = re.compile(r"resource([0-5])_resize")
-_INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "cgroup": 0xEFFFFFFB}
-"""Inode numbers of the host's own (include/linux/proc_ns.h)."""
 _PLUGIN_SOCKET = re.compile(r"(sandbox|kubevirt)-.+\.sock")
 """How this plugin, the one that it replaces, and KubeVirt's GPU plugin call their sockets."""
 _PATIENCE = 1.0
@@ -38,13 +38,7 @@ _RUNTIMES = ("containerd", "crio", "cri-o")
 
 def is_in_container(paths: HostPaths) -> bool:
     """Whether this process sees other processes or cgroups than the host does."""
-    for name, initial in _INITIAL_NAMESPACES.items():
-        try:
-            if os.readlink(paths.root / "proc/self/ns" / name) != f"{name}:[{initial}]":
-                return True
-        except OSError:
-            continue
-    return False
+    return any(is_the_hosts(paths, kind) is False for kind in ("pid", "cgroup"))
 
 
 def read_kernel(paths: HostPaths) -> Kernel:
@@ -62,7 +56,7 @@ def read_kernel(paths: HostPaths) -> Kernel:
         has_kvm=os.path.exists(root / "sys/class/misc/kvm"),
         snp=_is_on(f"{modules}/kvm_amd/parameters/sev_snp"),
         tdx=_is_on(f"{modules}/kvm_intel/parameters/tdx"),
-        drivers=tuple(sorted(sysfs.listed(paths.pci_drivers))),
+        drivers=tuple(sorted(read_drivers(paths))),
         unsafe_interrupts=_is_on(f"{modules}/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
         unsafe_noiommu=_is_on(f"{modules}/vfio/parameters/enable_unsafe_noiommu_mode"),
     )
@@ -85,10 +79,10 @@ def read_displays(paths: HostPaths, gpus: Iterable[str]) -> Displays:
     platform = paths.root / "sys/bus/platform/devices"
     screens = []
     for name in sorted(sysfs.listed(platform)):
-        driver = _driver_of(f"{platform}/{name}") if name.startswith(_FRAMEBUFFERS) else None
+        driver = sysfs.target_name_or_none(f"{platform}/{name}/driver") if name.startswith(_FRAMEBUFFERS) else None
         if driver is not None:
             # On newer kernels it lies below its GPU (sysfb_parent_dev in drivers/firmware/sysfb.c).
-            above = _ADDRESS.findall(os.path.realpath(platform / name))
+            above = PCI_ADDRESS.findall(os.path.realpath(platform / name))
             screens.append(Screen(name=name, driver=driver, address=above[-1] if above else None))
     boot_gpu = None
     resizable: dict[str, tuple[int, ...]] = {}
@@ -99,13 +93,6 @@ def read_displays(paths: HostPaths, gpus: Iterable[str]) -> Displays:
         if bars := tuple(sorted(int(match[1]) for match in found if match)):
             resizable[address] = bars
     return Displays(screens=tuple(screens), boot_gpu=boot_gpu, resizable=resizable)
-
-
-def _driver_of(folder: str) -> str | None:
-    try:
-        return sysfs.target_name(f"{folder}/driver")
-    except OSError:
-        return None
 
 
 # The kubelet's folder

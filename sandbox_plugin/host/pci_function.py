@@ -21,7 +21,7 @@ from sandbox_plugin.model import D3COLD, ROM, Bar, PciFunction, VfioDev, is_vfio
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
-_PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _TYPE_NUMBER = re.compile(r"[0-9]{1,9}")
@@ -55,10 +55,7 @@ def folder_id(paths: HostPaths, address: str) -> FolderVersion | None:
 
 def driver_of(paths: HostPaths, address: str) -> str | None:
     """The driver that holds a function now; None for none, and where that cannot be told."""
-    try:
-        return sysfs.target_name(f"{paths.pci_devices}/{address}/driver")
-    except OSError:
-        return None
+    return sysfs.target_name_or_none(f"{paths.pci_devices}/{address}/driver")
 
 
 def read_function(paths: HostPaths, address: str, before: PciFunction | None = None) -> PciFunction:
@@ -72,7 +69,7 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
     try:
         if _UUID.fullmatch(address):
             return _read_mdev(paths, address)
-        if not _PCI_ADDRESS.fullmatch(address):
+        if not PCI_ADDRESS.fullmatch(address):
             raise ValueError(f"{address!r} is not a PCI address")
         return _read_pci_function(paths, address, before)
     except OSError as error:
@@ -225,7 +222,7 @@ def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
     carrier = os.path.basename(os.path.dirname(os.readlink(folder)))
     # A parent need not be a PCI function: s390x's vfio-ap has its `matrix` (drivers/s390/crypto/vfio_ap_drv.c).
     of_parent: dict[str, Any] = {"vendor": 0, "device": 0, "class_code": 0}
-    if _PCI_ADDRESS.fullmatch(carrier):
+    if PCI_ADDRESS.fullmatch(carrier):
         carrier_folder = f"{paths.pci_devices}/{carrier}"
         parent = _identify(carrier_folder, carrier)
         of_parent = {name: parent[name] for name in of_parent} | {
@@ -385,7 +382,7 @@ def _bridges(folder: str, address: str) -> tuple[str, ...]:
     parts = os.readlink(folder).split("/")
     for index, part in enumerate(parts):
         if _HOST_BRIDGE.fullmatch(part):
-            return tuple(p for p in parts[index:-1] if p == part or _PCI_ADDRESS.fullmatch(p))
+            return tuple(p for p in parts[index:-1] if p == part or PCI_ADDRESS.fullmatch(p))
     raise ValueError(f"{address} does not lie below a PCI host bridge")
 
 

@@ -56,6 +56,14 @@ def target_name(link: str) -> str | None:
         return None
 
 
+def target_name_or_none(link: str) -> str | None:
+    """The same; None also for what cannot be read."""
+    try:
+        return target_name(link)
+    except OSError:
+        return None
+
+
 def listed(folder: str | Path) -> list[str]:
     """Names in a folder; none for what cannot be listed. Raises `OutOfResources`."""
     try:

@@ -13,11 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from sandbox_plugin.host import sysfs
+from sandbox_plugin.host.namespaces import is_the_hosts
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.model import PciFunction
 
-_HOST_PID_NAMESPACE = "pid:[4026531836]"
-"""PROC_PID_INIT_INO of include/linux/proc_ns.h: the same on every kernel."""
 _IFF_UP = 1
 """Of include/uapi/linux/if.h."""
 _NVIDIA_DRIVERS = {"nvidia": re.compile(r"nvidia\d+"), "nvidia-nvswitch": re.compile(r"nvidia-nvswitch\d+")}
@@ -46,10 +45,7 @@ def read_users(paths: HostPaths, functions: Iterable[PciFunction]) -> dict[str, 
 
 def sees_processes(paths: HostPaths) -> bool:
     """Whether the host's processes can be seen from here."""
-    try:
-        return os.readlink(paths.root / "proc/self/ns/pid") == _HOST_PID_NAMESPACE
-    except OSError:
-        return False
+    return is_the_hosts(paths, "pid") is True
 
 
 def _openers(paths: HostPaths) -> dict[str, list[str]]:
