@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import pty
@@ -16,6 +17,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import loop
 import pytest
 import yaml
 from conftest import MakeNode, Serve, StartDaemon
@@ -196,6 +198,30 @@ def test_clients_that_do_not_read_keep_nobody_else_from_an_answer(places: Places
         return answer
 
     assert len(asyncio.run(answered())) > 4 << 20
+
+
+@pytest.mark.parametrize("turns", range(3))
+def test_whoever_connects_just_when_it_ends_is_hung_up_on(places: Places, turns: int) -> None:
+    """In whichever turn of the loop that is: a connection that nobody has is a warning, and so an error here."""
+
+    async def ended() -> bytes:
+        path = places.top / "s"
+        running = asyncio.create_task(StatusSocket(path=path, document=dict).run())
+        await loop.until(path.exists)
+        with socket.socket(socket.AF_UNIX) as client:
+            running.cancel()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            client.connect(str(path))
+            await asyncio.wait([running])
+            client.settimeout(TIMEOUT)
+            try:
+                return client.recv(100)
+            except ConnectionResetError:  # nobody had accepted it
+                return b""
+
+    assert asyncio.run(ended()) in (b"", b"{}")
+    gc.collect()
 
 
 def test_the_probe_imports_nothing_that_takes_long() -> None:

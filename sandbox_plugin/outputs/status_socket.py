@@ -41,6 +41,8 @@ class StatusSocket:
     check: float = _CHECK
     patience: float = _PATIENCE
     _trouble: Trouble = field(default_factory=Trouble)
+    _clients: set[socket.socket] = field(default_factory=set)
+    """Those that are connected."""
 
     async def run(self) -> None:
         """Runs until cancelled; then the socket is removed."""
@@ -62,20 +64,25 @@ class StatusSocket:
                     accepting.cancel()
             finally:
                 listener.close()
+                for client in self._clients:  # also one whose task had not begun yet
+                    client.close()
+                self._clients.clear()
                 sockets.remove(self.path, own)
 
     async def _accept(self, listener: socket.socket) -> None:
         free = asyncio.Semaphore(_CLIENTS)
-        loop = asyncio.get_running_loop()
         async with asyncio.TaskGroup() as clients:
             while True:
                 await free.acquire()
+                await _is_readable(listener)
                 try:
-                    client, _ = await loop.sock_accept(listener)
+                    # Not with the loop's sock_accept: who is cancelled just then never gets the connection to close.
+                    client, _ = listener.accept()
                 except OSError:  # for want of descriptors; or the client is gone
                     free.release()
                     await asyncio.sleep(1)
                     continue
+                self._clients.add(client)
                 clients.create_task(self._answer(client)).add_done_callback(lambda _: free.release())
 
     async def _answer(self, client: socket.socket) -> None:
@@ -84,6 +91,17 @@ class StatusSocket:
             client.setblocking(False)
             async with asyncio.timeout(self.patience):
                 await asyncio.get_running_loop().sock_sendall(client, answer)
+        self._clients.discard(client)
+
+
+async def _is_readable(listener: socket.socket) -> None:
+    """Waits until a client has connected."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(listener, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(listener)
 
 
 def _listen(path: Path) -> tuple[socket.socket, sockets.Identity]:
