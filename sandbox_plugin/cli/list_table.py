@@ -26,7 +26,7 @@ def narrow_lines(document: _Entry, width: int) -> list[Line]:
     parts: list[list[Line]] = []
     if devices := list(_devices(document)):
         parts.append(_fitting(devices, width).lines(width))
-    elif document["unreachable"] is None:
+    else:
         parts.append([[line] for line in wrap(_NOTHING, width)])
     if "functions" in document:
         parts.append(_functions(document["functions"], width).lines())
@@ -41,7 +41,7 @@ def wide_lines(document: _Entry) -> list[Line]:
     parts: list[list[Line]] = []
     if devices := list(_devices(document)):
         parts.append(_wide_devices(devices).lines())
-    elif document["unreachable"] is None:
+    else:
         parts.append([[_NOTHING]])
     if document["not_offered"]:
         table = Table(("NOT OFFERED", "MODEL", "REASON"))
