@@ -135,6 +135,14 @@ def test_the_topology_tells_how_close_two_devices_are(fake_node: MakeNode, liste
     assert one == {"id": one["id"], "links": {other["id"]: other["links"][one["id"]]}}
 
 
+def test_the_matrix_of_many_devices_fits_and_wide_has_all_of_it(fake_node: MakeNode, shown: Callable[..., str]) -> None:
+    root = fake_node("hgx-h100").root
+    lines = shown(root, "--topology").splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-7 - 12 - 1].split() == [str(number) for number in range(12)]
+    assert "11    NUMA  PCI ADDRESS" in shown(root, "--topology", "--output=wide")
+
+
 def test_a_node_without_devices_has_nothing_to_advertise_and_that_is_no_fault(
     fake_node: MakeNode, listed: Callable[..., Any], shown: Callable[..., str]
 ) -> None:

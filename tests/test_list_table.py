@@ -12,7 +12,7 @@ from conftest import MakeNode
 
 from sandbox_plugin.cli.list_table import narrow_lines, wide_lines
 from sandbox_plugin.cli.main import main
-from sandbox_plugin.cli.tables import Table, text_of
+from sandbox_plugin.cli.tables import Table, painted, text_of
 from sandbox_plugin.fake.presets import PRESETS
 
 Document = dict[str, Any]
@@ -65,13 +65,13 @@ def refused(*reasons: str, model: str | None = "AD102GL [L40S]") -> Document:
 
 
 def narrow(document: Document, width: int = 80) -> list[str]:
-    lines = [text_of(line) for line in narrow_lines(document, width)]
+    lines = [painted(line, colors=False) for line in narrow_lines(document, width)]
     assert lines == [line.rstrip() for line in lines]
     return lines
 
 
 def wide(document: Document) -> list[str]:
-    return [text_of(line) for line in wide_lines(document)]
+    return [painted(line, colors=False) for line in wide_lines(document)]
 
 
 @pytest.mark.parametrize("flags", [(), ("--all",), ("--gpu-alias=", "--nvswitch-alias=")], ids=["", "all", "by model"])
@@ -119,6 +119,12 @@ def test_a_resource_that_is_too_long_loses_its_beginning_and_the_summary_has_it_
     assert " ".join(lines[3:]) == f"1 device, 1 Healthy: 1 of 1 {resource}."
 
 
+def test_what_a_terminal_would_obey_counts_as_wide_as_it_is_shown() -> None:
+    document = of(device(model="\x1b" * 30), not_offered=refused("\x1b" * 90)["not_offered"])
+    assert max(map(len, narrow(document))) == 80
+    assert re.search(r"  (\\x1b)+\S*…$", narrow(document)[1])
+
+
 @pytest.mark.parametrize(
     ("model", "short"),
     [
@@ -160,6 +166,8 @@ def test_a_reason_is_folded_in_its_column_and_no_name_with_a_hyphen_is_torn() ->
         "0000:20:00.0  AD102GL [L40S]  bound to nvidia and carries SR-IOV virtual",
         "                              functions: do not bind it to vfio-pci, whatever",
     ]
+    for width in range(60, 100):
+        assert not any(line.endswith("-") for line in narrow(refused(reason), width))
     assert wide(refused(reason))[3].endswith(reason)
 
 
