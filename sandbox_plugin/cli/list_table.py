@@ -15,7 +15,7 @@ _LEAST = 8
 """Characters that a cell keeps when it is cut."""
 _LEAST_NAME = 24
 """Of a resource's name, while there is something else to leave out."""
-_LEAST_WORDS = 32
+_LEAST_WORDS = 36
 """Of a column of words, while there is something else to leave out: cells are folded instead."""
 _MOST_REASONS = 3
 """Why functions are not offered, of those that the summary names."""
@@ -44,10 +44,7 @@ def wide_lines(document: _Entry) -> list[Line]:
     else:
         parts.append([[_NOTHING]])
     if document["not_offered"]:
-        table = Table(("NOT OFFERED", "MODEL", "REASON"))
-        for each in document["not_offered"]:
-            table.add_row(each["pci_address"], _or_dash(each["model"]), each["reason"])
-        parts.append(table.lines())
+        parts.append(_refusals(document["not_offered"], is_short=False).lines())
     if "functions" in document:
         parts.append(_wide_functions(document["functions"]).lines())
     parts.append([[text] for text in _summary(document)])
@@ -148,17 +145,17 @@ def _short(model: str) -> str:
 
 
 def _not_offered(entries: Sequence[_Entry], width: int) -> Table:
+    whole, short = _refusals(entries, is_short=False), _refusals(entries, is_short=True)
+    too_long = short.width - short.width_before_last - _words(short)
+    return _folded_in([whole, short, short.squeezed("MODEL", width + too_long, least=_LEAST)], width)
+
+
+def _refusals(entries: Sequence[_Entry], *, is_short: bool) -> Table:
     table = Table(("NOT OFFERED", "MODEL", "REASON"))
-    models = [_or_dash(each["model"]) for each in entries]
-    widest = max(map(len, models))
-    addresses = max(len(table.columns[0]), *(len(each["pci_address"]) for each in entries))
-    room = width - addresses - _LEAST_WORDS - 4
-    for each, model in zip(entries, models, strict=True):
-        table.add_row(each["pci_address"], _short(model) if widest > room else model, each["reason"])
-    if widest > room:
-        without = table.without("REASON").squeezed("MODEL", width - _LEAST_WORDS - 2, least=_LEAST)
-        table = Table(table.columns, [[*row, old[-1]] for row, old in zip(without.rows, table.rows, strict=True)])
-    return table.folded(width, least=_LEAST)
+    for each in entries:
+        model = _or_dash(each["model"])
+        table.add_row(each["pci_address"], _short(model) if is_short else model, each["reason"])
+    return table
 
 
 def _functions(functions: Sequence[_Entry], width: int) -> Table:
@@ -169,8 +166,18 @@ def _functions(functions: Sequence[_Entry], width: int) -> Table:
         cells = [_or_dash(each[key]) for key in ("pci_address", "class", "id", "driver", "iommu_group")]
         table.add_row(*cells, [why, *(f"note: {remark}" for remark in each["remarks"])])
     forms = [table, table.without("CLASS"), table.without("CLASS", "ID"), table.without("CLASS", "ID", "GROUP")]
-    fits = (form for form in forms if form.folded(1, least=_LEAST_WORDS).width <= width)
-    return next(fits, forms[-1]).folded(width, least=_LEAST)
+    return _folded_in(forms, width)
+
+
+def _folded_in(forms: Sequence[Table], width: int) -> Table:
+    """The first of these tables that leaves its last column room enough, or the last of them."""
+    roomy = (form for form in forms if form.width_before_last + _words(form) <= width)
+    return next(roomy, forms[-1]).folded(width, least=_LEAST)
+
+
+def _words(table: Table) -> int:
+    """How wide the last column should be at least."""
+    return min(table.width - table.width_before_last, _LEAST_WORDS)
 
 
 def _wide_functions(functions: Sequence[_Entry]) -> Table:

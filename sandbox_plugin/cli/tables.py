@@ -95,6 +95,11 @@ class Table:
         """Of its widest row."""
         return max(len(_visible(text_of(line))) for line in self._aligned_rows())
 
+    @property
+    def width_before_last(self) -> int:
+        """Where the last column begins."""
+        return self.without(self.columns[-1]).width + len(_GAP)
+
     def without(self, *names: str) -> Table:
         """The same without these columns."""
         kept = [at for at, name in enumerate(self.columns) if name not in names]
@@ -114,11 +119,11 @@ class Table:
 
         It stays at least so many characters wide. Of a table without notes.
         """
-        others = max(len(text_of(line)) for line in self._aligned_rows(but_the_last=True))
+        room = max(width - self.width_before_last, least)
         made = Table(self.columns, row_count=self.row_count)
         for *cells, last in self.rows:
             text, style = (last, "") if isinstance(last, str) else last
-            first, *more = wrap(text, max(width - others - len(_GAP), least))
+            first, *more = wrap(text, room)
             made.rows.append([*cells, Styled(first, style)])
             made.rows += [[*[""] * len(cells), Styled(line, style)] for line in more]
         return made
@@ -133,12 +138,9 @@ class Table:
                 lines += [[_INDENT, line] for line in wrap(self.notes[number], width - len(_INDENT))]
         return lines
 
-    def _aligned_rows(self, *, but_the_last: bool = False) -> list[Line]:
-        """Heading and rows; perhaps with the last column left empty."""
+    def _aligned_rows(self) -> list[Line]:
         rows: list[list[Part]] = [[Styled(name, "bold") for name in self.columns], *self.rows]
         widths = [max(len(_visible(row[at])) for row in rows) for at in range(len(self.columns))]
-        if but_the_last:
-            rows = [row[:-1] for row in rows]
         return [_aligned(row, widths) for row in rows]
 
 
