@@ -12,6 +12,7 @@ from typing import Any
 from sandbox_plugin import __version__
 from sandbox_plugin.cli.stdout import drop, flush, visible
 from sandbox_plugin.config.settings import UsageError
+from sandbox_plugin.hints import did_you_mean, not_one_of
 
 _DESCRIPTION = """\
 Kubernetes device plugin for whole passthrough GPUs, for pods that run in virtual machines (Kata Containers,
@@ -76,8 +77,17 @@ class _OneLineParser(argparse.ArgumentParser):
         """As argparse's own, but the parser of a command names what it does not know: the outer one has other help."""
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            words = (f"{word}{self._hint(word) if word.startswith('--') else ''}" for word in unknown)
+            self.error(f"unrecognized arguments: {' '.join(words)}")
         return known, unknown
+
+    def _hint(self, flag: str) -> str:
+        return did_you_mean(flag.partition("=")[0], self._option_string_actions)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse's own, with a hint: the choices of a command, a verb or a flag."""
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, not_one_of(str(value), map(str, action.choices)))
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"sandbox-plugin: {visible(message)} (see {self.prog} --help)\n")

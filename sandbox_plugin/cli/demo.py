@@ -24,6 +24,7 @@ from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.story import Story, StoryError, Told
+from sandbox_plugin.hints import not_one_of
 from sandbox_plugin.trouble import first_failure
 
 _HEALTH_INTERVAL = 1.0
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     # The story is one of whole GPUs.
     playable = [name for name, preset in PRESETS.items() if name != "empty" and not preset.vgpu_cards]
     if args.preset not in playable:
-        raise UsageError(f"--preset: {args.preset!r} is not one of {', '.join(playable)}")
+        raise UsageError(f"--preset: {not_one_of(args.preset, playable)}")
     with temporary_folder("sandbox-demo-", _short_folder()) as folder:
         node = FakeNode.create(folder / "node", args.preset)
         try:
