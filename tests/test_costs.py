@@ -47,6 +47,7 @@ LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", 
 LATER |= {"difflib"}
 """What the daemon needs only after its devices are served, or seldom."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
+OF_PEOPLE |= {"shtab"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -28,6 +28,7 @@ _COMMANDS = {
     "vfio": ("vfio", "give GPUs to vfio drivers and back: status, bind, unbind"),
     "demo": ("demo", "watch the daemon on a fake node with a fake kubelet"),
     "fake-node": ("fake_node", "make a fake node, and change it as hardware would"),
+    "completion": ("completion", "print the completion of this command line for bash, zsh or fish"),
 }
 """Command -> its module, with a function `set_up` that makes its parser, and what it is for. Only the module of the one
 that is wanted is imported: the daemon needs nothing of what people's commands need, and a node waits for it."""
@@ -35,6 +36,17 @@ that is wanted is imported: the daemon needs nothing of what people's commands n
 
 def run_command(arguments: Sequence[str]) -> int:
     """Runs the command that these arguments name. Returns its exit status."""
+    try:
+        args = parser_of(lambda name: name == arguments[0]).parse_args(arguments)
+    except SystemExit:  # it has printed help
+        flush()
+        raise
+    status: int = args.run(args)
+    return status
+
+
+def parser_of(is_wanted: Callable[[str], bool]) -> argparse.ArgumentParser:
+    """The parser of the whole command line. The arguments of a command that is not wanted are left out."""
     parser = _OneLineParser(
         prog="sandbox-plugin",
         description=_DESCRIPTION,
@@ -45,15 +57,9 @@ def run_command(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, (module, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
-        if name == arguments[0]:
+        if is_wanted(name):
             import_module(f"sandbox_plugin.cli.{module}").set_up(command)
-    try:
-        args = parser.parse_args(arguments)
-    except SystemExit:  # it has printed help
-        flush()
-        raise
-    status: int = args.run(args)
-    return status
+    return parser
 
 
 def status_after(error: Exception) -> int:
