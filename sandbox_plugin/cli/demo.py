@@ -102,8 +102,8 @@ def _summary(told: Sequence[Told], kubelet: FakeKubelet) -> str:
         calls = (_counted(kubelet.registrations, "registration"), _counted(kubelet.lists, "list"))
         seen = (
             f"That is all. In this run {_counted(len(told), 'thing')} happened, and the kubelet saw {len(times)} of "
-            f"them after {fastest} to {slowest}, half of them within {middle}. That took {calls[0]}, {calls[1]} of devices "
-            f"and {_counted(kubelet.allocates, 'Allocate')}."
+            f"them after {fastest} to {slowest}, half of them within {middle}. That took {calls[0]}, {calls[1]} of "
+            f"devices and {_counted(kubelet.allocates, 'Allocate')}."
         )
     program = _program()
     return "\n".join((
