@@ -96,6 +96,7 @@ def test_what_a_command_does_not_know_is_named_with_the_help_of_that_command(
 
 CHOICES = {
     "runn": "argument COMMAND: 'runn' (did you mean 'run'?) is not one of run, list, ",
+    "RUN": "argument COMMAND: 'RUN' (did you mean 'run'?) is not one of run, list, ",
     "frobnicate": "argument COMMAND: 'frobnicate' is not one of run, list, ",
     "vfio bnd": "argument VERB: 'bnd' (did you mean 'bind'?) is not one of status, bind, unbind (see",
     "fake-node creat x": "argument VERB: 'creat' (did you mean 'create'?) is not one of create, presets, ",

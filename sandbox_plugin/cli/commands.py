@@ -15,8 +15,9 @@ from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.hints import did_you_mean, not_one_of
 
 _DESCRIPTION = """\
-Kubernetes device plugin for whole passthrough GPUs, for pods that run in virtual machines (Kata Containers,
-confidential Kata, KubeVirt). Without a command it runs the daemon.
+Kubernetes device plugin for whole passthrough GPUs, for pods that run in
+virtual machines (Kata Containers, confidential Kata, KubeVirt). Without a
+command it runs the daemon.
 """
 
 

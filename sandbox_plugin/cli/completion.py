@@ -20,17 +20,18 @@ _SHELLS = ("bash", "zsh", "fish")
 _FILES = {"DIR": shtab.DIRECTORY, "DIR|PRESET": shtab.DIRECTORY, "FILE": shtab.FILE, "PATH": shtab.FILE}
 """By what the help calls a value."""
 _HOW = """\
-For this shell alone, and for each new one:
-  bash   source <(sandbox-plugin completion bash)
-         sandbox-plugin completion bash > ~/.local/share/bash-completion/completions/sandbox-plugin
-  zsh    sandbox-plugin completion zsh > DIR/_sandbox-plugin      (DIR: a folder of $fpath)
-  fish   sandbox-plugin completion fish | source
-         sandbox-plugin completion fish > ~/.config/fish/completions/sandbox-plugin.fish
+for this shell alone:
+  bash:  source <(sandbox-plugin completion bash)
+  fish:  sandbox-plugin completion fish | source
+for each new one, into a file:
+  bash:  ~/.local/share/bash-completion/completions/sandbox-plugin
+  zsh:   _sandbox-plugin in a folder of $fpath, before compinit runs
+  fish:  ~/.config/fish/completions/sandbox-plugin.fish
 """
 
 
 def set_up(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Prints a script that makes a shell complete commands, verbs, flags, choices and paths."
+    parser.description = "Prints a script that makes a shell complete commands, flags, choices and paths."
     parser.epilog = _HOW
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("shell", choices=_SHELLS, metavar="SHELL", help=", ".join(_SHELLS))
