@@ -80,7 +80,7 @@ class HttpServer:
             try:
                 listeners = await on_thread(_listen)(*self.address)  # a name may have to be looked up
             except OSError as error:
-                reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror  # a name's are negative
+                reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
                 why = f"{reason}; it is tried again every {self.retry:g} s, and all else goes on"
                 if self._trouble.update(why):
                     action = "end what listens there, or give another --metrics-address"
