@@ -7,14 +7,24 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 
-import kubernetes_validate
 import pytest
 from daemon import run_command
-from manifests import COMPONENTS, KATA, KUBEVIRT, OVERLAYS, ROOT, Installed, Manifest, build, overlay_of
+from deployed import (
+    COMPONENTS,
+    KATA,
+    KUBERNETES,
+    KUBEVIRT,
+    OVERLAYS,
+    ROOT,
+    Installed,
+    build,
+    installed,
+    overlay_of,
+    validate,
+)
 
 from sandbox_plugin import __version__
 from sandbox_plugin.cdi.foreign import cdi_folders
@@ -22,23 +32,13 @@ from sandbox_plugin.config.load import load_settings, unknown_variables
 from sandbox_plugin.config.settings import Settings
 
 ADMINISTRATORS = "examples/overlay"
-KUBERNETES = ("1.30", "1.34", "1.37")
-OUTSIDE = {"SecurityContextConstraints"}
-"""Kinds that are no part of Kubernetes; a test of their own looks at each."""
 SIDE_BY_SIDE = [KATA, KUBEVIRT, "manifests/overlays/dev"]
 """The other overlays are one of these with a component."""
 
 
 @pytest.fixture(scope="module")
 def kata() -> Installed:
-    return Installed.of(KATA)
-
-
-def validate(manifests: Sequence[Manifest], version: str) -> None:
-    assert manifests
-    for manifest in manifests:
-        if manifest["kind"] not in OUTSIDE:
-            kubernetes_validate.validate(manifest, version, strict=True)
+    return installed(KATA)
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -52,10 +52,10 @@ def test_all_components_go_together_on_either_consumer(base: str, tmp_path: Path
     others = {f"gpu-operator-{each}" for each in ("kata", "kubevirt")} - {f"gpu-operator-{Path(base).name}"}
     for version in KUBERNETES:
         validate(build(overlay_of(tmp_path, base, set(COMPONENTS) - others)), version)
-    overlay = Installed.of(str(tmp_path))
+    overlay = installed(str(tmp_path))
     images = {container["image"] for container in (overlay.container, *overlay.pod["initContainers"])}
     assert images == {"registry.example/mine:9"}
-    assert overlay.container["args"] == Installed.of(base).container["args"]
+    assert overlay.container["args"] == installed(base).container["args"]
 
 
 # The base, as the overlay for Kata has it
@@ -112,12 +112,12 @@ def test_it_runs_on_every_kata_node_however_tainted_and_is_not_the_first_to_be_e
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_a_node_that_is_left_to_dra_is_left_alone(name: str) -> None:
     mode = ("nvidia.com/gpu-operator.resource-allocation.mode", "NotIn", ("dra",))
-    assert mode in Installed.of(name).unwanted_nodes()
+    assert mode in installed(name).unwanted_nodes()
 
 
 @pytest.mark.parametrize("name", [*OVERLAYS, ADMINISTRATORS])
 def test_the_daemon_is_started_as_this_version_with_arguments_and_variables_that_it_knows(name: str) -> None:
-    overlay = Installed.of(name)
+    overlay = installed(name)
     for container in (overlay.container, *overlay.pod.get("initContainers", ())):
         assert container["image"].endswith(f"sandbox-plugin:{__version__}")
     assert "envFrom" not in overlay.container
@@ -142,7 +142,7 @@ def test_overlays_for_two_kinds_of_nodes_stand_beside_each_other_in_one_cluster(
 
 
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:
-    overlay = Installed.of(KUBEVIRT)
+    overlay = installed(KUBEVIRT)
     assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
     settings = Settings()
     folders = (settings.kubelet_dir, settings.pod_resources_socket.parent, settings.status_socket.parent)
@@ -161,8 +161,8 @@ def base(request: pytest.FixtureRequest) -> str:
 
 
 def test_on_k0s_the_socket_of_pod_resources_is_taken_from_its_kubelets_root(base: str, tmp_path: Path) -> None:
-    overlay = Installed.of(overlay_of(tmp_path, base, ["k0s"]))
-    plain = Installed.of(base)
+    overlay = installed(overlay_of(tmp_path, base, ["k0s"]))
+    plain = installed(base)
     moved = overlay.volumes().pop("pod-resources")["hostPath"]
     assert moved == {"path": "/var/lib/k0s/kubelet/pod-resources", "type": "DirectoryOrCreate"}
     assert overlay.volumes() | {"pod-resources": None} == plain.volumes() | {"pod-resources": None}
@@ -176,20 +176,20 @@ def test_the_patch_that_nodes_md_shows_moves_that_socket_anywhere(tmp_path: Path
     folder = overlay_of(tmp_path, KATA, [])
     with (tmp_path / "kustomization.yaml").open("a") as file:
         file.write("patches:\n" + re.sub(r"^    ", "", shown[1], flags=re.MULTILINE))
-    assert Installed.of(folder).volumes()["pod-resources"]["hostPath"]["path"] == "/data/kubelet/pod-resources"
+    assert installed(folder).volumes()["pod-resources"]["hostPath"]["path"] == "/data/kubelet/pod-resources"
 
 
 def test_for_selinux_the_type_of_device_plugins_is_set_and_no_categories_that_the_next_pod_would_not_have(
     base: str, tmp_path: Path
 ) -> None:
-    overlay = Installed.of(overlay_of(tmp_path, base, ["selinux"]))
+    overlay = installed(overlay_of(tmp_path, base, ["selinux"]))
     context = overlay.container["securityContext"]
     assert context.pop("seLinuxOptions") == {"type": "container_device_plugin_t", "level": "s0"}
-    assert context == Installed.of(base).container["securityContext"]
+    assert context == installed(base).container["securityContext"]
 
 
 def test_openshift_allows_just_what_the_pod_has_to_its_service_account_alone(base: str, tmp_path: Path) -> None:
-    overlay = Installed.of(overlay_of(tmp_path, base, ["openshift"]))
+    overlay = installed(overlay_of(tmp_path, base, ["openshift"]))
     namespace = overlay.by_kind["Namespace"]["metadata"]
     allowed, context = overlay.by_kind["SecurityContextConstraints"], overlay.container["securityContext"]
     for key, value in allowed.items():
@@ -223,7 +223,7 @@ def test_openshift_allows_just_what_the_pod_has_to_its_service_account_alone(bas
 
 
 def test_for_monitoring_the_probes_go_over_http_and_only_the_port_of_metrics_is_open(base: str, tmp_path: Path) -> None:
-    overlay = Installed.of(overlay_of(tmp_path, base, ["monitoring"]))
+    overlay = installed(overlay_of(tmp_path, base, ["monitoring"]))
     (port,) = overlay.container["ports"]
     number = port["containerPort"]
     assert overlay.variables == {"SANDBOX_PLUGIN_METRICS_ADDRESS": f":{number}"}
@@ -244,7 +244,7 @@ def test_for_monitoring_the_probes_go_over_http_and_only_the_port_of_metrics_is_
 def test_binding_is_done_by_a_container_that_ends_before_the_plugin_starts_and_that_gains_no_rights_by_it(
     base: str, tmp_path: Path
 ) -> None:
-    overlay, plain = Installed.of(overlay_of(tmp_path, base, ["vfio-bind"])), Installed.of(base)
+    overlay, plain = installed(overlay_of(tmp_path, base, ["vfio-bind"])), installed(base)
     assert {**overlay.container, "image": None} == {**plain.container, "image": None}
     assert not {"hostNetwork", "hostPID", "hostIPC", "securityContext"} & set(overlay.pod)
     (binder,) = overlay.pod["initContainers"]
@@ -257,7 +257,7 @@ def test_binding_is_done_by_a_container_that_ends_before_the_plugin_starts_and_t
 def test_a_gpu_that_cannot_be_bound_does_not_keep_the_plugin_from_the_others_but_a_wrong_setting_does(
     status: int, goes_on: bool, tmp_path: Path
 ) -> None:
-    (binder,) = Installed.of("manifests/overlays/vfio-bind").pod["initContainers"]
+    (binder,) = installed("manifests/overlays/vfio-bind").pod["initContainers"]
     program = tmp_path / "sandbox-plugin"
     program.write_text(f'#!/bin/sh\n[ "$*" = "vfio bind --all" ] && exit {status}\nexit 99\n')
     program.chmod(0o755)
@@ -267,17 +267,21 @@ def test_a_gpu_that_cannot_be_bound_does_not_keep_the_plugin_from_the_others_but
 
 @pytest.mark.parametrize("mode", ["kata", "kubevirt"])
 def test_with_the_gpu_operator_it_runs_where_the_operators_own_plugin_would(mode: str, tmp_path: Path) -> None:
-    overlay = Installed.of(overlay_of(tmp_path, f"manifests/overlays/{mode}", [f"gpu-operator-{mode}"]))
+    overlay = installed(overlay_of(tmp_path, f"manifests/overlays/{mode}", [f"gpu-operator-{mode}"]))
     plugin = "kata-sandbox-device-plugin" if mode == "kata" else "sandbox-device-plugin"
     assert overlay.pod["nodeSelector"] == {"kubernetes.io/os": "linux", f"nvidia.com/gpu.deploy.{plugin}": "true"}
 
 
-@pytest.mark.parametrize("component", sorted({*COMPONENTS} - {"k0s", "selinux", "gpu-operator-kubevirt"}))
-def test_an_overlay_that_is_called_like_a_component_is_kata_with_it(component: str, tmp_path: Path) -> None:
-    name = "gpu-operator" if component.startswith("gpu-operator") else component
+@pytest.mark.parametrize(
+    ("overlay", "component"),
+    [(name, name) for name in ("monitoring", "openshift", "vfio-bind")] + [("gpu-operator", "gpu-operator-kata")],
+)
+def test_an_overlay_that_is_called_like_a_component_is_kata_with_it(
+    overlay: str, component: str, tmp_path: Path
+) -> None:
     mine = build(overlay_of(tmp_path, KATA, [component]))
     assert str(mine).replace("registry.example/mine:9", f"sandbox-plugin:{__version__}") == str(
-        build(f"manifests/overlays/{name}")
+        build(f"manifests/overlays/{overlay}")
     )
 
 
@@ -287,7 +291,7 @@ def test_an_overlay_that_is_called_like_a_component_is_kata_with_it(component: s
 def test_the_example_of_an_overlay_gives_the_daemon_a_config_file_that_it_reads_with_and_without_its_comments(
     tmp_path: Path,
 ) -> None:
-    overlay = Installed.of(ADMINISTRATORS)
+    overlay = installed(ADMINISTRATORS)
     assert overlay.container["image"] == f"registry.example/gpu/sandbox-plugin:{__version__}"
     variables = overlay.variables
     config = Path(variables.pop("SANDBOX_PLUGIN_CONFIG"))
@@ -319,14 +323,20 @@ def test_the_example_of_an_overlay_is_one_for_kubevirt_when_the_two_lines_that_s
 ) -> None:
     folder, changed = edited(tmp_path, r"^(\s*\S+ )\S+ # for KubeVirt: ([^\s,]+).*", r"\1\2")
     assert changed == 2
-    overlay = Installed.of(folder)
+    overlay = installed(folder)
     namespaces = {m["metadata"]["namespace"] for kind, m in overlay.by_kind.items() if kind != "Namespace"}
     assert namespaces == {overlay.by_kind["Namespace"]["metadata"]["name"]}
     assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
 
 
-@pytest.mark.parametrize("component", sorted({*COMPONENTS} - {"gpu-operator-kubevirt"}))
-def test_the_example_of_an_overlay_offers_each_component_as_a_line_to_use(component: str, tmp_path: Path) -> None:
+OFFERED = re.findall(r"^#  - \S+/components/(\S+)", (ROOT / ADMINISTRATORS / "kustomization.yaml").read_text(), re.M)
+
+
+@pytest.mark.parametrize("component", OFFERED)
+def test_the_example_of_an_overlay_has_a_line_to_use_for_what_clusters_differ_in(
+    component: str, tmp_path: Path
+) -> None:
+    assert len(OFFERED) >= 6
     folder, changed = edited(tmp_path, rf"^#(  - \S+/{component}\b)", r"\1")
     assert changed == 1
     assert build(folder) != build(ADMINISTRATORS)

