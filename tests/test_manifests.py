@@ -222,6 +222,12 @@ def test_openshift_allows_just_what_the_pod_has_to_its_service_account_alone(bas
     assert namespace["annotations"] == {"openshift.io/node-selector": ""}
 
 
+def test_on_openshift_the_operators_own_label_says_which_nodes_have_kata() -> None:
+    overlay = installed("manifests/overlays/openshift")
+    assert overlay.pod["nodeSelector"] == {"kubernetes.io/os": "linux", "node-role.kubernetes.io/kata-oc": ""}
+    assert overlay.by_kind["SecurityContextConstraints"]
+
+
 def test_for_monitoring_the_probes_go_over_http_and_only_the_port_of_metrics_is_open(base: str, tmp_path: Path) -> None:
     overlay = installed(overlay_of(tmp_path, base, ["monitoring"]))
     (port,) = overlay.container["ports"]
@@ -274,7 +280,7 @@ def test_with_the_gpu_operator_it_runs_where_the_operators_own_plugin_would(mode
 
 @pytest.mark.parametrize(
     ("overlay", "component"),
-    [(name, name) for name in ("monitoring", "openshift", "vfio-bind")] + [("gpu-operator", "gpu-operator-kata")],
+    [(name, name) for name in ("monitoring", "vfio-bind")] + [("gpu-operator", "gpu-operator-kata")],
 )
 def test_an_overlay_that_is_called_like_a_component_is_kata_with_it(
     overlay: str, component: str, tmp_path: Path
