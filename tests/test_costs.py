@@ -48,8 +48,10 @@ LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", 
     "sandbox_plugin.outputs.http",
     "sandbox_plugin.outputs.metrics",
 }
+LATER |= {"difflib"}
 """What the daemon needs only after its devices are served, or seldom."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
+OF_PEOPLE |= {"shtab"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 
 
