@@ -43,12 +43,8 @@ def loaded_by(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
-LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"} | {
-    "prometheus_client",
-    "sandbox_plugin.outputs.http",
-    "sandbox_plugin.outputs.metrics",
-}
-LATER |= {"difflib"}
+LATER = {"yaml", "tomllib", "difflib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"}
+LATER |= {"prometheus_client", "sandbox_plugin.outputs.http", "sandbox_plugin.outputs.metrics"}
 """What the daemon needs only after its devices are served, or seldom."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
 OF_PEOPLE |= {"shtab"}
