@@ -46,6 +46,16 @@ mkdir -p "$dist"
 cp "$scratch/first/$sdist" "$scratch/first/$wheel" "$dist"
 (cd "$dist" && sha256sum "$sdist" "$wheel")
 
+step "looking for a wheel of each package, for each Python and both architectures"
+for supported in 3.11 3.12 3.13 3.14; do
+  for machine in x86_64 aarch64; do
+    "$python" -m pip download -qq --disable-pip-version-check --no-deps --require-hashes --only-binary=:all: \
+      --implementation cp --python-version $supported --platform manylinux2014_$machine \
+      --platform manylinux_2_28_$machine --dest "$scratch/wheels" -r requirements/runtime.txt ||
+      fail "the lock does not fit Python $supported on $machine"
+  done
+done
+
 step "installing the wheel in an empty environment"
 "$python" -m venv --without-pip "$scratch/env"
 install --require-hashes --only-binary=:all: -r "$source/requirements/runtime.txt"
