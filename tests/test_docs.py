@@ -15,7 +15,7 @@ from sandbox_plugin.config.settings import OPTIONS, Option, Settings
 from sandbox_plugin.model import Reason
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_operations_tells_what_every_reason_means_and_what_to_do_and_knows_no_other_reason() -> None:
