@@ -164,7 +164,7 @@ try_it() {
   quietly inside sandbox-plugin demo
   echo "  the daemon becomes ready, says so to the probe, and ends on SIGTERM"
   # shellcheck disable=SC2016
-  quietly inside sh -euc '
+  quietly inside timeout 300 sh -euc '
     mkdir -p /tmp/kubelet
     export SANDBOX_PLUGIN_STATUS_SOCKET=/tmp/status.sock
     sandbox-plugin run --fake-sysfs empty --kubelet-dir /tmp/kubelet --cdi-dir /tmp/cdi &
