@@ -15,7 +15,7 @@ from sandbox_plugin.config.settings import OPTIONS, Option, Settings
 from sandbox_plugin.model import Reason
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *(ROOT / each / "README.md" for each in ("manifests", "examples"))]
+DOCS = [*sorted(ROOT.glob("*.md")), *(ROOT / each / "README.md" for each in ("manifests", "examples"))]
 DOCS += sorted((ROOT / "docs").glob("*.md"))
 
 
