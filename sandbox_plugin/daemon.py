@@ -157,9 +157,14 @@ class Daemon:
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
         async with asyncio.TaskGroup() as group:
-            shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
+            if self._settings.device_plugin == "on":
+                shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
+            if self._settings.dra:
+                from sandbox_plugin.dra.run import run as run_dra  # here: few need it, and it is large
+
+                shutdown.watch(group.create_task(run_dra(self._settings, self._registry, shutdown)))
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""
@@ -191,7 +196,7 @@ class Daemon:
             Parts(
                 plugin={
                     "version": __version__,
-                    "node": os.environ.get("NODE_NAME") or os.uname().nodename,
+                    "node": self._settings.node_name or os.uname().nodename,
                     "pid": os.getpid(),
                     "uptime_seconds": now - self._began_at,
                     "consumer": str(self._settings.consumer),
