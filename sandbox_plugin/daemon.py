@@ -83,7 +83,9 @@ class Daemon:
         last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
         self._endpoints = Endpoints(settings, self._registry, last_look)
         self._lock = NodeLock(folder=settings.kubelet_dir)
-        self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)
+        self._poller = HoldingsPoller(
+            socket=settings.pod_resources_socket, registry=self._registry, driver=settings.dra_driver_name
+        )
         self._cdi_writer = CdiWriter(
             folder=settings.cdi_dir,
             registry=self._registry,

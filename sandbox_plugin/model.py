@@ -227,6 +227,7 @@ class Reason(StrEnum):
     IN_USE_ELSEWHERE = "in-use-elsewhere"
     GROUP_TAKEN = "group-taken"
     HELD_AS_ANOTHER = "held-as-another"
+    HELD_BY_OTHER_API = "held-by-other-api"
     ID_HELD = "id-held"
     HOLDERS_UNKNOWN = "holders-unknown"
     NOT_IN_CDI = "not-in-cdi"
@@ -302,7 +303,10 @@ class Device:
     node_exists: bool = True
     """Whether sysfs shows the node: what does not exist must not be in a CDI spec."""
     health: Health = _UNLISTED
-    """Set when the device is listed (inventory/advance.py), and by nobody else."""
+    """Whether the device plugin API may give it. Set when it is listed (inventory/advance.py), and by nobody else."""
+    for_claims: Health = _UNLISTED
+    """The same for claims, where they are served: what another claim holds counts as well here, for that is known to
+    the scheduler."""
 
     @property
     def key(self) -> tuple[str, str]:

@@ -54,7 +54,9 @@ def generate(folder: Path) -> dict[str, str]:
     # `python -m` looks for modules in the folder it runs in first: so it runs in one that holds none.
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env={**os.environ, "PATH": tools})
     modules = {_module(path.parent.relative_to(folder)): path.read_text() for path in folder.rglob("*/__init__.py")}
-    return {"__init__.py": DOCSTRING} | {f"{module}.py": modules[module] for module in sorted(modules) if modules[module]}
+    return {"__init__.py": DOCSTRING} | {
+        f"{module}.py": modules[module] for module in sorted(modules) if modules[module]
+    }
 
 
 def _module(package: Path) -> str:
