@@ -131,10 +131,15 @@ class Publisher:
                 await asyncio.sleep(max(self.backoff.next(), min(failure.retry_after or 0, _LONGEST_WAIT)))
 
     async def _hear_of_changes(self) -> None:
-        inventory = self.registry.current
+        """Rings for all that slices show. An Allocate is news for them, also where it makes no new version."""
+        seen: object = None
         while True:
-            inventory = await self.registry.newer_than(inventory.version)
-            self._bell.set()
+            inventory = self.registry.current
+            now = inventory.version, inventory.memory.ledger.grants.keys(), self.registry.modules
+            if now != seen:
+                seen = now
+                self._bell.set()
+            await self.registry.stepped()
 
     # From a list to the first failure
 
