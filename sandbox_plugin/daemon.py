@@ -125,7 +125,8 @@ class Daemon:
             if self._settings.fabric_partitions is not None:
                 start(FabricFile(self._settings.fabric_partitions, self._registry).run())
             # The rest can wait until pods can have devices: a watch that begins makes everybody look.
-            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+            if self._settings.device_plugin == "on":
+                await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
             await self._watch_folders(start, step=_UNHURRIED if is_real else _QUICK)
 
     async def _watch_folders(self, start: Callable[[Coroutine[Any, Any, None]], object], step: float) -> None:
@@ -164,9 +165,16 @@ class Daemon:
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
             if self._settings.dra:
-                from sandbox_plugin.dra.run import run as run_dra  # here: few need it, and it is large
+                shutdown.watch(group.create_task(self._serve_claims(shutdown)))
 
-                shutdown.watch(group.create_task(run_dra(self._settings, self._registry, shutdown)))
+    async def _serve_claims(self, shutdown: Shutdown) -> None:
+        """Dynamic Resource Allocation, for as long as this plugin serves."""
+        if self._settings.device_plugin == "on":
+            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+        # Here and now, because importing it takes longer than all that comes before.
+        from sandbox_plugin.dra.run import run
+
+        await run(self._settings, self._registry, shutdown)
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""
@@ -211,6 +219,7 @@ class Daemon:
                     "count": self._rescans.scans.total(),
                     "trouble": self._rescans.trouble,
                 },
+                offers_resources=self._settings.device_plugin == "on",
                 cdi_files=files if self._needs_cdi else None,
                 foreign_specs=[
                     {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 JsonObject = Mapping[str, Any]
 """An object of the API as its JSON says it, e.g. `{"metadata": {"name": ...}, "spec": ...}`."""
@@ -18,6 +18,14 @@ class ApiError(Exception):
         """The HTTP status; None: there was no answer, or no sense in it."""
         self.retry_after = retry_after
         """Seconds after which the API server wants to be asked again, if it said so."""
+
+
+class Listed(NamedTuple):
+    """An answer to a list."""
+
+    items: Sequence[JsonObject]
+    version: str
+    """The resourceVersion as of which that is all; a watch begins there."""
 
 
 class Claims(Protocol):
