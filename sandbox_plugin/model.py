@@ -299,7 +299,8 @@ class Device:
     mdev: bool = False
     """A mediated device: the address is a UUID."""
     group_node: str | None = None
-    """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both."""
+    """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both. None where the group
+    must not be passed as a whole."""
     node_exists: bool = True
     """Whether sysfs shows the node: what does not exist must not be in a CDI spec."""
     health: Health = _UNLISTED
@@ -312,6 +313,11 @@ class Device:
     def key(self) -> tuple[str, str]:
         """What the kubelet knows it by."""
         return (self.resource, self.id)
+
+    @property
+    def as_bound(self) -> tuple[object, ...]:
+        """What a look at it is true of: its functions as they are bound, and those that have one holder with it."""
+        return (*((p.address, p.binding) for p in self.placements), *self.group_functions)
 
     @property
     def is_cdev(self) -> bool:

@@ -105,6 +105,10 @@ class Grant:
     claim: str | None = None
     """`namespace/name` of the claim that has it; None: a pod has it by the device plugin API."""
 
+    def is_of_claim(self, uid: str) -> bool:
+        """Whether the claim with this UID has it."""
+        return self.key[0] == _CLAIM + uid
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedClaim:
@@ -176,8 +180,8 @@ class Ledger:
 
     @property
     def holders(self) -> dict[str, str | None]:
-        """Node -> `namespace/name` of the pod, or `claim namespace/name`, that holds it; None: a pod that PodResources has
-        not named yet."""
+        """Node -> `namespace/name` of the pod that holds it, or `claim namespace/name`; None: a pod that PodResources
+        has not named yet."""
         by_claims = {grant.places.node: f"claim {grant.claim}" for grant in self.claimed.values()}
         return {grant.places.node: self.pod_of(grant) for grant in self.grants.values()} | by_claims
 
