@@ -22,7 +22,7 @@ from urllib.parse import quote
 import aiohttp
 
 from sandbox_plugin import __version__
-from sandbox_plugin.dra.client import ApiError, JsonObject, Listed
+from sandbox_plugin.dra.client import OPENED, ApiError, JsonObject, Listed
 from sandbox_plugin.host.threads import on_thread
 
 RESOURCE_API = "/apis/resource.k8s.io/v1"
@@ -113,8 +113,8 @@ class ApiServer:
     ) -> AsyncGenerator[JsonObject, None]:
         """The events on them since that resourceVersion, for about so many seconds: `{"type": ..., "object": ...}`.
 
-        One of type BOOKMARK says only which version there is now. A version that the API server does not know any more
-        is an `ApiError` with status 410.
+        The first is `{"type": OPENED}`. One of type BOOKMARK says only which version there is now. A version that the
+        API server does not know any more is an `ApiError` with status 410.
         """
         params = _selected(driver, node) | {
             "watch": "1",
@@ -124,6 +124,7 @@ class ApiServer:
         }
         limits = aiohttp.ClientTimeout(sock_connect=self.patience, total=seconds + self.patience)
         async with self._answered("GET", SLICES, params=params, limits=limits) as answer:
+            yield {"type": OPENED}
             while line := await answer.content.readline():
                 event = _object(line)
                 if event.get("type") == "ERROR":
@@ -260,7 +261,7 @@ def _refusal(status: int, body: bytes | JsonObject, headers: Mapping[str, str]) 
     if status == HTTPStatus.NOT_FOUND and told.get("kind") == "Status" and details.get("name"):
         return _NoObjectError(f"the API server answered 404: {message}", status=status)
     if status == HTTPStatus.NOT_FOUND:
-        return ApiError("the API server has no resource.k8s.io/v1, which Kubernetes has from 1.34 on", status=status)
+        message = "it has no resource.k8s.io/v1, which Kubernetes has from 1.34 on"
     wants = headers.get("Retry-After") or str(details.get("retryAfterSeconds") or "")
     retry_after = float(wants) if wants.isascii() and wants.isdecimal() and len(wants) < 6 else None
     return ApiError(f"the API server answered {status}: {message}", status=status, retry_after=retry_after)

@@ -9,6 +9,10 @@ JsonObject = Mapping[str, Any]
 """An object of the API as its JSON says it, e.g. `{"metadata": {"name": ...}, "spec": ...}`."""
 
 
+OPENED = "OPENED"
+"""The type of an event that no API server sends: the watch has begun."""
+
+
 class ApiError(Exception):
     """The API server did not do what it was asked. The message says why, in words, and is one line."""
 

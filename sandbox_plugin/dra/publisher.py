@@ -18,7 +18,7 @@ from typing import Protocol
 
 import structlog
 
-from sandbox_plugin.dra.client import ApiError, JsonObject, Listed
+from sandbox_plugin.dra.client import OPENED, ApiError, JsonObject, Listed
 from sandbox_plugin.dra.pace import Pace
 from sandbox_plugin.dra.plan import Pool, Verb, Write, plan, probe_of_taints, slice_name, without_times
 from sandbox_plugin.dra.slices import Terms, dealt_out, render_devices
@@ -29,6 +29,8 @@ from sandbox_plugin.trouble import Trouble
 
 _WATCH = (240, 300)
 """Seconds that a watch lasts, so that those of many nodes do not end together."""
+_SHORT_WATCHES = 3
+"""How many in a row may end within a second: one may do so because the API server restarts."""
 _HOLDS = 30.0
 """Seconds after which what was begun again has held: the next failure is the first again."""
 _LONGEST_WAIT = 300.0
@@ -58,7 +60,7 @@ class Slices(Protocol):
         """Deletes this very version, if it is there."""
 
     def watch_slices(self, driver: str, node: str, version: str, seconds: int) -> AsyncGenerator[JsonObject, None]:
-        """Events since that version, for about so many seconds."""
+        """Events since that version, for about so many seconds; the first is of type `OPENED`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,8 +101,10 @@ class Publisher:
     """The devices that were published last."""
     _keeps_taints: bool | None = None
     """Whether the API server does; None: it has not been asked since the last list."""
+    _is_watching: bool = False
     _failure: ApiError | None = None
     """Of the watch."""
+    _is_settled: bool = False
     _writes: int = 0
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     """Rung by everything that is worth a look."""
@@ -117,6 +121,11 @@ class Publisher:
             trouble=self._trouble.now,
         )
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all was as it should be at the last look, and nothing has happened since."""
+        return self._is_settled and not self._bell.is_set()
+
     async def run(self) -> None:
         """Runs until cancelled."""
         async with asyncio.TaskGroup() as group:
@@ -127,7 +136,7 @@ class Publisher:
                 if self.clock() - began_at >= _HOLDS:
                     self.backoff.reset()
                 if failure.status not in _EXPECTED and self._trouble.update(str(failure)):
-                    log.warning("ResourceSlices are not published", driver=self.pool.driver, reason=str(failure))
+                    log.warning("ResourceSlice trouble", driver=self.pool.driver, reason=str(failure))
                 await asyncio.sleep(max(self.backoff.next(), min(failure.retry_after or 0, _LONGEST_WAIT)))
 
     async def _hear_of_changes(self) -> None:
@@ -165,7 +174,7 @@ class Publisher:
         listed = await self.api.slices(self.pool.driver, self.pool.node)
         self._existing = {each["metadata"]["name"]: each for each in listed.items}
         self._note_generations()
-        self._failure, self._keeps_taints = None, None
+        self._failure, self._is_watching, self._keeps_taints = None, False, None
         return listed.version
 
     async def _node_uid(self) -> str | None:
@@ -179,25 +188,30 @@ class Publisher:
 
     async def _watch(self, version: str) -> None:
         """Until it fails: then the reason is in `_failure`."""
+        short = 0
         try:
-            while True:
+            while short < _SHORT_WATCHES:
                 began_at = self.clock()
                 pool, seconds = self.pool, random.randint(*_WATCH)
                 async with aclosing(self.api.watch_slices(pool.driver, pool.node, version, seconds)) as events:
                     async for event in events:
+                        if event["type"] == OPENED:
+                            self._is_watching = True
+                            self._bell.set()
+                            continue
                         version = event["object"]["metadata"]["resourceVersion"]
                         self._hear(event)
-                if self.clock() - began_at < 1:
-                    raise ApiError("the API server ends each watch as soon as it begins")
+                short = short + 1 if self.clock() - began_at < 1 else 0
+            raise ApiError("the API server ends each watch as soon as it begins")
         except ApiError as error:
             self._failure = error
             self._bell.set()
 
     def _hear(self, event: JsonObject) -> None:
         """Takes in one event of the watch. Of what was written since it happened it is no news."""
-        told = event["object"]
         if event["type"] not in ("ADDED", "MODIFIED", "DELETED"):
             return
+        told = event["object"]
         name = told["metadata"]["name"]
         known = self._existing.get(name)
         if known is not None and _version(told) <= _version(known):
@@ -218,6 +232,7 @@ class Publisher:
         """Until the watch fails. Raises `ApiError` when a write does."""
         while self._failure is None:
             self._bell.clear()
+            self._is_settled = False
             inventory = self.registry.current
             if not inventory.version:  # the host has not been scanned yet: that is not a node without devices
                 await self._bell.wait()
@@ -226,6 +241,7 @@ class Publisher:
             writes = plan(self.pool, self._as_stored(devices), self._existing, self._newest)
             if not writes:
                 self._published(devices)
+                self._is_settled = True
                 await self._bell.wait()
                 continue
             is_restore = devices == self._written
@@ -290,9 +306,9 @@ class Publisher:
     def _published(self, devices: list[JsonObject]) -> None:
         """All is as it should be."""
         self._written = devices
-        if self._trouble.now is not None:
+        if self._is_watching and self._trouble.now is not None:
             self._trouble.update(None)
-            log.info("ResourceSlices are as they should be again", driver=self.pool.driver)
+            log.info("ResourceSlice trouble is over", driver=self.pool.driver)
 
 
 def _version(existing: JsonObject) -> int:

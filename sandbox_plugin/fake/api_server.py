@@ -49,6 +49,8 @@ class Failure:
     times: int
     verb: str | None = None
     retry_after: int | None = None
+    loses_answer: bool = False
+    """It is done, and the connection is cut."""
 
 
 class _Refused(Exception):
@@ -84,7 +86,13 @@ class FakeApiServer:
     """Whether it has resource.k8s.io/v1."""
     keeps_taints: bool = True
     """Whether the feature DRADeviceTaints is on."""
-    bookmark_every: float = 0.2
+    drops: tuple[str, ...] = ()
+    """Fields of devices that it does not know."""
+    ends_watches: bool = False
+    """Each at once, as a broken proxy does."""
+    bookmark_every: float = 0.1
+    bookmarks: int = 0
+    """How many it has sent."""
     requests: Counter[str] = field(default_factory=Counter)
     """How often each verb was asked for, as `create resourceslices`."""
     _objects: dict[tuple[str, str, str], Object] = field(default_factory=dict)
@@ -124,10 +132,15 @@ class FakeApiServer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._runner is not None
+        await self.stop()
+
+    async def stop(self) -> None:
+        """It is gone: connections end, and no more are taken. Also when it has been stopped before."""
+        runner, self._runner = self._runner, None
         self._held.set()
         self._end_watches()
-        await self._runner.cleanup()
+        if runner is not None:
+            await runner.cleanup()
 
     @property
     def url(self) -> str:
@@ -139,6 +152,15 @@ class FakeApiServer:
         """The next requests, or those of this verb, are answered so."""
         self._failures.append(Failure(status, times, verb, retry_after))
 
+    def lose_answers(self, times: int, *, verb: str) -> None:
+        """The next requests of this verb are carried out, and then the connection is cut."""
+        self._failures.append(Failure(0, times, verb, loses_answer=True))
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether failures are still to come."""
+        return bool(self._failures)
+
     def hold(self) -> None:
         """No request is answered any more, until `release`."""
         self._held.clear()
@@ -148,6 +170,7 @@ class FakeApiServer:
 
     def forget(self) -> None:
         """The past is compacted: watches end, and those that ask for what was before are told 410."""
+        self._version += 1
         self._oldest = self._version
         self._events.clear()
         self._end_watches()
@@ -157,6 +180,14 @@ class FakeApiServer:
     def slices(self) -> list[Object]:
         """What is stored, by name."""
         return [each for (kind, _, _), each in sorted(self._objects.items()) if kind == SLICES]
+
+    def history_of_devices(self) -> list[set[str]]:
+        """The names of the devices of each slice that there ever was, since `forget`."""
+        return [
+            {device["name"] for device in what["spec"]["devices"]}
+            for _, resource, kind, what in self._events
+            if resource == SLICES and kind != "DELETED"
+        ]
 
     def put(self, resource: str, new: Object) -> Object:
         """Stores an object as an administrator or the kubelet would."""
@@ -205,15 +236,14 @@ class FakeApiServer:
             verb = _verb(request)
             self.requests[f"{verb} {resource}"] += 1
             await self._held.wait()
-            for failure in list(self._failures):
-                if failure.verb in (None, verb):
-                    failure.times -= 1
-                    if not failure.times:
-                        self._failures.remove(failure)
-                    wait = {} if failure.retry_after is None else {"retryAfterSeconds": failure.retry_after}
-                    raise _Refused(failure.status, "Unknown", "it was told to fail", **wait)
+            failure = self._failure_of(verb)
+            if failure is not None and not failure.loses_answer:
+                wait = {} if failure.retry_after is None else {"retryAfterSeconds": failure.retry_after}
+                raise _Refused(failure.status, "Unknown", "it was told to fail", **wait)
             self._admit(request, verb, resource)
             answer: web.StreamResponse = await handler(request)
+            if failure is not None and request.transport is not None:
+                request.transport.abort()
             return answer
         except _Refused as refused:
             headers = {}
@@ -222,6 +252,14 @@ class FakeApiServer:
             return web.json_response(refused.body, status=refused.code, headers=headers)
         except web.HTTPNotFound:
             return web.Response(status=404, text="404 page not found\n")
+
+    def _failure_of(self, verb: str) -> Failure | None:
+        failure = next((each for each in self._failures if each.verb in (None, verb)), None)
+        if failure is not None:
+            failure.times -= 1
+            if not failure.times:
+                self._failures.remove(failure)
+        return failure
 
     def _admit(self, request: web.Request, verb: str, resource: str) -> None:
         if not self.has_api and resource != NODES:
@@ -279,7 +317,7 @@ class FakeApiServer:
         self._check_node(request, new)
         if (SLICES, "", meta["name"]) in self._objects:
             raise _Refused(409, "AlreadyExists", f'{SLICES} "{meta["name"]}" already exists', name=meta["name"])
-        kept = {**new, "spec": stored(new, _now(), taints=self.keeps_taints)}
+        kept = {**new, "spec": self._stored(new)}
         kept["metadata"] = {**meta, "uid": str(uuid.uuid4()), "creationTimestamp": _now(), "generation": 1}
         if request.query.get("dryRun") != "All":
             kept = self.put(SLICES, kept)
@@ -292,7 +330,7 @@ class FakeApiServer:
             raise _Refused(409, "Conflict", "the object has been modified; please apply your changes to the latest one")
         self._check_valid(new, old)
         self._check_node(request, old)
-        spec = stored(new, _now(), taints=self.keeps_taints)
+        spec = self._stored(new)
         if spec == old["spec"]:
             return web.json_response(old)
         meta = {**old["metadata"], "generation": old["metadata"].get("generation", 0) + 1}
@@ -308,6 +346,9 @@ class FakeApiServer:
         self.remove(SLICES, old["metadata"]["name"])
         return web.json_response({"kind": "Status", "apiVersion": "v1", "status": "Success"})
 
+    def _stored(self, new: Object) -> Object:
+        return stored(new, _now(), drops=(*self.drops, *(() if self.keeps_taints else ("taints",))))
+
     def _check_valid(self, new: Object, old: Object | None = None) -> None:
         if wrong := violations(new, old):
             name = new["metadata"].get("name", "")
@@ -320,7 +361,7 @@ class FakeApiServer:
         seen, epoch = int(request.query["resourceVersion"]), self._epoch
         end = time.monotonic() + float(request.query.get("timeoutSeconds", "1800"))
         with suppress(ConnectionResetError):
-            while self._epoch is epoch and time.monotonic() < end:
+            while self._epoch is epoch and not self.ends_watches and time.monotonic() < end:
                 if seen < self._oldest:
                     gone = _Refused(410, "Expired", f"too old resource version: {seen} ({self._version})")
                     await _say(answer, "ERROR", gone.body)
@@ -337,6 +378,7 @@ class FakeApiServer:
                     seen = self._version
                     mark = {"kind": "ResourceSlice", "metadata": {"resourceVersion": str(seen)}}
                     await _say(answer, "BOOKMARK", mark)
+                    self.bookmarks += 1
         return answer
 
 

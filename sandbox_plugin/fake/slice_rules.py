@@ -6,7 +6,7 @@ A second reading beside that of `dra/`, so that the two can be held against each
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -24,12 +24,12 @@ def violations(new: Object, old: Object | None = None) -> list[str]:
     return [*_of_spec(new.get("spec") or {}), *(_of_change(new["spec"], old["spec"]) if old is not None else ())]
 
 
-def stored(new: Object, now: str, *, taints: bool) -> dict[str, Any]:
-    """The spec as it is kept: with the times of new taints, quantities in their shortest form; without taints where
-    the feature DRADeviceTaints is off."""
+def stored(new: Object, now: str, *, drops: Collection[str]) -> dict[str, Any]:
+    """The spec as it is kept: with the times of new taints, quantities in their shortest form; without the
+    fields of devices that are dropped, as taints are where the feature DRADeviceTaints is off."""
     devices = []
     for device in new["spec"].get("devices") or []:
-        kept = {key: value for key, value in device.items() if key != "taints" or taints}
+        kept = {key: value for key, value in device.items() if key not in drops}
         if kept.get("taints"):
             kept["taints"] = [{**taint, "timeAdded": taint.get("timeAdded", now)} for taint in kept["taints"]]
         if kept.get("capacity"):
