@@ -12,9 +12,9 @@ from typing import Any
 
 import structlog
 
-from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.dra.claims import ClaimId, Given, Prepared, Refused, Wanted
 from sandbox_plugin.dra.config import NodeKind
+from sandbox_plugin.host.files import LARGEST
 from sandbox_plugin.inventory.ledger import Places
 
 _VERSION = 1
@@ -35,8 +35,8 @@ def checkpoint_path(plugin_folder: Path, uid: str) -> Path:
     return checkpoint_folder(plugin_folder) / f"{uid}.json"
 
 
-def encode(prepared: Prepared) -> bytes:
-    """What the file of a claim says."""
+def encode(prepared: Prepared, boot: str) -> bytes:
+    """What the file of a claim says. `boot`: as `boot_id`."""
     claim = prepared.claim
     devices = [
         {
@@ -47,11 +47,13 @@ def encode(prepared: Prepared) -> bytes:
             "node": given.places.node,
             "group": given.places.group,
             "addresses": sorted(given.places.addresses),
+            "formerNodes": list(given.former_nodes),
         }
         for given in prepared.devices
     ]
     document = {
         "version": _VERSION,
+        "boot": boot,
         "namespace": claim.namespace,
         "name": claim.name,
         "uid": claim.uid,
@@ -61,8 +63,8 @@ def encode(prepared: Prepared) -> bytes:
     return json.dumps(document, indent=2).encode() + b"\n"
 
 
-def decode(content: bytes) -> Prepared:
-    """The claim that a file says. Raises NotACheckpoint."""
+def decode(content: bytes, boot: str) -> Prepared:
+    """The claim that a file says. `boot`: as `boot_id`. Raises NotACheckpoint."""
     try:
         document = json.loads(content)
         if document["version"] != _VERSION:
@@ -73,6 +75,8 @@ def decode(content: bytes) -> Prepared:
         devices = tuple(map(_device, document["devices"]))
         if not devices or not (pod_claim is None or isinstance(pod_claim, str)):
             raise NotACheckpoint("it has no devices, or no sensible podClaim")
+        if document["boot"] != boot:
+            devices = tuple(given.after_boot() for given in devices)
         return Prepared(claim=claim, pod_claim=pod_claim, devices=devices)
     except NotACheckpoint:
         raise
@@ -91,7 +95,8 @@ def _device(entry: Any) -> Given:
     group, addresses = entry["group"], frozenset(map(_text, entry["addresses"]))
     if not addresses or isinstance(group, bool) or not (group is None or isinstance(group, int)):
         raise NotACheckpoint("a device has no address, or no sensible group")
-    return Given(wanted=wanted, places=Places(node=_text(entry["node"]), group=group, addresses=addresses))
+    places = Places(node=_text(entry["node"]), group=group, addresses=addresses)
+    return Given(wanted=wanted, places=places, former_nodes=tuple(map(_text, entry["formerNodes"])))
 
 
 def _text(value: Any) -> str:
@@ -100,7 +105,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def read_all(plugin_folder: Path) -> dict[str, Prepared]:
+def read_all(plugin_folder: Path, boot: str) -> dict[str, Prepared]:
     """All claims that are prepared, by UID. Raises OSError where the folder, or a file in it, cannot be read.
 
     A file that makes no sense is left where it is, and logged: PodResources names the claims of running pods.
@@ -115,7 +120,7 @@ def read_all(plugin_folder: Path) -> dict[str, Prepared]:
         with path.open("rb") as file:
             content = file.read(LARGEST)
         try:
-            claim = decode(content)
+            claim = decode(content, boot)
             if path.stem != claim.claim.uid:
                 raise NotACheckpoint(f"it is of the claim with UID {claim.claim.uid}")
         except NotACheckpoint as error:

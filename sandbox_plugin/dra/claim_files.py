@@ -6,23 +6,24 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from sandbox_plugin.cdi import files
-from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.dra.checkpoint import checkpoint_path, encode
 from sandbox_plugin.dra.claim_specs import Terms, claim_folder, metadata_folder, spec_prefix
 from sandbox_plugin.dra.claims import Prepared
+from sandbox_plugin.host import files
+from sandbox_plugin.host.files import Known
 
 
 class ClaimFiles:
     """What lies in the folders, and what was last seen there: a file that is as it should be is not read again."""
 
-    def __init__(self, terms: Terms) -> None:
+    def __init__(self, terms: Terms, boot: str) -> None:
         self._terms = terms
+        self._boot = boot
         self._known: dict[Path, Known[bytes]] = {}
 
     def record(self, prepared: Prepared) -> None:
         """Writes the checkpoint of a claim. Raises OSError."""
-        self._put(checkpoint_path(self._terms.folder, prepared.claim.uid), encode(prepared))
+        self._put(checkpoint_path(self._terms.folder, prepared.claim.uid), encode(prepared, self._boot))
 
     def write(self, prepared: Prepared, wanted: Mapping[Path, bytes]) -> None:
         """Brings the files of a claim to what they should say; others of its files go. Raises OSError."""

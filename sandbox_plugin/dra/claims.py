@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sandbox_plugin.dra.client import JsonObject
@@ -74,12 +74,41 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a claim's allocation says to this driver."""
+
+    pod_claim: str | None
+    devices: tuple[Wanted, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
     """One device that a prepared claim has."""
 
     wanted: Wanted
     places: Places
-    """Its node is the one that the claim's CDI spec says."""
+    """Its node is the one that the claim's CDI spec says, or was made for."""
+    former_nodes: tuple[str, ...] = ()
+    """Those that the spec said before, when it was bound as another vfioN: a container may still have them."""
+
+    @property
+    def held(self) -> list[Places]:
+        """All that goes with it in the ledger."""
+        return [self.places, *(replace(self.places, node=node) for node in self.former_nodes)]
+
+    def moved(self, device: Device) -> Given:
+        """The same, where the device is now."""
+        places, before = places_of(device), self.places
+        if places == before:
+            return self
+        is_known = before.node == places.node or before.node in before.addresses
+        former = self.former_nodes if is_known else (*self.former_nodes, before.node)
+        return replace(self, places=places, former_nodes=tuple(node for node in former if node != places.node))
+
+    def after_boot(self) -> Given:
+        """The same, when the host was booted again: numbers mean something else then, and no container has them."""
+        addresses = self.places.addresses
+        return replace(self, places=Places(node=min(addresses), addresses=addresses), former_nodes=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +120,15 @@ class Prepared:
     """What the pod's spec calls it, if it was made from a template."""
     devices: tuple[Given, ...]
 
+    @property
+    def asked(self) -> Asked:
+        """What its allocation said. It does not change while a pod has the claim."""
+        return Asked(pod_claim=self.pod_claim, devices=tuple(given.wanted for given in self.devices))
+
     def for_ledger(self, at: float = -math.inf, looked_at: float = -math.inf) -> PreparedClaim:
         """As the ledger takes it, prepared and looked at then; -inf: not by this run of the plugin."""
-        places = tuple(given.places for given in self.devices)
+        places = tuple(places for given in self.devices for places in given.held)
         return PreparedClaim(name=str(self.claim), devices=places, at=at, looked_at=looked_at)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """What a claim's allocation says to this driver."""
-
-    pod_claim: str | None
-    devices: tuple[Wanted, ...]
 
 
 # What a claim says

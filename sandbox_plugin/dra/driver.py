@@ -22,16 +22,16 @@ from typing import TypeVar
 
 import structlog
 
-from sandbox_plugin.cdi import files
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.dra.checkpoint import checkpoint_folder, read_all
 from sandbox_plugin.dra.claim_files import ClaimFiles
 from sandbox_plugin.dra.claim_specs import Terms, cdi_ids, nodes_for, render_files
-from sandbox_plugin.dra.claims import ClaimId, Given, Prepared, Refused, Wanted, choose, give, read_claim, usable
+from sandbox_plugin.dra.claims import Asked, ClaimId, Given, Prepared, Refused, Wanted, choose, give, read_claim, usable
 from sandbox_plugin.dra.client import ApiError, Claims
 from sandbox_plugin.dra.names import devices_by_name, pool_name
+from sandbox_plugin.host import files
+from sandbox_plugin.host.paths import boot_id
 from sandbox_plugin.host.threads import on_thread
-from sandbox_plugin.inventory.ledger import places_of
 from sandbox_plugin.model import Device, Objection, PciFunction
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.trouble import Trouble
@@ -62,7 +62,7 @@ async def load_claims(settings: Settings, registry: Registry) -> dict[str, Prepa
     trouble = Trouble()
     while True:
         try:
-            prepared = await on_thread(read_all)(folder)
+            prepared = await on_thread(read_all)(folder, boot_id(settings.host_root))
         except OSError as error:
             if trouble.update(str(error)):
                 log.error("claim checkpoint not read", path=str(checkpoint_folder(folder)), reason=str(error))
@@ -108,7 +108,7 @@ class Driver:
         self._prepared = dict(prepared)
         self._holds = {uid: each.for_ledger() for uid, each in prepared.items()}
         """As the registry knows them."""
-        self._files = ClaimFiles(self._terms)
+        self._files = ClaimFiles(self._terms, boot_id(settings.host_root))
         self._writing = asyncio.Lock()
         """Held by whoever changes files, so that for one claim nothing is written and removed at once."""
         self._trouble = Trouble()
@@ -129,8 +129,9 @@ class Driver:
         """
         try:
             claim.check()
-            if claim.uid not in self._prepared:
-                await self._hold(claim)
+            known = self._prepared.get(claim.uid)
+            asked = await self._ask(claim) if known is None else known.asked
+            await self._hold(claim, asked)
             async with self._writing:
                 prepared = await self._write(claim.uid)
         except Refused as error:
@@ -141,25 +142,32 @@ class Driver:
         self._refused.pop(claim.uid, None)
         return list(zip(prepared.devices, cdi_ids(prepared, self._terms), strict=True))
 
-    async def _hold(self, claim: ClaimId) -> None:
-        """Enters the claim's devices into the ledger, if they can be given. Raises Refused."""
+    async def _ask(self, claim: ClaimId) -> Asked:
+        """What the claim was allocated. Raises Refused."""
         try:
             found = await self._api.claim(claim.namespace, claim.name)
         except ApiError as error:
             raise Refused(f"the API server does not tell what it was allocated: {error}") from None
-        asked = read_claim(claim, found, driver=self.name, pool=self.pool)
+        return read_claim(claim, found, driver=self.name, pool=self.pool)
+
+    async def _hold(self, claim: ClaimId, asked: Asked) -> None:
+        """Enters the claim's devices into the ledger, if they can be given. Raises Refused.
+
+        They are looked at also where they are there already: a VM that has one of them now is not that of a pod whose
+        sandbox is about to be made.
+        """
         devices = self._choose(claim.uid, asked.devices)
         looked_at = self.registry.now()
         for device_id, objection in (await self._last_look(devices, self.registry.functions)).items():
             device = next(device for device in devices if device.id == device_id)
             raise Refused(f"device {device.address} ({device.resource}={device.id}): {objection.why}")
-        if claim.uid in self._prepared:
-            return  # by another call for it
         for before, device in zip(devices, self._choose(claim.uid, asked.devices), strict=True):
             if (before.node, before.as_bound) != (device.node, device.as_bound):
                 raise Refused(f"device {device.address} ({device.resource}={device.id}) changed while it was looked at")
         for wanted, device in zip(asked.devices, devices, strict=True):
             nodes_for(wanted, device, self._terms.consumer)
+        if claim.uid in self._prepared:
+            return
         self._learn(give(claim, asked, devices), at=self.registry.now(), looked_at=looked_at)
         ids, addresses = ",".join(d.id for d in devices), ",".join(d.address for d in devices)
         log.info("claim prepared", claim=str(claim), uid=claim.uid, device=ids, pci_address=addresses)
@@ -178,7 +186,7 @@ class Driver:
         """Writes all that belongs to a claim, by its devices as they are now. Raises Refused."""
         if uid not in self._prepared:
             raise Refused("it was given back while it was prepared")
-        devices = self._choose(uid, [given.wanted for given in self._prepared[uid].devices])
+        devices = self._choose(uid, self._prepared[uid].asked.devices)
         prepared = self._move(self._prepared[uid], devices)
         wanted = render_files(prepared, devices, self._terms, self.registry.egm_gpus)
         try:
@@ -191,7 +199,7 @@ class Driver:
     def _move(self, prepared: Prepared, devices: Sequence[Device | None]) -> Prepared:
         """The claim with its devices where they are now: one that was bound again has another node."""
         pairs = zip(prepared.devices, devices, strict=True)
-        given = tuple(g if d is None else replace(g, places=places_of(d)) for g, d in pairs)
+        given = tuple(g if d is None else g.moved(d) for g, d in pairs)
         if given != prepared.devices:
             held = self._holds[prepared.claim.uid]
             prepared = replace(prepared, devices=given)

@@ -41,7 +41,7 @@ GRANT_UNUSED = 600.0
 
 DeviceKey = tuple[str, str]
 """Resource name and device ID: what the kubelet knows a device by. Of a claim's grant: `_CLAIM` and the claim's UID (or
-its name, if only PodResources tells of it), and the device's address."""
+its name, if only PodResources tells of it), and a node."""
 _CLAIM = "claim:"
 """No resource name has a colon."""
 ClaimedDevice = tuple[str, str]
@@ -342,19 +342,19 @@ def claim(ledger: Ledger, prepared: Mapping[str, PreparedClaim], places_by_addre
     claimed, idle = {}, {}
     for uid, each in prepared.items():
         for places in each.devices:
-            address = min(places.addresses)
-            group = places_by_address(address).group
+            group = places_by_address(min(places.addresses)).group
             held = places if group is None else replace(places, group=group)
-            key = (_CLAIM + uid, address)
+            key = (_CLAIM + uid, held.node)
             claimed[key] = Grant(key=key, places=held, at=each.at, claim=each.name)
             if key not in ledger.claimed:
                 idle[held.group] = each.looked_at
-    known = {(each.claim, address) for (_, address), each in claimed.items()}
+    known = {(each.claim, min(each.places.addresses)) for each in claimed.values()}
     # Not any more once it is prepared: an answer from before its Unprepare would hold it after that.
     named_claims = frozenset(named for named in ledger.named_claims if named not in known)
     for name, address in sorted(named_claims):
-        key = (_CLAIM + name, address)
-        claimed[key] = Grant(key=key, places=places_by_address(address), claim=name)
+        places = places_by_address(address)
+        key = (_CLAIM + name, places.node)
+        claimed[key] = Grant(key=key, places=places, claim=name)
     uses = {a: use for a, use in ledger.uses.items() if use.seen_at > idle.get(use.group, -math.inf)}
     return changed(ledger, claimed=claimed, named_claims=named_claims, uses=uses)
 

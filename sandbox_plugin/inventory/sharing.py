@@ -77,7 +77,7 @@ def _taken_by(
         holder = ledger.holder_of(grant)
         at = f" ({min(grant.places.addresses)})" if grant.places.addresses else ""
         if grant.claim is not None:
-            as_what, at = number, ""
+            as_what, at = min(grant.places.addresses), ""
         else:
             as_what = f"device {number}" if resource == device.resource else f"{resource}={number}"
         is_other_api = (grant.claim is not None) != from_claims
