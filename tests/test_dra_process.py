@@ -256,7 +256,7 @@ def test_a_device_that_dies_is_told_in_words_to_kubelet_and_scheduler_and_to_the
         manager.prepare("next", "next")
     node.remove(FIRST)
     manager.wait_for(lambda: manager.health(name_of(FIRST))[1].startswith("gone: "))
-    with pytest.raises(NotPrepared, match="gone: 0000:1b:00.0 is not on the PCI bus any more"):
+    with pytest.raises(NotPrepared, match=r"gone: 0000:1b:00\.0 is not on the PCI bus any more"):
         manager.prepare("next", "next")
 
 
