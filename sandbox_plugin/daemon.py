@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,7 @@ from sandbox_plugin.tasks import happens
 
 if TYPE_CHECKING:
     from sandbox_plugin.cdi.foreign import ForeignSpecWatch
+    from sandbox_plugin.dra.claims import Prepared
     from sandbox_plugin.host.watch import FolderWatcher
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -80,10 +81,12 @@ class Daemon:
         self._needs_cdi = settings.consumer.reads_cdi
         self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
         self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
-        last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
-        self._endpoints = Endpoints(settings, self._registry, last_look)
+        self._last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
+        self._endpoints = Endpoints(settings, self._registry, self._last_look)
         self._lock = NodeLock(folder=settings.kubelet_dir)
-        self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)
+        self._poller = HoldingsPoller(
+            socket=settings.pod_resources_socket, registry=self._registry, driver=settings.dra_driver_name
+        )
         self._cdi_writer = CdiWriter(
             folder=settings.cdi_dir,
             registry=self._registry,
@@ -154,6 +157,11 @@ class Daemon:
             self._registry.learn(in_cdi={})  # whoever served meanwhile may have changed the specs
         if self._registry.current.version:  # else it is asked before anything is offered
             await self._poller.ask(patience=_FIRST_ANSWER)
+        prepared: Mapping[str, Prepared] = {}
+        if self._settings.dra:
+            from sandbox_plugin.dra.driver import load_claims  # few need it
+
+            prepared = await load_claims(self._settings, self._registry)  # before anything can be given
         self._registry.serve(since)
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
@@ -163,16 +171,16 @@ class Daemon:
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
             if self._settings.dra:
-                shutdown.watch(group.create_task(self._serve_claims(shutdown)))
+                shutdown.watch(group.create_task(self._serve_claims(shutdown, prepared)))
 
-    async def _serve_claims(self, shutdown: Shutdown) -> None:
+    async def _serve_claims(self, shutdown: Shutdown, prepared: Mapping[str, Prepared]) -> None:
         """Dynamic Resource Allocation, for as long as this plugin serves."""
         if self._settings.device_plugin == "on":
             await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
         # Here and now, because importing it takes longer than all that comes before.
         from sandbox_plugin.dra.run import run
 
-        await run(self._settings, self._registry, shutdown)
+        await run(self._settings, self._registry, shutdown, self._last_look, prepared)
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""
