@@ -44,6 +44,8 @@ def loaded_by(module: str) -> set[str]:
 
 
 LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"}
+OF_CLAIMS = {"aiohttp", "sandbox_plugin.dra"}
+"""What nobody has without `--dra`."""
 """What the daemon needs only after its devices are served, or seldom."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
@@ -52,7 +54,7 @@ OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 @pytest.mark.parametrize(
     ("module", "without"),
     [
-        ("sandbox_plugin.cli.run", LATER | OF_PEOPLE),
+        ("sandbox_plugin.cli.run", LATER | OF_CLAIMS | OF_PEOPLE),
         ("sandbox_plugin.cli.status", LATER | OF_PEOPLE - {"sandbox_plugin.cli.status"} | OF_THE_DAEMON),
         ("sandbox_plugin.cli.commands", LATER | OF_PEOPLE | OF_THE_DAEMON),
     ],

@@ -127,12 +127,15 @@ def _function(device: Device, inventory: Inventory) -> PciFunction | None:
     return facts.functions.get(device.placements[0].address) if facts is not None else None
 
 
-def _type(device: Device, function: PciFunction | None) -> str | None:
-    """What device classes select by: gpu, nvswitch, vgpu, virtual-function or other."""
+def _type(device: Device, function: PciFunction | None) -> str:
+    """What device classes select by: gpu, nvswitch, vgpu, virtual-function, other, or unknown where it has left.
+
+    Always something: a selector that asks for what a device does not have stops the scheduler.
+    """
     if device.mdev or (function is not None and function.is_vendors_vgpu):
         return "vgpu"
     if function is None:
-        return None
+        return "unknown"
     if function.physical_function is not None:
         return "virtual-function"
     if function.class_code >> 16 == _DISPLAY:

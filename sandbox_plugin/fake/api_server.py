@@ -32,12 +32,11 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whose token it is: the node of its pod, and what its role allows, as (verb, resource)."""
+    """Whose token it is: the node of its pod, and what its role allows, as (verb, resource): manifests/overlays/dra."""
 
     node: str
     may: frozenset[tuple[str, str]] = frozenset(
-        {(verb, SLICES) for verb in ("get", "list", "watch", "create", "update", "patch", "delete")}
-        | {("get", CLAIMS), ("get", NODES)}
+        {(verb, SLICES) for verb in ("list", "watch", "create", "update", "delete")} | {("get", CLAIMS), ("get", NODES)}
     )
 
 
