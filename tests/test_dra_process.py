@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 from conftest import MakeNode, StartDaemon
-from daemon import Daemon, Places
+from daemon import Daemon, Places, run_command
 from dra_manager import DRIVER, NODE, ClaimInfo, DraManager, NotPrepared, NotRegistered, api_server, claim_object
 from kubelet import GrpcKubelet
 from names import PGPU
@@ -341,6 +341,8 @@ def test_what_one_api_has_given_the_other_does_not_give_and_both_see_it_at_once(
     pods.hold("vm", PGPU, second)
     wait_until(lambda: taints(api, SECOND) == ["allocated"], "the scheduler hears of it")
     assert taints(api, FIRST) == [], "what a claim has the scheduler knows"
+    shown = run_command("status", f"--fake-sysfs={node.root}").stdout
+    assert "claim default/gpus" in next(line for line in shown.splitlines() if FIRST in line)
     api.put("resourceclaims", claim_object("late", name_of(SECOND)))
     with pytest.raises(NotPrepared, match=r"held-by-other-api: .* holds /dev/vfio"):
         manager.prepare("late", "late")

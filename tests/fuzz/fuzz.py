@@ -3,9 +3,9 @@ claims and their checkpoint.
 
     python tests/fuzz/fuzz.py TARGET [libFuzzer arguments] CORPUS...
 
-Targets: sysfs, config, messages, uevent, cdi, checkpoint, claim. A target fails on any exception that the code under it does not
-promise. Apart from the tests because atheris takes over the process; `just fuzz` runs all targets for a while each.
-FUZZ_PLANT=TARGET plants an exception, which must be found: it shows that a failure is seen at all.
+Targets: sysfs, config, messages, uevent, cdi, checkpoint, claim. A target fails on any exception that the code under it
+does not promise. Apart from the tests because atheris takes over the process; `just fuzz` runs all targets for a while
+each. FUZZ_PLANT=TARGET plants an exception, which must be found: it shows that a failure is seen at all.
 """
 
 from __future__ import annotations
