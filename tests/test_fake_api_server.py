@@ -101,9 +101,8 @@ def test_what_cannot_be_changed_is_named(change: Slice) -> None:
 def test_what_is_stored_has_times_in_new_taints_and_quantities_in_their_shortest_form() -> None:
     taints = [{"key": "a", "effect": "None"}, {"key": "b", "effect": "None", "timeAdded": "before"}]
     sizes = {name: {"value": name} for name in ("1024Mi", "1536Ki", "1024", "0Ki", "2048Ei")}
-    (device,) = stored(a_slice(devices=[{"name": "a", "taints": taints, "capacity": sizes}]), "now", drops=())[
-        "devices"
-    ]
+    new = a_slice(devices=[{"name": "a", "taints": taints, "capacity": sizes}])
+    (device,) = stored(new, "now", drops=())["devices"]
     assert [taint["timeAdded"] for taint in device["taints"]] == ["now", "before"]
     assert [each["value"] for each in device["capacity"].values()] == ["1Gi", "1536Ki", "1024", "0Ki", "2048Ei"]
     (device,) = stored(new, "now", drops=("taints", "capacity"))["devices"]
