@@ -93,11 +93,13 @@ def _taken_by(
     if not _has(grant, device):
         detail = f"IOMMU group {device.iommu_group} is held by {holder} through {as_what}{at}"
         return Fault(reason=Reason.GROUP_TAKEN, detail=detail)
-    is_other_api = (grant.claim is not None) != from_claims
-    reason = Reason.HELD_BY_OTHER_API if is_other_api else Reason.HELD_AS_ANOTHER
-    if grant.places.node == device.node:
-        return Fault(reason=reason, detail=f"{holder} holds {device.node} as {as_what}{at}")
-    return Fault(reason=reason, detail=f"{holder} holds {device.address} as {as_what}")
+    is_same_node = grant.places.node == device.node
+    detail = (
+        f"{holder} holds {device.node if is_same_node else device.address} as {as_what}{at if is_same_node else ''}"
+    )
+    if (grant.claim is not None) != from_claims:
+        return Fault(reason=Reason.HELD_BY_OTHER_API, detail=detail)
+    return Fault(reason=Reason.HELD_AS_ANOTHER, detail=detail)
 
 
 def _has(grant: Grant, device: Device) -> bool:
