@@ -49,13 +49,13 @@ Serve = Callable[..., tuple[FakeNode, Daemon]]
 
 
 @pytest.fixture
-def serve(manager: DraManager, fake_node: MakeNode, daemon: StartDaemon, api: FakeApiServer) -> Serve:
+def serve(manager: DraManager, fake_node: MakeNode, daemon: StartDaemon) -> Serve:
     """Starts the daemon, with claims, and waits until the driver is registered and its devices are healthy."""
 
     def begin(node: FakeNode | str = "hgx-h100", *flags: str) -> tuple[FakeNode, Daemon]:
         made = fake_node(node) if isinstance(node, str) else node
         before = manager.driver
-        started = daemon(made, "--dra", f"--node-name={NODE}", f"--api-server={api.url}", *flags)
+        started = daemon(made, *manager.flags, *flags)
         manager.wait_for(lambda: manager.driver is not before and manager.driver)
         manager.wait_for(lambda: "HEALTHY" in [health for health, _ in manager.driver.health.values()])  # type: ignore[union-attr]
         return made, started
@@ -135,7 +135,7 @@ def test_older_kubelets_are_served_by_the_older_names_of_the_services(
 ) -> None:
     places.kubelet.mkdir()
     with DraManager(places.top, api, services=("v1beta1.DRAPlugin", "v1alpha1.DRAResourceHealth")) as manager:
-        daemon(fake_node("hgx-h100"), "--dra", f"--node-name={NODE}", f"--api-server={api.url}")
+        daemon(fake_node("hgx-h100"), *manager.flags)
         manager.wait_for(lambda: manager.health(name_of(FIRST)) == ("HEALTHY", ""))
         api.put("resourceclaims", claim_object("gpus", name_of(FIRST)))
         assert len(manager.prepare("pod", "gpus")) == 1
@@ -215,7 +215,7 @@ def test_in_a_rolling_update_the_newcomer_serves_when_the_old_one_has_ended(
     node, old = serve()
     api.put("resourceclaims", claim_object("gpus", name_of(FIRST)))
     names = manager.prepare("pod", "gpus")
-    new = daemon(node, "--dra", f"--node-name={NODE}", f"--api-server={api.url}")
+    new = daemon(node, *manager.flags)
     new.wait_for("standing by")
     assert len(manager.registrations) == 1, "one of the two serves"
     old.terminate(signal.SIGTERM)
@@ -227,6 +227,28 @@ def test_in_a_rolling_update_the_newcomer_serves_when_the_old_one_has_ended(
     assert manager.prepare("pod", "gpus") == names
     manager.unprepare("pod")
     assert specs(places) == {}
+
+
+def test_a_kubelet_that_knows_none_of_our_services_is_heard(
+    places: Places, api: FakeApiServer, fake_node: MakeNode, daemon: StartDaemon
+) -> None:
+    places.kubelet.mkdir()
+    with DraManager(places.top, api, services=("v2.DRAPlugin",)) as manager:
+        plugin = daemon(fake_node("hgx-h100"), *manager.flags)
+        plugin.wait_for("driver not registered", reason="is supported")
+
+
+def test_without_the_kubelets_folder_it_waits_for_that_and_says_so_once(
+    places: Places, api: FakeApiServer, fake_node: MakeNode, daemon: StartDaemon
+) -> None:
+    places.kubelet.mkdir()
+    manager = DraManager(places.top, api)
+    plugin = daemon(fake_node("hgx-h100"), *manager.flags)
+    plugin.wait_for("driver cannot listen", reason="No such file or directory")
+    with manager:
+        manager.wait_for(lambda: manager.driver)
+        plugin.wait_for("driver registered")
+        assert len(plugin.events("driver cannot listen")) == 1
 
 
 def test_a_driver_whose_sockets_somebody_removes_makes_them_again(

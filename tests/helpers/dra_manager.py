@@ -116,6 +116,8 @@ class ClaimInfo:
     pods: set[str] = field(default_factory=set)
     prepared: bool = False
     devices: list[Any] = field(default_factory=list)
+    allocated: tuple[str, ...] = ()
+    """Names of its devices."""
 
 
 class DraManager:
@@ -148,6 +150,15 @@ class DraManager:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    @property
+    def flags(self) -> list[str]:
+        """Those with which the daemon serves claims here."""
+        return ["--dra", f"--node-name={NODE}", f"--api-server={self._api.url}"]
+
+    def create_claim(self, name: str, *devices: str, pod: str = "pod") -> None:
+        """One that the scheduler has allocated, for this pod."""
+        self._api.put("resourceclaims", claim_object(name, *devices, pods=(pod,)))
 
     # Its life
 
@@ -266,7 +277,9 @@ class DraManager:
                 raise NotPrepared(f"fetch ResourceClaim {name}: not found")
             if self.driver is None:
                 raise NotRegistered(f"DRA driver {DRIVER} is not registered")
-            info = self.claims.setdefault(name, ClaimInfo(uid=found["metadata"]["uid"]))
+            results = found["status"]["allocation"]["devices"]["results"]
+            allocated = tuple(result["device"] for result in results)
+            info = self.claims.setdefault(name, ClaimInfo(uid=found["metadata"]["uid"], allocated=allocated))
             if info.uid != found["metadata"]["uid"]:
                 raise NotPrepared(f"old ResourceClaim with same name {name} and different UID {info.uid} still exists")
             info.pods.add(pod)
