@@ -310,6 +310,38 @@ async def test_trouble_with_the_files_of_claims_is_said_once_and_ends_nothing(
     assert [event["reason"] for event in logged if event["log_level"] == "error"] == ["/x: Input/output error"]
 
 
+@in_loop
+async def test_a_device_that_is_bound_again_is_in_the_spec_by_its_new_node_and_its_former_one_is_kept_from_others(
+    node: Node,
+) -> None:
+    driver = await node.driver()
+    await driver.prepare(GPUS)
+    spec, record = node.folder / "cdi" / FILES[1], node.folder / "plugins" / DRIVER / "claims" / FILES[0]
+    task = asyncio.create_task(driver.run())
+    node.registry.observe(host(gpu(A, vfio=3, group=50), gpu(B, vfio=1, group=51)))
+    await until(lambda: "/dev/vfio/devices/vfio3" in spec.read_text())
+    assert '"formerNodes": [\n        "/dev/vfio/devices/vfio1"' in record.read_text()
+    assert "1" in node.held(), "a container may have that node"
+    ((_, names),) = await driver.prepare(GPUS)
+    assert names == [f"{DRIVER}/claim=uid-of-gpus_{NAME_A}"]
+    task.cancel()
+    await asyncio.wait([task])
+    await driver.unprepare(GPUS)
+    assert node.held() == set()
+
+
+@in_loop
+async def test_what_an_earlier_run_left_of_other_claims_is_removed_at_the_start(node: Node) -> None:
+    left = node.folder / "cdi" / f"{DRIVER}_claim_gone.json"
+    left.parent.mkdir()
+    left.write_text("{}")
+    driver = await node.driver()
+    task = asyncio.create_task(driver.run())
+    await until(lambda: not left.exists())
+    task.cancel()
+    await asyncio.wait([task])
+
+
 # The services
 
 
