@@ -306,6 +306,7 @@ FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "that what is not bound may be a pod's": _replacing(ledger.Ledger, "unplaced", property(_returning([]))),
     "what a look found in use": _without_news("busy"),
     "what a scan saw in use": _replacing(uses, "observe", _unchanged),
+    "what claims hold": _replacing(ledger, "claim", _unchanged),
     "to look before Allocate": _replacing(World, "_look", _returning(None)),
 }
 

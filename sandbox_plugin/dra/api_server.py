@@ -6,6 +6,7 @@ replaces from time to time: both are read again.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
@@ -63,6 +64,7 @@ class ApiServer:
     """The folder with `token` and `ca.crt`; without them it goes without."""
     patience: float = _PATIENCE
     _session: aiohttp.ClientSession | None = None
+    _connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
     _token: str | None = None
     _token_read_at: float = field(default=float("-inf"))
 
@@ -198,19 +200,19 @@ class ApiServer:
         return {"Authorization": f"Bearer {self._token}"} if self._token else {}
 
     async def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            try:
-                context = await on_thread(_context)(self.account / "ca.crt")
-            except OSError as error:
-                raise ApiError(f"{self.account}/ca.crt cannot be used: {_words(error)}") from None
-            connector = aiohttp.TCPConnector(ssl=context, socket_factory=_socket)
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                headers={"User-Agent": f"sandbox-plugin/{__version__}"},
-                read_bufsize=_LONGEST_LINE,
-                cookie_jar=aiohttp.DummyCookieJar(),
-            )
-        return self._session
+        async with self._connecting:  # of two first requests one makes it
+            if self._session is None:
+                try:
+                    context = await on_thread(_context)(self.account / "ca.crt")
+                except OSError as error:
+                    raise ApiError(f"{self.account}/ca.crt cannot be used: {_words(error)}") from None
+                self._session = aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(ssl=context, socket_factory=_socket),
+                    headers={"User-Agent": f"sandbox-plugin/{__version__}"},
+                    read_bufsize=_LONGEST_LINE,
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                )
+            return self._session
 
     async def _hang_up(self) -> None:
         session, self._session = self._session, None

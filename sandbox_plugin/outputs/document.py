@@ -21,6 +21,7 @@ _ORDERLY = frozenset(
     {
         Reason.GROUP_TAKEN,
         Reason.HELD_AS_ANOTHER,
+        Reason.HELD_BY_OTHER_API,
         Reason.ID_HELD,
         Reason.HOLDERS_UNKNOWN,
         Reason.NOT_IN_CDI,
@@ -145,11 +146,15 @@ def _holder_of(device: Device, ledger: Ledger) -> dict[str, str | None] | None:
 
 def _holder(grant: Grant, ledger: Ledger) -> dict[str, str | None]:
     """Of whom it is; all None: an Allocate gave it, and PodResources has not named the pod yet."""
+    if grant.claim is not None:
+        namespace, _, claim = grant.claim.partition("/")
+        return {"namespace": namespace, "pod": None, "container": None, "claim": claim}
     pod = ledger.pod_of(grant)
     if pod is None:
-        return {"namespace": None, "pod": None, "container": None}
+        return {"namespace": None, "pod": None, "container": None, "claim": None}
     namespace, _, name = pod.partition("/")
-    return {"namespace": namespace, "pod": name, "container": ledger.named_by[grant.key].containers.get(grant.key)}
+    container = ledger.named_by[grant.key].containers.get(grant.key)
+    return {"namespace": namespace, "pod": name, "container": container, "claim": None}
 
 
 def _held_without_device(inventory: Inventory) -> list[dict[str, Any]]:
