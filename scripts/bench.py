@@ -3,9 +3,9 @@
 
     scripts/bench.py [--quick] [--python PYTHON] [--json FILE] [SECTION ...]
 
-Sections: start, allocate, kubelet, bind, idle, memory, commands; without any, all of them. `--python` is an interpreter
-that has the program installed; without it an environment is made for that below .cache, as users have it: this one also
-has what only developers need, and structlog loads rich where that is installed.
+Sections: start, allocate, kubelet, bind, idle, memory, commands, floors; without any, all of them. `--python` is an
+interpreter that has the program installed; without it an environment is made for that below .cache, as users have it:
+this one also has what only developers need, and structlog loads rich where that is installed.
 
 Prints a Markdown table, each figure with its ratio to a yardstick of the same run: a start to `python -c "import
 asyncio"`, a call to an empty call (GetDevicePluginOptions) of the same server. Times are from a kubelet played by
@@ -136,12 +136,14 @@ class Bench:
     def allocate(self) -> None:
         """Answers to one caller, on nodes of several sizes, and while a big node is scanned again and again."""
         for gpus in (8, 256, 1024):
-            with self.daemon(gpus) as (kubelet, _, _):
+            with self.daemon(gpus) as (kubelet, daemon, _):
                 plugin = kubelet.plugin(PGPU)
                 ids = sorted(kubelet.healthy(PGPU), key=int)
                 repeat = self.times(300)
+                spent = _cpu(daemon.pid)
                 empty = median(_ms([plugin.options] * repeat))
                 self.note(f"empty call, {gpus} GPUs", empty, "ms")
+                self.note(f"its CPU time, {gpus} GPUs", (_cpu(daemon.pid) - spent) / repeat * 1000, "ms", empty)
                 for size in (1, 8):
                     self.note(
                         f"Allocate of {size}, {gpus} GPUs", median(_allocates(plugin, ids, size, repeat)), "ms", empty
@@ -220,8 +222,59 @@ class Bench:
             command = ("-m", "sandbox_plugin", "list", f"--fake-sysfs={node.root}")
             self.note("sandbox-plugin list", self.run(*command) * 1000, "ms")
 
+    def floors(self) -> None:
+        """What the same work takes without any of the program's code: no change here goes below it."""
+        yardstick = self.run("-c", "import asyncio")
+        libraries = self.run("-c", f"import {LIBRARIES}")
+        self.note("python -c 'import' of the libraries alone", libraries * 1000, "ms", yardstick * 1000)
+        with self.node(1024) as (_, node):
+            bound = [f"{node.root}/sys/bus/pci/devices/{f.address}" for f in node.functions() if f.driver == "vfio-pci"]
+            ran = subprocess.run(
+                [self.python, "-c", BARE, *bound], check=True, capture_output=True, text=True, cwd=ROOT
+            )
+        look, scan, memory = (float(figure) for figure in ran.stdout.split())
+        self.note("what Allocate reads of a GPU, alone", look, "ms")
+        self.note("what a first scan reads of a GPU and its port, alone", scan, "ms")
+        self.note("resident memory of Python with the libraries", memory, "MiB")
 
-SECTIONS = ("start", "allocate", "kubelet", "bind", "idle", "memory", "commands")
+
+SECTIONS = ("start", "allocate", "kubelet", "bind", "idle", "memory", "commands", "floors")
+
+LIBRARIES = "asyncio, betterproto, grpclib.client, grpclib.server, structlog, aiofiles.os"
+
+BARE = f"""
+import {LIBRARIES}
+import os, resource, statistics, sys, time
+memory = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
+def read(path):
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    os.read(fd, 4096)
+    os.close(fd)
+def look(folder):
+    os.readlink(folder + "/driver")
+    (cdev,) = os.listdir(folder + "/vfio-dev")
+    read(folder + "/vfio-dev/" + cdev + "/dev")
+    for name in ("enable", "power_state", "power/runtime_status", "current_link_speed", "current_link_width"):
+        read(folder + "/" + name)
+def scan(folder):
+    look(folder)
+    os.readlink(folder + "/iommu_group")
+    for name in SCANNED:
+        read(folder + "/" + name)
+def once(what):
+    began = time.perf_counter()
+    for folder in sys.argv[1:]:
+        what(folder)
+    return (time.perf_counter() - began) * 1000 / len(sys.argv[1:])
+SCANNED = ("vendor", "device", "class", "subsystem_vendor", "subsystem_device", "numa_node", "max_link_speed",
+    "max_link_width", "d3cold_allowed", "resource", "aer_dev_fatal", "aer_dev_nonfatal", "aer_dev_correctable",
+    "boot_vga", "reset_method", "../vendor", "../device", "../class", "../subsystem_vendor")
+print(*(statistics.median(once(what) for _ in range(20)) for what in (look, scan)), memory)
+"""
+"""The reads of `read_again` and of a first scan, with system calls alone. Folders of GPUs are its arguments."""
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from xml.sax.saxutils import escape
+
+from charts import Axis, chart, document, legend, text
 
 from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.fake.node import FakeNode
@@ -191,19 +192,16 @@ def tables(results: Results) -> str:
     return "\n".join(lines)
 
 
-# The plot: for each node two charts over the load. Written by hand, so that it needs no library.
+# The plot: for each node two charts over the load
 
 COLOURS = {"packed": "#0b7a4b", "spread": "#b5520a", "lowest": "#3a62b8", "random": "#8a8f98"}
 WIDTH, HEIGHT = 880, 772
-PLOT_WIDTH, PLOT_HEIGHT = 340, 150
+PLOT = (340, 150)
 LEFT, TOP, COLUMN, ROW = 64, 136, 428, 212
 
 
 def plot(results: Results) -> str:
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="Helvetica, Arial, sans-serif" font-size="12" fill="#24292f">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         text(24, 34, "The same VMs, placed by four policies", size=18, bold=True),
         text(
             24,
@@ -211,64 +209,20 @@ def plot(results: Results) -> str:
             "VMs of 1, 2, 4 and 8 GPUs come and go, at loads from 0.2 to 1.2 (GPUs asked for, as a share of all)",
             grey=True,
         ),
-        *legend(WIDTH - 24 - 4 * 92, 29),
+        *legend(WIDTH - 24 - 4 * 92, 29, COLOURS, 92),
         text(LEFT - 40, TOP - 42, "Mean distance inside VMs (lower is better)", bold=True),
         text(LEFT - 40 + COLUMN, TOP - 42, "4-GPU VMs on one NUMA node (higher is better)", bold=True),
     ]
+    loads = Axis(low=LOADS[0], high=LOADS[-1], ticks={load: f"{load:.1f}" for load in LOADS})
+    levels = Axis(low=1, high=5, ticks={1: "1 PIX", 2: "2 PXB", 3: "3 PHB", 4: "4 NODE", 5: "5 SYS"})
+    share = Axis(low=0, high=1, ticks={n / 4: f"{n * 25} %" for n in range(5)})
     for row, preset in enumerate(NODES):
         y = TOP + row * ROW
-        distances = {p: [results[preset, load, p].distance for load in LOADS] for p in POLICIES}
-        shares = {p: [results[preset, load, p].got_one_numa for load in LOADS] for p in POLICIES}
-        parts += chart(LEFT, y, preset, distances, 1, 5, {1: "1 PIX", 2: "2 PXB", 3: "3 PHB", 4: "4 NODE", 5: "5 SYS"})
-        parts += chart(LEFT + COLUMN, y, preset, shares, 0, 1, {n / 4: f"{n * 25} %" for n in range(5)})
-    return "\n".join([*parts, "</svg>", ""])
-
-
-def legend(x: float, y: float) -> list[str]:
-    parts = []
-    for n, policy in enumerate(POLICIES):
-        at = x + n * 92
-        parts.append(f'<path d="M{at} {y - 4}h22" stroke="{COLOURS[policy]}" stroke-width="3"/>')
-        parts.append(text(at + 28, y, policy))
-    return parts
-
-
-def chart(
-    x: float,
-    y: float,
-    title: str,
-    lines: Mapping[str, Sequence[float]],
-    low: float,
-    high: float,
-    ticks: dict[float, str],
-) -> list[str]:
-    def at_x(load: float) -> float:
-        return x + PLOT_WIDTH * (load - LOADS[0]) / (LOADS[-1] - LOADS[0])
-
-    def at_y(value: float) -> float:
-        return y + PLOT_HEIGHT * (high - value) / (high - low)
-
-    parts = []
-    for value, label in ticks.items():
-        parts.append(f'<path d="M{x} {at_y(value):.1f}h{PLOT_WIDTH}" stroke="#e3e6ea"/>')
-        parts.append(text(x - 8, at_y(value) + 4, label, anchor="end", grey=True, size=11))
-    for load in LOADS:
-        parts.append(text(at_x(load), y + PLOT_HEIGHT + 18, f"{load:.1f}", anchor="middle", grey=True, size=11))
-    parts.append(text(x - 40, y - 16, title))
-    for policy in reversed(POLICIES):
-        points = [(at_x(load), at_y(value)) for load, value in zip(LOADS, lines[policy], strict=True)]
-        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in points)
-        colour = COLOURS[policy]
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2.5"/>')
-        parts += [f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{colour}"/>' for px, py in points]
-    return parts
-
-
-def text(
-    x: float, y: float, words: str, *, size: int = 12, bold: bool = False, grey: bool = False, anchor: str = "start"
-) -> str:
-    style = f'font-size="{size}"' + (' font-weight="bold"' if bold else "") + (' fill="#6e7781"' if grey else "")
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {style}>{escape(words)}</text>'
+        distances = {p: [(load, results[preset, load, p].distance) for load in LOADS] for p in POLICIES}
+        shares = {p: [(load, results[preset, load, p].got_one_numa) for load in LOADS] for p in POLICIES}
+        parts += chart((LEFT, y), PLOT, preset, (loads, levels), distances, COLOURS)
+        parts += chart((LEFT + COLUMN, y), PLOT, preset, (loads, share), shares, COLOURS)
+    return document(WIDTH, HEIGHT, parts)
 
 
 if __name__ == "__main__":

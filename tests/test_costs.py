@@ -44,10 +44,12 @@ def loaded_by(module: str) -> set[str]:
 
 
 LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"}
+LATER |= {"difflib"}
+"""What the daemon needs only after its devices are served, or seldom."""
 OF_CLAIMS = {"aiohttp", "sandbox_plugin.dra"}
 """What nobody has without `--dra`."""
-"""What the daemon needs only after its devices are served, or seldom."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
+OF_PEOPLE |= {"shtab"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 
 
@@ -56,9 +58,10 @@ OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
     [
         ("sandbox_plugin.cli.run", LATER | OF_CLAIMS | OF_PEOPLE),
         ("sandbox_plugin.cli.status", LATER | OF_PEOPLE - {"sandbox_plugin.cli.status"} | OF_THE_DAEMON),
+        ("sandbox_plugin.cli.list_devices", LATER | OF_PEOPLE | OF_THE_DAEMON - {"asyncio", "aiofiles"} | {"json"}),
         ("sandbox_plugin.cli.commands", LATER | OF_PEOPLE | OF_THE_DAEMON),
     ],
-    ids=["the daemon", "the probe", "--version"],
+    ids=["the daemon", "the probe", "list", "--version"],
 )
 def test_a_start_imports_nothing_that_it_does_not_need_yet(module: str, without: set[str]) -> None:
     assert loaded_by(module) & without == set()

@@ -160,8 +160,12 @@ async def test_an_authority_that_is_none_is_named(tmp_path: Path) -> None:
 # A server that is not as it should be
 
 
-async def answered(work: Callable[[web.Request], Awaitable[web.StreamResponse]], folder: Path) -> ApiError:
-    """What becomes of a list that is answered so."""
+async def answered(
+    work: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    folder: Path,
+    asked: Callable[[ApiServer], Awaitable[object]] = lambda api: api.slices(DRIVER, NODE),
+) -> ApiError:
+    """What becomes of a list, or of what is asked, that is answered so."""
     runner = web.AppRunner(web.Application(), access_log=None, shutdown_timeout=0)
     runner.app.router.add_route("*", "/{path:.*}", work)
     await runner.setup()
@@ -169,16 +173,20 @@ async def answered(work: Callable[[web.Request], Awaitable[web.StreamResponse]],
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with ApiServer(url=url, account=folder, patience=1.0) as api:
-            return await refusal(api.slices(DRIVER, NODE))
+            return await refusal(asked(api))
     finally:
         await runner.cleanup()
 
 
-@pytest.mark.parametrize(
-    "body",
-    [b"", b"<html>", b"[]", b"\xff", b'{"items": []}', b'{"metadata": []}'],
-    ids=lambda body: body.decode("latin"),
-)
+NONSENSE = [
+    *(b"", b"<html>", b"[]", b"\xff", b"{}", b'{"items": []}', b'{"metadata": []}'),
+    b'{"metadata": {"resourceVersion": "x"}}',
+    b'{"items": [{}], "metadata": {"resourceVersion": "1"}}',
+    b'{"items": [7], "metadata": {"resourceVersion": "1"}}',
+]
+
+
+@pytest.mark.parametrize("body", NONSENSE, ids=lambda body: body.decode("latin"))
 def test_an_answer_without_sense_is_an_error_in_words(body: bytes, tmp_path: Path) -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(body=body)
@@ -188,6 +196,40 @@ def test_an_answer_without_sense_is_an_error_in_words(body: bytes, tmp_path: Pat
         error = await answered(answer, tmp_path)
         assert error.status is None
         assert "cannot be asked: " in str(error) or "not of the kind" in str(error)
+
+    work()
+
+
+WHOLE = {"metadata": {"name": "a", "resourceVersion": "2"}, "spec": {"pool": {"generation": 1}, "devices": []}}
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        {"metadata": {"name": "a"}},
+        {"metadata": {"resourceVersion": "2"}},
+        {"metadata": {"name": "a", "resourceVersion": "two"}},
+        {"spec": {"pool": {}}},
+        {"spec": {"pool": {"generation": 1}, "devices": {"a": 1}}},
+        {"spec": []},
+    ],
+)
+def test_a_slice_that_is_none_and_an_event_that_is_none_are_errors(spoiled: dict[str, Any], tmp_path: Path) -> None:
+    """A proxy may answer anything with 200: it must not end the daemon."""
+
+    async def answer(request: web.Request) -> web.Response:
+        told: dict[str, Any] = {**WHOLE, **spoiled}
+        return web.json_response({"type": "ADDED", "object": told} if request.query.get("watch") else told)
+
+    async def watched(api: ApiServer) -> None:
+        async with aclosing(api.watch_slices(DRIVER, NODE, "1", 60)) as watch:
+            async for _ in watch:
+                pass
+
+    @in_loop
+    async def work() -> None:
+        for asked in (lambda api: api.create_slice(WHOLE), lambda api: api.replace_slice(WHOLE), watched):
+            assert "not of the kind" in str(await answered(answer, tmp_path, asked))
 
     work()
 
@@ -235,7 +277,7 @@ async def test_an_answer_that_stops_in_the_middle_ends_in_time(tmp_path: Path) -
 @in_loop
 async def test_an_event_that_is_larger_than_a_read_comes_whole(tmp_path: Path) -> None:
     big: dict[str, Any] = {"metadata": {"name": "big", "annotations": {"a": "x" * 1_000_000}}}
-    big["spec"] = {"driver": DRIVER, "nodeName": NODE, "pool": {"name": NODE}, "devices": []}
+    big["spec"] = {"driver": DRIVER, "nodeName": NODE, "pool": {"name": NODE, "generation": 1}, "devices": []}
     async with FakeApiServer() as server, ApiServer(url=server.url, account=tmp_path) as api:
         server.put(SLICES, big)
         async with aclosing(api.watch_slices(DRIVER, NODE, "1", 60)) as watch:

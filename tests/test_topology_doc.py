@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from functools import cache
 from types import ModuleType
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from script_modules import load_script
 
 from examples import DOC, Example, examples
 from sandbox_plugin.config.settings import Policy
@@ -17,18 +16,9 @@ from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.inventory.topology import matrix_lines
 from sandbox_plugin.model import Device
 
-SCRIPT = DOC.parent.parent / "scripts/simulate-allocation.py"
 
-
-@cache
 def simulation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("simulate_allocation", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("simulate-allocation")
 
 
 @cache

@@ -45,7 +45,7 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     status = _verb(
         verbs, "status", _status, "each GPU and NVSwitch, with its group: driver, use, and what bind would do"
     )
-    status.add_argument("--output", choices=("table", "json"), default="table", help="default: table")
+    status.add_argument("--output", type=str.lower, choices=("table", "json"), default="table", help="default: table")
     bind = _verb(verbs, "bind", _bind, "give functions to the vfio driver that fits best; what has it stays as it is")
     _add_selection(bind)
     bind.add_argument(
@@ -282,7 +282,7 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
     plans = plan_bind(situation, rules, Selection(switches=True))
     rows = [row for plan in plans for row in _rows(plan, situation, rules.names)]
     if args.output == "json":
-        say(json.dumps({"version": 1, "functions": rows}, indent=2))
+        say(json.dumps({"schema": 1, "functions": rows}, indent=2))
         return 0
     if not rows:
         say("no GPU, NVSwitch or other function that a resource rule offers is here")

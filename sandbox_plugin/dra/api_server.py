@@ -91,15 +91,17 @@ class ApiServer:
         """The ResourceSlices of one driver on one node."""
         answer = await self._ask("GET", SLICES, params=_selected(driver, node))
         with _making_sense():
-            return Listed(answer.get("items") or [], str(answer["metadata"]["resourceVersion"]))
+            items = [_slice(each) for each in answer.get("items") or []]
+            return Listed(items, str(int(answer["metadata"]["resourceVersion"])))
 
     async def create_slice(self, new: JsonObject, *, dry_run: bool = False) -> JsonObject:
         """Returns it as it is stored, or with `dry_run` as it would be."""
-        return await self._ask("POST", SLICES, body=new, params={"dryRun": "All"} if dry_run else {})
+        answer = await self._ask("POST", SLICES, body=new, params={"dryRun": "All"} if dry_run else {})
+        return _slice(answer, stored=not dry_run)
 
     async def replace_slice(self, new: JsonObject) -> JsonObject:
         """Returns it as it is stored. Fails with 409 if it is not the version that `new` says."""
-        return await self._ask("PUT", f"{SLICES}/{new['metadata']['name']}", body=new)
+        return _slice(await self._ask("PUT", f"{SLICES}/{new['metadata']['name']}", body=new))
 
     async def delete_slice(self, old: JsonObject) -> None:
         """Deletes this very version. That it is gone already is no failure."""
@@ -130,10 +132,7 @@ class ApiServer:
         async with self._answered("GET", SLICES, params=params, limits=limits) as answer:
             yield {"type": OPENED}
             while line := await answer.content.readline():
-                event = _object(line)
-                if event.get("type") == "ERROR":
-                    raise _refusal(event["object"].get("code", 500), event["object"], {})
-                yield event
+                yield _event(_object(line))
 
     # How it is asked
 
@@ -225,11 +224,36 @@ class _NoObjectError(ApiError):
     """There is no object of this name."""
 
 
+def _event(event: JsonObject) -> JsonObject:
+    """The same, if it is one of a watch on slices. Raises `ApiError`, also for one that tells of an error."""
+    with _making_sense():
+        told = event["object"]
+        if event["type"] == "ERROR":
+            raise _refusal(int(told.get("code", 500)), told, {})
+        if event["type"] == "BOOKMARK":
+            int(told["metadata"]["resourceVersion"])
+        else:
+            _slice(told)
+    return event
+
+
+def _slice(found: JsonObject, *, stored: bool = True) -> JsonObject:
+    """The same, if it has what is read of a slice. Raises `ApiError`: what answers may be no API server."""
+    with _making_sense():
+        meta, spec = found["metadata"], found["spec"]
+        int(spec["pool"]["generation"])
+        if not isinstance(spec.get("devices") or [], list):
+            raise TypeError
+        if stored and not (isinstance(meta["name"], str) and int(meta["resourceVersion"])):
+            raise TypeError
+    return found
+
+
 @contextmanager
 def _making_sense() -> Iterator[None]:
     try:
         yield
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise ApiError("the answer of the API server is not of the kind that was asked for") from None
 
 

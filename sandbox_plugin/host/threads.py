@@ -23,9 +23,8 @@ _T = TypeVar("_T")
 class DaemonThreads(Executor):
     """Runs each call on a thread that ends with the process, and has this name while it is at work.
 
-    A thread that is done waits for the next call, whosever it is; for one that hangs nobody waits, and another takes
-    its place. So there are as many as calls were ever under way at once. Raises OSError where none can be had, as at
-    the limit of a pod's pids.
+    A thread that is done waits for the next call, whosever it is, or ends where enough others wait; for one that hangs
+    nobody waits, and another takes its place. Raises OSError where none can be had, as at the limit of a pod's pids.
     """
 
     def __init__(self, name: str) -> None:
@@ -61,18 +60,25 @@ class DaemonThreads(Executor):
 _Calls = SimpleQueue[tuple[str, Callable[[Callable[[], None]], None]]]
 
 _waiting: list[_Calls] = []
-"""Of each thread that waits, where it waits. The last that was done is the next to be used: the others sleep on."""
+"""Of each thread that waits, where it waits."""
+
+_MOST_WAITING = 2
+"""A scan's and an Allocate's: what a quiet daemon needs. More would stay for ever after a moment with much to do."""
 
 
 def _serve(calls: _Calls) -> None:
-    """One thread: a call after the other."""
+    """One thread: a call after the other, as long as it may wait for the next."""
     thread = threading.current_thread()
+    waits = True
 
     def is_done() -> None:
+        nonlocal waits
         thread.name = "waits"
-        _waiting.append(calls)
+        waits = len(_waiting) < _MOST_WAITING
+        if waits:
+            _waiting.append(calls)
 
-    while True:
+    while waits:
         name, work = calls.get()
         thread.name = name
         work(is_done)
