@@ -62,6 +62,10 @@ pci-names *file: setup
 consumers: setup
     python scripts/show-consumers.py
 
+# make the reference of docs/monitoring.md from the code
+metrics-reference: setup
+    python scripts/metrics-reference.py
+
 # print what a cluster gets from an overlay
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}
@@ -69,6 +73,11 @@ manifests overlay="kata": setup
 # `just test` in a fresh clone as an ordinary user; for root
 test-as-user *arguments:
     @scripts/test-as-user.sh "$@"
+
+# a real Prometheus scrapes the daemon while the demo's story plays
+test-metrics: setup
+    scripts/install-prometheus.sh
+    python scripts/try-metrics.py
 
 # the daemon on a real kernel in QEMU; docs/vm-test.md
 test-vm *arguments:

@@ -486,7 +486,10 @@ def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, list
             "has_power": None,
             "link_speed": "8.0 GT/s PCIe",
             "link_width": 4,
+            "link_limits": [{"speed": "8.0 GT/s PCIe", "width": 16}, {"speed": "8.0 GT/s PCIe", "width": 4}],
             "fatal_errors": 0,
+            "nonfatal_errors": 0,
+            "correctable_errors": 0,
             "bars": [
                 bar(0, 16 << 20, 0x9000_0000),
                 bar(1, 256 << 20, 0x2000_0000_0000, prefetchable=True, wide=True),

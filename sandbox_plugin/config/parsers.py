@@ -133,6 +133,28 @@ def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
     return lambda text: None if text.lower() == "off" else parse(text)
 
 
+def host_port(text: str) -> tuple[str, int]:
+    """A host, which may be empty for all addresses, and a port: `127.0.0.1:9400`, `[::1]:9400`, `:9400`."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
+    if found is None or int(found[3]) > 65535 or not _is_host(found[1], found[2]):
+        raise ValueError(f"{text!r} is not HOST:PORT, as in '127.0.0.1:9400', '[::]:9400' or ':9400'")
+    return found[1] or found[2], int(found[3])
+
+
+def _is_host(in_brackets: str | None, name: str) -> bool:
+    """Whether it is an IPv6 address, or what can be looked up."""
+    from ipaddress import IPv6Address  # here: few need it
+
+    try:
+        if in_brackets is not None:
+            IPv6Address(in_brackets)
+        else:
+            name.encode("idna")
+    except ValueError:
+        return False
+    return True
+
+
 def switch(text: str) -> bool:
     """`true` or `false`, or what else people write for these."""
     word = OneOf("true", "false", "yes", "no", "on", "off", "1", "0")(text)
