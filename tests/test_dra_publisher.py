@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from slices import DRIVER, NODE, POOL, TERMS, registry_of, seen_by_scheduler
 from structlog.testing import capture_logs
 
 from sandbox_plugin.dra.api_server import ApiServer
+from sandbox_plugin.dra.client import OPENED, JsonObject, Listed
 from sandbox_plugin.dra.pace import Pace
 from sandbox_plugin.dra.plan import slice_name
 from sandbox_plugin.dra.publisher import Publisher
@@ -272,6 +273,64 @@ async def test_a_change_does_not_wait_for_a_restore_that_does(tmp_path: Path) ->
         await until(lambda: running.publisher.status.slices == 0)
         running.registry.observe(gpus(3))
         await running.shows(name_of(1), name_of(2), name_of(3))
+
+
+class Late:
+    """An API server whose watch tells, after a create, what somebody had done to the slice before."""
+
+    def __init__(self) -> None:
+        self.writes = 0
+        self.created, self.told = asyncio.Event(), asyncio.Event()
+
+    async def node_uid(self, name: str) -> str | None:
+        return None
+
+    async def slices(self, driver: str, node: str) -> Listed:
+        return Listed([], "1")
+
+    async def create_slice(self, new: JsonObject, *, dry_run: bool = False) -> JsonObject:
+        self.writes += 1
+        self.created.set()
+        return {**new, "metadata": {**new["metadata"], "resourceVersion": "5", "uid": "u"}}
+
+    async def replace_slice(self, new: JsonObject) -> JsonObject:
+        self.writes += 1
+        return new
+
+    async def delete_slice(self, old: JsonObject) -> None:
+        self.writes += 1
+
+    async def watch_slices(
+        self, driver: str, node: str, version: str, seconds: int
+    ) -> AsyncGenerator[JsonObject, None]:
+        yield {"type": OPENED}
+        await self.created.wait()
+        for kind in ("ADDED", "DELETED"):
+            old = old_slice(NAME)
+            yield {"type": kind, "object": {**old, "metadata": {"name": NAME, "resourceVersion": "4"}}}
+        self.told.set()
+        await asyncio.Event().wait()
+
+
+@in_loop
+async def test_what_the_watch_tells_late_of_a_slice_that_was_written_since_is_no_news() -> None:
+    api = Late()
+    publisher = Publisher(api=api, registry=registry_of(gpus(2)), pool=POOL, terms=TERMS, clock=Clock())
+    task = asyncio.create_task(publisher.run())
+    await api.told.wait()
+    await until(lambda: publisher.is_settled)
+    assert (api.writes, publisher.status.slices) == (1, 1)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+@in_loop
+async def test_which_module_of_its_board_a_gpu_is_is_published_when_it_is_known(tmp_path: Path) -> None:
+    async with publishing(tmp_path) as running:
+        await running.is_quiet()
+        running.registry.modules = {"0000:01:00.0": 1, "0000:02:00.0": 2}
+        running.registry.observe(gpus(2))
+        await until(lambda: "boardModule" in running.server.slices()[0]["spec"]["devices"][0]["attributes"])
 
 
 # An API server in trouble

@@ -140,11 +140,11 @@ class Publisher:
                 await asyncio.sleep(max(self.backoff.next(), min(failure.retry_after or 0, _LONGEST_WAIT)))
 
     async def _hear_of_changes(self) -> None:
-        """Rings for all that slices show. An Allocate is news for them, also where it makes no new version."""
+        """Rings for all that slices show: which GPU is which module of its board is not in the inventory."""
         seen: object = None
         while True:
             inventory = self.registry.current
-            now = inventory.version, inventory.memory.ledger.grants.keys(), self.registry.modules
+            now = inventory.version, self.registry.modules
             if now != seen:
                 seen = now
                 self._bell.set()
