@@ -306,6 +306,30 @@ def test_claims_get_nothing_new_before_pod_resources_has_told_all_and_keep_what_
     assert choose("x", wants(NAMES[0]), registry.current)
 
 
+def test_while_a_young_kubelet_names_some_pods_the_device_plugin_goes_on_and_claims_wait() -> None:
+    """The kubelet keeps an ID that it has given from other pods, but not from claims."""
+    registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=True)
+    registry.learn(claims={}, pod_resources=True, in_cdi={PGPU: frozenset({"3"})})
+    registry.observe(host(gpu(C, vfio=3, group=51)))
+    current = registry.learn(holdings=Holdings(asked_at=1.0, complete=False))
+    assert current.by_key[(PGPU, "3")].health.healthy
+    with pytest.raises(Refused, match="holders-unknown"):
+        choose("x", wants(NAMES[2]), current)
+
+
+def test_what_a_scan_saw_in_use_before_the_look_is_not_held_against_a_claim() -> None:
+    now = [1000.0]
+    registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: now[0])
+    registry.learn(claims={})
+    registry.observe(host(gpu(C, vfio=3, group=51, enable=1), began_at=999.0))
+    now[0] += 1  # the VM has ended, which no scan has seen yet, and the look sees
+    prepare(registry, GPUS, NAMES[2])
+    assert registry.current.by_key[(PGPU, "3")].for_claims.healthy
+    now[0] += 1
+    registry.observe(host(gpu(C, vfio=3, group=51, enable=1), began_at=1002.0))
+    assert registry.current.by_key[(PGPU, "3")].for_claims.healthy, "this is the claim's own VM"
+
+
 # Bound again
 
 
