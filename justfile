@@ -142,9 +142,25 @@ bench-prefer *arguments: setup
 wheel: setup
     python -m hatchling build --target wheel
 
-# build the image with buildah and try it; --debootstrap needs no registry
+# build the image with buildah and try it; --debootstrap needs no registry, --twice compares two builds
 image *arguments:
     scripts/build-image.sh "$@"
+
+# pin the Containerfile's base image to the digest that its tag has now; asks the registry
+pin-base *image:
+    @{{ python }} scripts/pin-base.py "$@"
+
+# write the version wherever it is named, or only say it; --release dates the changelog
+set-version *arguments:
+    @{{ python }} scripts/set-version.py "$@"
+
+# make THIRD-PARTY-NOTICES.md again from the lock
+notices: setup
+    python scripts/generate-notices.py
+
+# sdist and wheel, the demo and the sdist's tests with the wheel in an empty environment; arguments go to pytest
+release-check *arguments: setup
+    scripts/release-check.sh "$@"
 
 # remove what the other recipes leave behind, .venv included
 clean:

@@ -5,6 +5,7 @@ The client's own parsers read it, which take nothing that the two formats do not
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -171,6 +172,12 @@ def test_the_reference_in_the_document_is_what_the_code_says() -> None:
         check=False,
     )
     assert checked.returncode == 0, checked.stderr
+
+
+def test_the_triggers_of_a_scan_are_those_that_the_code_gives() -> None:
+    code = "".join(Path(ROOT, "sandbox_plugin", name).read_text() for name in ("rescans.py", "daemon.py"))
+    given = re.findall(r'(?:\.wake, |\.wake\(|triggers = (?:self\._triggers or )?\{)"([a-z-]+)"', code)
+    assert set(given) == set(catalogue.TRIGGERS)
 
 
 def test_the_document_names_every_reason_of_a_refusal() -> None:
@@ -368,6 +375,7 @@ def test_what_the_parts_say_is_shown(bench: Bench) -> None:
     assert bench.of(catalogue.REFUSALS, reason="off-the-bus") == 1
     assert len(bench.series(catalogue.REFUSALS)) == len(Reason) + len(Refused)
     assert bench.of(catalogue.SCAN_TRIGGERS, trigger="timer") == 3
+    assert bench.of(catalogue.SCAN_TRIGGERS, trigger="late-answer") == 0, "it is there from the start"
     assert bench.of(catalogue.SCAN_FAILURES) == 2
     assert bench.of(catalogue.LAST_SCAN) == 1101
     assert bench.of(catalogue.SOURCE_UP, source="uevent") == 1

@@ -6,6 +6,7 @@ The script is tried in a checkout of its own, with a stand-in for pip that only 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -51,7 +52,11 @@ def test_a_lock_has_hashes_names_no_host_and_is_not_older_than_what_pyproject_as
 
 
 @pytest.mark.parametrize(
-    ("held", "holder"), [("build", "dev"), ("runtime", "dra"), ("dra", "dev"), ("runtime", "fuzz")]
+    ("held", "holder"),
+    [
+        *(("build", "dev"), ("runtime", "dra"), ("dra", "dev"), ("sbom", "dev")),
+        *(("runtime", "sbom"), ("runtime", "fuzz")),
+    ],
 )
 def test_no_two_locks_hold_different_releases_of_what_the_program_needs(held: str, holder: str) -> None:
     assert read_lock(held).items() <= read_lock(holder).items()
@@ -64,7 +69,8 @@ def test_the_wheel_holds_the_program_its_data_and_its_licence_and_nothing_else(t
     with zipfile.ZipFile(tmp_path / f"sandbox_plugin-{__version__}-py3-none-any.whl") as wheel:
         names = set(wheel.namelist())
         assert "sandbox-plugin = sandbox_plugin.cli.main:main" in wheel.read(f"{information}/entry_points.txt").decode()
-    assert {f"{information}/licenses/LICENSE", "sandbox_plugin/inventory/pci_names.tsv"} <= names
+    licences = {f"{information}/licenses/LICENSE", f"{information}/licenses/THIRD-PARTY-NOTICES.md"}
+    assert {*licences, "sandbox_plugin/inventory/pci_names.tsv"} <= names
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "sandbox_plugin").rglob("*") if path.is_file()}
     assert {name for name in names if not name.startswith(information)} == {
         source for source in sources if not source.endswith(".pyc")
@@ -115,7 +121,9 @@ class Checkout:
 
     def dev(self, *arguments: str, python: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
         command = [python, self.root / "scripts/dev.py", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+        # The stand-in is found because `python -m` looks into the folder it runs in first.
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, env=env)
 
     def calls(self) -> list[list[str]]:
         """What pip has been asked for since the last time."""

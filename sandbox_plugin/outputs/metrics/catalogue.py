@@ -18,6 +18,10 @@ POD = ("namespace", "pod", "container")
 """Of the pod that holds a device; called as elsewhere, which is why a scrape should say `honor_labels`."""
 
 
+TRIGGERS = ("start", "timer", "uevent", "folder", "due", "late-answer", "refusal")
+"""What a scan may be for; all of them are there from the start."""
+
+
 class Kind(StrEnum):
     """The types of Prometheus that are used here."""
 
@@ -239,7 +243,7 @@ SCAN_TRIGGERS = _counter(
     "scan_triggers",
     "Scans that a trigger has led to; one scan may have several",
     "trigger",
-    series="one for each trigger: start, timer, uevent, folder, due, late-answer, refusal",
+    series=f"one for each trigger: {', '.join(TRIGGERS)}",
 )
 SCAN_FAILURES = _counter("scan_failures", "Scans that saw nothing; the last known state stays", series=_ONE)
 LAST_SCAN = _since("last_scan", "When the last scan of the host began", series=_ONE)

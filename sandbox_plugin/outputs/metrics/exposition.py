@@ -205,7 +205,7 @@ def _kubelet(page: Page, parts: Parts) -> None:
 
 def _scans(page: Page, parts: Parts, moment: Moment) -> None:
     page.add_durations(catalogue.SCANS, "", parts.scans)
-    for trigger, times in parts.scan_triggers.items():
+    for trigger, times in (dict.fromkeys(catalogue.TRIGGERS, 0) | dict(parts.scan_triggers)).items():
         page.add(catalogue.SCAN_TRIGGERS, labels(trigger=trigger), times)
     page.add(catalogue.SCAN_FAILURES, value=parts.scan_failures)
     if parts.last_scan_at is not None:
