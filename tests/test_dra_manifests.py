@@ -10,8 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from daemon import run_command
+from deployed import build
 from slices import TERMS, facts_of, registry_of
-from test_manifests import build
 
 from sandbox_plugin.config.load import load_settings
 from sandbox_plugin.config.settings import Settings
@@ -23,6 +23,7 @@ from sandbox_plugin.fake.presets import PRESETS
 ROOT = Path(__file__).parent.parent
 DRIVER = Settings().dra_driver_name
 NAMESPACE = "sandbox-plugin-dra"
+IN_A_NAMESPACE = ("DaemonSet", "NetworkPolicy", "ServiceAccount")
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("dra-*.yaml"))
 
 
@@ -42,7 +43,7 @@ def test_the_overlay_and_the_examples_are_valid(version: str) -> None:
 
 def test_what_belongs_to_no_namespace_says_none(overlay: dict[tuple[str, str], Any]) -> None:
     for (kind, _), each in overlay.items():
-        assert each["metadata"].get("namespace") == (NAMESPACE if kind in ("DaemonSet", "ServiceAccount") else None)
+        assert each["metadata"].get("namespace") == (NAMESPACE if kind in IN_A_NAMESPACE else None)
 
 
 def test_the_role_allows_what_the_daemon_asks_and_the_fake_api_server_no_more(
@@ -66,6 +67,13 @@ def test_the_policy_is_about_this_very_account_and_driver_and_is_bound(overlay: 
     assert any(f'"{DRIVER}"' in each["expression"] for each in spec["validations"])
     binding = overlay["ValidatingAdmissionPolicyBinding", NAMESPACE]["spec"]
     assert (binding["policyName"], binding["validationActions"]) == (NAMESPACE, ["Deny"])
+
+
+def test_the_way_to_the_api_server_is_open_and_no_way_in(overlay: dict[tuple[str, str], Any]) -> None:
+    spec = overlay["NetworkPolicy", "sandbox-plugin"]["spec"]
+    assert "ingress" not in spec
+    (out,) = spec["egress"]
+    assert [each["port"] for each in out["ports"]] == [443, 6443]
 
 
 def test_the_daemon_is_started_for_claims_alone_with_a_token_and_the_kubelets_folders(
