@@ -14,7 +14,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from sandbox_plugin.tasks import happens
 
 if TYPE_CHECKING:
     from sandbox_plugin.cdi.foreign import ForeignSpecWatch
+    from sandbox_plugin.dra.claims import Prepared
     from sandbox_plugin.host.watch import FolderWatcher
     from sandbox_plugin.outputs.metrics.parts import Parts as Measured
 
@@ -82,10 +83,12 @@ class Daemon:
         self._needs_cdi = settings.consumer.reads_cdi
         self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
         self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
-        last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
-        self._endpoints = Endpoints(settings, self._registry, last_look)
+        self._last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
+        self._endpoints = Endpoints(settings, self._registry, self._last_look)
         self._lock = NodeLock(folder=settings.kubelet_dir)
-        self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)
+        self._poller = HoldingsPoller(
+            socket=settings.pod_resources_socket, registry=self._registry, driver=settings.dra_driver_name
+        )
         self._cdi_writer = CdiWriter(
             folder=settings.cdi_dir,
             registry=self._registry,
@@ -129,7 +132,8 @@ class Daemon:
             if self._settings.fabric_partitions is not None:
                 start(FabricFile(self._settings.fabric_partitions, self._registry).run())
             # The rest can wait until pods can have devices: a watch that begins makes everybody look.
-            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+            if self._settings.device_plugin == "on":
+                await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
             await self._watch_folders(start, step=_UNHURRIED if is_real else _QUICK)
 
     async def _watch_folders(self, start: Callable[[Coroutine[Any, Any, None]], object], step: float) -> None:
@@ -159,13 +163,30 @@ class Daemon:
             self._registry.learn(in_cdi={})  # whoever served meanwhile may have changed the specs
         if self._registry.current.version:  # else it is asked before anything is offered
             await self._poller.ask(patience=_FIRST_ANSWER)
+        prepared: Mapping[str, Prepared] = {}
+        if self._settings.dra:
+            from sandbox_plugin.dra.driver import load_claims  # few need it
+
+            prepared = await load_claims(self._settings, self._registry)  # before anything can be given
         self._registry.serve(since)
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
         async with asyncio.TaskGroup() as group:
-            shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
+            if self._settings.device_plugin == "on":
+                shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
+            if self._settings.dra:
+                shutdown.watch(group.create_task(self._serve_claims(shutdown, prepared)))
+
+    async def _serve_claims(self, shutdown: Shutdown, prepared: Mapping[str, Prepared]) -> None:
+        """Dynamic Resource Allocation, for as long as this plugin serves."""
+        if self._settings.device_plugin == "on":
+            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+        # Here and now, because importing it takes longer than all that comes before.
+        from sandbox_plugin.dra.run import run
+
+        await run(self._settings, self._registry, shutdown, self._last_look, prepared)
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""
@@ -231,7 +252,7 @@ class Daemon:
         return Parts(
             plugin={
                 "version": __version__,
-                "node": os.environ.get("NODE_NAME") or os.uname().nodename,
+                "node": self._settings.node_name or os.uname().nodename,
                 "pid": os.getpid(),
                 "uptime_seconds": now - self._began_at,
                 "consumer": str(self._settings.consumer),
@@ -244,6 +265,7 @@ class Daemon:
                 "count": self._rescans.scans.total(),
                 "trouble": self._rescans.trouble,
             },
+            offers_resources=self._settings.device_plugin == "on",
             cdi_files=files if self._needs_cdi else None,
             foreign_specs=[
                 {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles

@@ -12,6 +12,7 @@ SHORTEST_SOCKET_NAME = 18
 NAME_LENGTH = 63
 """Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
 
+_CLAIMED = re.compile(r"pci-([0-9a-f]{4,})-([0-9a-f]{2})-([0-9a-f]{2})-([0-9a-f])|mdev-([0-9a-f-]{36})")
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
 """A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot. Two characters
 at least: Kata's Go library panics at a vendor or class of one (pkg/parser of CDI)."""
@@ -56,6 +57,24 @@ def check_resource_name(resource: str) -> None:
     check_alias(name)
 
 
+def check_driver_name(name: str) -> None:
+    """Raises ValueError, saying what is allowed, unless `name` is one for a DRA driver, and for the vendor of a CDI
+    kind (validateDriverName in pkg/apis/resource/validation of Kubernetes)."""
+    if len(name) > NAME_LENGTH or not _DOMAIN.fullmatch(name) or not name[0].isalpha() or len(name) < 2:
+        raise ValueError(
+            f"{name!r} is not a DNS name in lower case with 2 to {NAME_LENGTH} characters, a letter first, "
+            "such as 'vfio.example.com'"
+        )
+    if name in ("gpu.nvidia.com", "compute-domain.nvidia.com"):
+        raise ValueError(f"{name!r} is the name of NVIDIA's own driver")
+
+
+def check_node_name(name: str) -> None:
+    """Raises ValueError unless a node of Kubernetes can have this name (ValidateNodeName in pkg/apis/core)."""
+    if len(name) > 253 or not _DOMAIN.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a node: a DNS name in lower case with at most 253 characters")
+
+
 def socket_name(resource: str, *, max_bytes: int) -> str:
     """File name of a resource's socket: `sandbox-pgpu.sock`, with the domain in it where that is not nvidia.com.
 
@@ -72,6 +91,18 @@ def cdi_file_name(resource: str) -> str:
     """File name of a resource's CDI spec, e.g. `nvidia.com-pgpu.yaml`; shortened as a socket's where it must be."""
     stem, domain = resource.replace("/", "-", 1), resource.partition("/")[0]
     return _file_name(stem, ".yaml", resource, _CDI_FILE_BYTES, clear=_ends_clearly(domain))
+
+
+def address_of_claimed(name: str) -> str | None:
+    """PCI address, or UUID, of the device that ResourceSlices and claims call so; None: no device of ours is called so.
+
+    dra/names.py makes these names.
+    """
+    found = _CLAIMED.fullmatch(name)
+    if found is None:
+        return None
+    domain, bus, slot, function, uuid = found.groups()
+    return uuid if uuid is not None else f"{domain}:{bus}:{slot}.{function}"
 
 
 def _ends_clearly(domain: str) -> bool:

@@ -4,6 +4,7 @@
 #
 #   build.txt    what builds the package (hatchling)
 #   runtime.txt  what the program imports
+#   dra.txt      the same, and what --dra imports: what is in the image
 #   sbom.txt     the program, and what writes down what is in its image
 #   fuzz.txt     the program and the fuzzer
 #   dev.txt      all of these but the fuzzer, and the tools of the tests, lint and generators
@@ -34,7 +35,8 @@ compile() { # compile OUTPUT [pip-compile option ...]
 
 compile requirements/build.txt --all-build-deps --only-build-deps
 compile requirements/runtime.txt
-compile requirements/sbom.txt --extra sbom -c requirements/build.txt -c requirements/runtime.txt
+compile requirements/dra.txt --extra dra -c requirements/runtime.txt
+compile requirements/sbom.txt --extra sbom -c requirements/build.txt -c requirements/dra.txt
 compile requirements/fuzz.txt --extra fuzz -c requirements/runtime.txt
-compile requirements/dev.txt --extra dev --all-build-deps \
-  -c requirements/build.txt -c requirements/runtime.txt -c requirements/sbom.txt
+compile requirements/dev.txt --extra dev --extra dra --all-build-deps \
+  -c requirements/build.txt -c requirements/dra.txt -c requirements/sbom.txt

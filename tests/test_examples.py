@@ -41,9 +41,9 @@ def pod_of(manifest: Manifest) -> Manifest:
 @pytest.mark.parametrize("version", KUBERNETES)
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_example_is_valid(name: str, version: str) -> None:
-    manifest = load(name)
-    assert manifest["metadata"]["name"]
-    validate([manifest], version)
+    manifests = list(yaml.safe_load_all((EXAMPLES / name).read_text()))
+    assert all(manifest["metadata"]["name"] for manifest in manifests)
+    validate(manifests, version)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if "/" not in name or name.startswith("node/")])

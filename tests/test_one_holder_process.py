@@ -1,24 +1,27 @@
 """The same promise as in test_one_holder.py, kept by the real process: nothing is in the hands of two pods.
 
-Pods, VMs, hardware and plugins come and go at random on a fake node; the kubelet and PodResources speak grpcio. What
-is given is judged by what the tree shows then, without any idea of the daemon's.
+Pods, VMs, hardware and plugins come and go at random on a fake node; the kubelet and PodResources speak grpcio. Pods
+get devices by the device plugin API and by claims. What is given is judged by what the tree shows then, without any
+idea of the daemon's.
 
 `ONE_HOLDER_PROCESS_STEPS` makes it longer, `ONE_HOLDER_PROCESS_SEED` repeats one.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import grpc
 import pytest
 from conftest import MakeNode
 from daemon import Daemon, Places, is_failure
+from dra_manager import DRIVER, NODE, DraManager, NotPrepared, api_server
 from kubelet import GrpcKubelet
 from pods import PodResources
 
@@ -47,13 +50,18 @@ class Pod:
     is_live: bool = True
     vm: set[str] = field(default_factory=set)
     """Addresses that its VM has open."""
+    claim: str | None = None
+    """Name of its claim; None: it has its devices by the device plugin API."""
 
 
 class Walk:
     """One node, one kubelet, its pods, and one plugin that serves at a time."""
 
-    def __init__(self, places: Places, node: FakeNode, kubelet: GrpcKubelet, pods: PodResources) -> None:
+    def __init__(
+        self, places: Places, node: FakeNode, kubelet: GrpcKubelet, pods: PodResources, manager: DraManager
+    ) -> None:
         self.places, self.node, self.kubelet, self.pod_resources = places, node, kubelet, pods
+        self.manager = manager
         self.dice = random.Random(SEED)
         self.pods: list[Pod] = []
         self.story: list[str] = []
@@ -66,7 +74,8 @@ class Walk:
         self._daemon.wait_for("registered")
 
     def _start(self) -> Daemon:
-        return Daemon(self.places, self.node, "--health-interval=0.1", f"--gpu-alias={self._alias}")
+        flags = ["--health-interval=0.1", f"--gpu-alias={self._alias}"]
+        return Daemon(self.places, self.node, *flags, *self.manager.flags)
 
     @staticmethod
     def _end(daemon: Daemon) -> None:
@@ -80,7 +89,14 @@ class Walk:
         self._end(self._daemon)
 
     def step(self) -> None:
-        likely = [self.admit] * 8 + [self.end_pod] * 3 + [self.start_vm] * 3 + [self.end_vm] * 2
+        likely = (
+            [self.admit] * 5
+            + [self.claim] * 5
+            + [self.give_back]
+            + [self.end_pod] * 3
+            + [self.start_vm] * 3
+            + [self.end_vm] * 2
+        )
         likely += [self.unbind] * 2 + [self.bind] * 3 + [self.wait_for_an_answer]
         rare = [self.restart, self.take_over, self.change_alias, self.restart_kubelet]
         self.dice.choice(rare if self.dice.random() < 0.04 else likely)()
@@ -109,10 +125,56 @@ class Walk:
         pod = Pod(f"pod-{self._names}", {(resource, i) for i in ids}, hands, {f.address for f in functions})
         self.story.append(f"{pod.name} gets {resource} {ids}: {sorted(hands)}")
         self.counts["given"] += 1
-        for other in self.pods:
-            assert not hands & other.hands, "\n".join([*self.story, f"{other.name} has {sorted(hands & other.hands)}"])
-        self.pods.append(pod)
+        self._judge(pod)
         self.pod_resources.hold(pod.name, resource, *ids)
+
+    def _judge(self, pod: Pod) -> None:
+        for other in self.pods:
+            common = sorted(pod.hands & other.hands)
+            assert not common, "\n".join([*self.story, f"{other.name} has {common}"])
+        self.pods.append(pod)
+
+    def claim(self) -> None:
+        """The scheduler gives a claim what is healthy and no other claim has; the kubelet has it prepared."""
+        taken = {device for claim in self.manager.claims.values() for device in claim.allocated}
+        driver = self.manager.driver
+        health = {} if driver is None else dict(driver.health)
+        free = sorted(name for name, (status, _) in health.items() if status == "HEALTHY" and name not in taken)
+        if not free:
+            return
+        devices = self.dice.sample(free, k=min(len(free), self.dice.choice((1, 1, 2))))
+        self._names += 1
+        name, claim = f"pod-{self._names}", f"claim-{self._names}"
+        self.manager.create_claim(claim, *devices, pod=name)
+        try:
+            ids = self.manager.prepare(name, claim)
+        except NotPrepared as error:
+            self.counts["claims refused"] += 1
+            self.story.append(f"{claim} {devices} refused: {error}")
+            with suppress(NotPrepared):
+                self.manager.unprepare(name)
+            return
+        nodes = self._nodes_of(ids)
+        functions = [self._function_of(node) for node in nodes]
+        hands = frozenset(nodes) | {h for f in functions for h in (f.address, f"group {f.iommu_group}")}
+        pod = Pod(name, set(), hands, {f.address for f in functions}, claim=claim)
+        self.story.append(f"{name} gets {claim} {devices}: {sorted(hands)}")
+        self.counts["claims given"] += 1
+        self._judge(pod)
+        self.pod_resources.hold_by_claim(name, claim, DRIVER, *devices)
+
+    def _nodes_of(self, ids: Sequence[str]) -> list[str]:
+        """By the CDI specs that lie there."""
+        specs = [json.loads(path.read_text()) for path in self.places.cdi.glob(f"{DRIVER}_claim_*.json")]
+        found = {f"{spec['kind']}={device['name']}": device for spec in specs for device in spec["devices"]}
+        return [node["path"] for cdi in ids for node in found[cdi]["containerEdits"]["deviceNodes"]]
+
+    def give_back(self) -> None:
+        """The kubelet gives back the claims of pods that have ended, where it could not at once."""
+        live = {pod.name for pod in self.pods if pod.is_live}
+        for name in {pod for claim in self.manager.claims.values() for pod in claim.pods} - live:
+            with suppress(NotPrepared):
+                self.manager.unprepare(name)
 
     def _function_of(self, node: str) -> PciFunction:
         """Whose node it is, as the tree shows; a node that has just gone is a lost race, and gives nobody anything."""
@@ -130,6 +192,9 @@ class Walk:
         pod.is_live = False
         self.pod_resources.release(pod.name)
         self.story.append(f"{pod.name} ends{' and leaves its VM' if pod.vm else ''}")
+        if pod.claim is not None and self.dice.random() < 0.8:
+            with suppress(NotPrepared):
+                self.manager.unprepare(pod.name)
         if pod.vm and self.dice.random() < 0.5:
             self._end_vm(pod)
         if not pod.vm:
@@ -215,6 +280,7 @@ class Walk:
     def restart_kubelet(self) -> None:
         since = self._daemon.mark()
         self.kubelet.restart()
+        self.manager.restart()
         self._daemon.wait_for("registered", since=since)
         self.story.append("the kubelet restarts")
 
@@ -226,7 +292,10 @@ def walk(places: Places, node: FakeNode) -> Iterator[Walk]:
         pods = stack.enter_context(PodResources(places.top / "pod-resources/kubelet.sock"))
         kubelet.start()
         pods.start(age=HOUR)
-        made = Walk(places, node, kubelet, pods)
+        api = stack.enter_context(api_server())
+        api.put("nodes", {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}})
+        manager = stack.enter_context(DraManager(places.top, api))
+        made = Walk(places, node, kubelet, pods, manager)
         stack.callback(made.close)
         yield made
 
@@ -239,6 +308,8 @@ def test_whatever_happens_nothing_is_in_the_hands_of_two_pods(places: Places, fa
     with walk(places, node) as world:
         for _ in range(STEPS):
             world.step()
-        while not world.counts["given"]:  # a starved daemon has not offered anything yet
+        while not (
+            world.counts["given"] and world.counts["claims given"]
+        ):  # a starved daemon is slow to offer anything
             world.step()
         print(f"{STEPS} steps: {dict(sorted(world.counts.items()))}")

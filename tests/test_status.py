@@ -114,7 +114,7 @@ def test_the_pod_that_holds_a_device_is_named_and_one_not_yet_named_is_told_of(
     found = holders()
     assert (found["4"]["namespace"], found["4"]["pod"]) == ("default", "vm")
     assert found["4"]["container"] == "vm"
-    assert found["5"] == {"namespace": None, "pod": None, "container": None}
+    assert found["5"] == {"namespace": None, "pod": None, "container": None, "claim": None}
     assert found["6"] is None
     assert "a pod that PodResources has not named yet" in ask(node).stdout
 

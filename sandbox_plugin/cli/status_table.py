@@ -75,6 +75,8 @@ def _resource(resource: Mapping[str, Any], columns: int) -> list[Line]:
 def _holder(holder: Mapping[str, str | None] | None) -> str:
     if holder is None:
         return ""
+    if holder["claim"] is not None:
+        return f"claim {holder['namespace']}/{holder['claim']}"
     if holder["pod"] is None:
         return "a pod that PodResources has not named yet"
     return "/".join(part for part in (holder["namespace"], holder["pod"], holder["container"]) if part)

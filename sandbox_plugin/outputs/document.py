@@ -21,6 +21,7 @@ _ORDERLY = frozenset(
     {
         Reason.GROUP_TAKEN,
         Reason.HELD_AS_ANOTHER,
+        Reason.HELD_BY_OTHER_API,
         Reason.ID_HELD,
         Reason.HOLDERS_UNKNOWN,
         Reason.NOT_IN_CDI,
@@ -41,6 +42,8 @@ class Parts:
     """By resource; `state` is `registered` if all is well."""
     scan: Mapping[str, Any] = field(default_factory=dict)
     """`trouble`: why the last attempt saw nothing."""
+    offers_resources: bool = True
+    """False: the device plugin API is off, so there is nothing to register."""
     cdi_files: Mapping[str, str] | None = None
     """Resource -> path of its spec. None: this consumer needs none."""
     foreign_specs: Sequence[Mapping[str, str]] = ()
@@ -51,6 +54,7 @@ class Parts:
 def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
     """The whole of it."""
     reasons = not_ready(inventory, parts)
+    state = "not begun" if parts.offers_resources else "off"
     remarks = [] if parts.turn["state"] == STANDING_BY else _remarks(inventory, parts)
     return {
         "schema": SCHEMA,
@@ -63,7 +67,7 @@ def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
         "resources": [
             {
                 "name": resource,
-                "registration": dict(parts.registrations.get(resource, {"state": "not begun"})),
+                "registration": dict(parts.registrations.get(resource, {"state": state})),
                 "devices": [
                     device_document(device) | {"holder": _holder_of(device, inventory.memory.ledger)}
                     for device in devices
@@ -88,7 +92,7 @@ def not_ready(inventory: Inventory, parts: Parts) -> list[str]:
         return [f"waiting for the kubelet's folder{_because(parts.turn['reason'])}"]
     trouble = _cdi_trouble(inventory)
     reasons = [f"{resource}: {why}" for resource, why in sorted(trouble.items())]
-    for resource in inventory.resources.keys() - trouble.keys():
+    for resource in inventory.resources.keys() - trouble.keys() if parts.offers_resources else ():
         registration = parts.registrations.get(resource)
         if registration is None:
             reasons.append(f"{resource} is not registered: its CDI spec is not written yet")
@@ -143,11 +147,15 @@ def _holder_of(device: Device, ledger: Ledger) -> dict[str, str | None] | None:
 
 def holder_of(grant: Grant, ledger: Ledger) -> dict[str, str | None]:
     """Of whom it is; all None: an Allocate gave it, and PodResources has not named the pod yet."""
+    if grant.claim is not None:
+        namespace, _, claim = grant.claim.partition("/")
+        return {"namespace": namespace, "pod": None, "container": None, "claim": claim}
     pod = ledger.pod_of(grant)
     if pod is None:
-        return {"namespace": None, "pod": None, "container": None}
+        return {"namespace": None, "pod": None, "container": None, "claim": None}
     namespace, _, name = pod.partition("/")
-    return {"namespace": namespace, "pod": name, "container": ledger.named_by[grant.key].containers.get(grant.key)}
+    container = ledger.named_by[grant.key].containers.get(grant.key)
+    return {"namespace": namespace, "pod": name, "container": container, "claim": None}
 
 
 def held_without_device(inventory: Inventory) -> list[dict[str, Any]]:

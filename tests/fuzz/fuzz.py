@@ -1,16 +1,17 @@
 """Coverage-guided fuzzing of what reads foreign input: sysfs, the config file, messages, kernel events, CDI specs,
-HTTP.
+claims and their checkpoint, HTTP.
 
     python tests/fuzz/fuzz.py TARGET [libFuzzer arguments] CORPUS...
 
-Targets: sysfs, config, messages, uevent, cdi, http. A target fails on any exception that the code under it does not
-promise. Apart from the tests because atheris takes over the process; `just fuzz` runs all targets for a while each.
-FUZZ_PLANT=TARGET plants an exception, which must be found: it shows that a failure is seen at all.
+Targets: sysfs, config, messages, uevent, cdi, checkpoint, claim, http. A target fails on any exception that the code
+under it does not promise. Apart from the tests because atheris takes over the process; `just fuzz` runs all targets for
+a while each. FUZZ_PLANT=TARGET plants an exception, which must be found: it shows that a failure is seen at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
@@ -29,10 +30,14 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.cdi.stale import read_stale
     from sandbox_plugin.config.file import parse_config
     from sandbox_plugin.config.settings import Consumer, Policy, Settings, UsageError
+    from sandbox_plugin.dra.checkpoint import NotACheckpoint, decode, encode
+    from sandbox_plugin.dra.claim_specs import Terms, render_files
+    from sandbox_plugin.dra.claims import ClaimId, Given, Prepared, Refused, read_claim
     from sandbox_plugin.host import bus, pci_function
     from sandbox_plugin.host.paths import HostPaths
     from sandbox_plugin.host.uevents import parse_uevent
     from sandbox_plugin.inventory.advance import advance
+    from sandbox_plugin.inventory.ledger import Places
     from sandbox_plugin.inventory.rules import Rules
     from sandbox_plugin.inventory.state import Inventory, Signals
     from sandbox_plugin.kubelet.podresources import holdings
@@ -124,7 +129,7 @@ def messages(_: Path) -> Callable[[bytes], None]:
             elif kind < b"\xaa":
                 asyncio.run(servicer.allocate(requests.decode(body, v1beta1.AllocateRequest)))
             else:
-                holdings(answers.decode(body, v1.ListPodResourcesResponse), 0.0, complete=True)
+                holdings(answers.decode(body, v1.ListPodResourcesResponse), 0.0, complete=True, driver="d")
 
     return one
 
@@ -137,6 +142,45 @@ def uevent(_: Path) -> Callable[[bytes], object]:
 def cdi(_: Path) -> Callable[[bytes], object]:
     """Any file that others put into the CDI folder is a spec, or is said to be wrong; and it is ours or not."""
     return lambda data: (read_spec(data), read_stale("nvidia.com-pgpu.yaml", data, lambda _: True))
+
+
+def checkpoint(_: Path) -> Callable[[bytes], object]:
+    """Any file is the checkpoint of a claim, which says the same again, or is none."""
+
+    def one(data: bytes) -> None:
+        with suppress(NotACheckpoint):
+            prepared = decode(data, "boot")
+            if decode(encode(prepared, "boot"), "boot") != prepared:
+                raise AssertionError("it does not say the same again")
+
+    return one
+
+
+def claim(_: Path) -> Callable[[bytes], object]:
+    """Whatever the API server has for a claim, with whatever configuration: it is understood or refused, and the files
+    of it lie where they should."""
+    claim_id = ClaimId(namespace="default", name="gpus", uid="uid")
+    terms = Terms(driver="d.example", consumer=Consumer.KUBEVIRT, cdi_dir=Path("/cdi"), folder=Path("/plugin"))
+    places = Places(node="/dev/vfio/devices/vfio3", group=50, addresses=frozenset({ADDRESS}))
+
+    def one(data: bytes) -> None:
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(found, dict):
+            return
+        try:
+            asked = read_claim(claim_id, found, driver="d.example", pool="node-1")
+        except Refused:
+            return
+        given = tuple(Given(wanted=wanted, places=places) for wanted in asked.devices)
+        prepared = Prepared(claim=claim_id, pod_claim=asked.pod_claim, devices=given)
+        for path in render_files(prepared, [None] * len(given), terms, {}):
+            if ".." in path.parts or path.parts[1] not in ("cdi", "plugin"):
+                raise AssertionError(f"a file at {path}")
+
+    return one
 
 
 def http(_: Path) -> Callable[[bytes], None]:
@@ -192,6 +236,8 @@ TARGETS: dict[str, Callable[[Path], Callable[[bytes], object]]] = {
     "messages": messages,
     "uevent": uevent,
     "cdi": cdi,
+    "checkpoint": checkpoint,
+    "claim": claim,
     "http": http,
 }
 

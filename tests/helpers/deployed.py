@@ -40,7 +40,8 @@ def build(folder: str) -> list[Manifest]:
 
 @dataclass(frozen=True)
 class Installed:
-    """What an overlay gives: its objects by kind, of which there is one each; the daemon's pod and its container."""
+    """What an overlay gives: its objects by kind, of which there is one each (device classes are left out); the
+    daemon's pod and its container."""
 
     by_kind: Mapping[str, Manifest]
     pod: Manifest
@@ -69,7 +70,7 @@ class Installed:
 
 def installed(folder: str) -> Installed:
     """What the overlay in this folder gives."""
-    manifests = build(folder)
+    manifests = [each for each in build(folder) if each["kind"] != "DeviceClass"]
     by_kind = {manifest["kind"]: manifest for manifest in manifests}
     assert len(by_kind) == len(manifests)
     pod = by_kind["DaemonSet"]["spec"]["template"]["spec"]
@@ -82,6 +83,8 @@ def validate(manifests: Sequence[Manifest], version: str) -> None:
     assert manifests
     for manifest in manifests:
         group, _, _ = manifest["apiVersion"].rpartition("/")
+        if group == "resource.k8s.io" and version == KUBERNETES[0]:
+            continue  # Kubernetes has it from 1.34 on
         if "." not in group or group.endswith(".k8s.io"):
             kubernetes_validate.validate(manifest, version, strict=True)
 

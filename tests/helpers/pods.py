@@ -30,6 +30,7 @@ class PodResources:
     def __init__(self, socket: Path) -> None:
         self.socket = socket
         self._pods: dict[str, tuple[str, tuple[str, ...]]] = {}
+        self._claims: dict[str, tuple[str, str, tuple[str, ...]]] = {}
         self._asked = 0
         self._changed = threading.Condition()
         self._server: grpc.Server | None = None
@@ -69,10 +70,16 @@ class PodResources:
         with self._changed:
             self._pods[pod] = (resource, ids)
 
+    def hold_by_claim(self, pod: str, claim: str, driver: str, *devices: str) -> None:
+        """The pod `default/<pod>` holds these devices by this claim from now on."""
+        with self._changed:
+            self._claims[pod] = (claim, driver, devices)
+
     def release(self, pod: str) -> None:
         """The pod is gone."""
         with self._changed:
-            del self._pods[pod]
+            self._pods.pop(pod, None)
+            self._claims.pop(pod, None)
 
     def wait_until_asked(self, times: int = 1, timeout: float = TIMEOUT) -> None:
         """Waits until it has answered so many more questions than until now. Raises AssertionError."""
@@ -89,6 +96,13 @@ class PodResources:
             for name, (resource, ids) in self._pods.items():
                 pod = answer.pod_resources.add(name=name, namespace="default")
                 pod.containers.add(name="vm").devices.add(resource_name=resource, device_ids=ids)
+            for name, (claim, driver, devices) in self._claims.items():
+                pod = answer.pod_resources.add(name=name, namespace="default")
+                resources = pod.containers.add(name="vm").dynamic_resources.add(
+                    claim_name=claim, claim_namespace="default"
+                )
+                for device in devices:
+                    resources.claim_resources.add(driver_name=driver, pool_name="node-1", device_name=device)
             self._asked += 1
             self._changed.notify_all()
         return answer

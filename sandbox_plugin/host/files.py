@@ -1,6 +1,6 @@
 """Small files: read again only when they have changed, replaced whole.
 
-What the writer and the watch over foreign specs both need. A call may hang on a dead mount: these run on threads.
+What CDI specs and the files of claims need. A call may hang on a dead mount: these run on threads.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
 from sandbox_plugin.host.threads import on_thread
 
+LARGEST = 1 << 18
+"""Bytes: of a larger file no more is read. Specs of real tools have a tenth of that."""
 NO_RESOURCES = (*OUT_OF_RESOURCES, errno.EAGAIN)
 """Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
 _TEMPORARY = ".sandbox-plugin.tmp"
