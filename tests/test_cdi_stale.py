@@ -24,10 +24,11 @@ from pods import PodResources
 from specs import as_text, device, reference
 from trials import QUICK, tampered, wait_until
 
-from sandbox_plugin.cdi import files, stale
+from sandbox_plugin.cdi import stale
 from sandbox_plugin.cdi.owner import ownership
 from sandbox_plugin.cdi.render import MARK
 from sandbox_plugin.cdi.stale import StaleSpec, free_since, why_kept
+from sandbox_plugin.host import files
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.inventory.tracking import RETIRE

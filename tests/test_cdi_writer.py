@@ -20,8 +20,8 @@ from loop import LIMIT, in_loop
 from names import PGPU
 from specs import as_text, device, document, reference
 
-from sandbox_plugin.cdi import files
 from sandbox_plugin.cdi.render import MARK
+from sandbox_plugin.host import files
 from sandbox_plugin.model import Reason
 
 

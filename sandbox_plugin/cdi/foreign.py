@@ -16,11 +16,11 @@ from pathlib import Path
 
 import structlog
 
-from sandbox_plugin.cdi import files
-from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.cdi.lint import Reading, in_two_folders, lint, read_spec
 from sandbox_plugin.cdi.text import prepare
 from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.host import files
+from sandbox_plugin.host.files import Known
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.tasks import happens
 from sandbox_plugin.trouble import Troubles

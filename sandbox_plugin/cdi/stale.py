@@ -21,9 +21,9 @@ from pathlib import Path
 
 import structlog
 
-from sandbox_plugin.cdi import files
-from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.cdi.lint import read_spec
+from sandbox_plugin.host import files
+from sandbox_plugin.host.files import Known
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.state import Inventory

@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-LARGEST = 1 << 18
-"""Bytes: a larger text is not parsed, since that would take seconds. Specs of real tools have a tenth of that."""
+from sandbox_plugin.host.files import LARGEST
+
 _DEEPEST = 32
 """Levels of lists and mappings; a CDI spec has 8."""
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -75,7 +75,7 @@ def load(content: bytes) -> Any:
 
     Raises NotYaml and NotRead.
     """
-    if len(content) > LARGEST:
+    if len(content) > LARGEST:  # to parse it would take seconds
         raise NotRead(f"it has more than {LARGEST} bytes")
     import yaml
 

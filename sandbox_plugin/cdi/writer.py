@@ -15,11 +15,11 @@ from pathlib import Path
 
 import structlog
 
-from sandbox_plugin.cdi import files
-from sandbox_plugin.cdi.files import Known
 from sandbox_plugin.cdi.owner import Ownership, ownership
 from sandbox_plugin.cdi.render import ids_in_spec, is_marked, render_specs
 from sandbox_plugin.cdi.stale import StaleSpecs
+from sandbox_plugin.host import files
+from sandbox_plugin.host.files import Known
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.names import cdi_file_name
 from sandbox_plugin.registry import Registry

@@ -1,6 +1,7 @@
 """Small files: read again only when they have changed, replaced whole.
 
-What the writer and the watch over foreign specs both need. A call may hang on a dead mount: these run on threads.
+What whoever writes or watches CDI specs and feature files needs. A call may hang on a dead mount: these run on
+threads.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from sandbox_plugin.cdi.text import LARGEST
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
 from sandbox_plugin.host.threads import on_thread
 
 NO_RESOURCES = (*OUT_OF_RESOURCES, errno.EAGAIN)
 """Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
+LARGEST = 1 << 18
+"""Bytes that are read of a file: specs and feature files of real tools have a tenth of that."""
 _TEMPORARY = ".sandbox-plugin.tmp"
-"""Not .yaml and not .json: readers of a CDI folder do not look at it."""
+"""Not .yaml and not .json: readers of a CDI folder do not look at it. NFD reads no name that begins with a dot."""
 PATIENCE = 5.0
 """Seconds after which it is said that a folder does not answer."""
 _LAST_PATIENCE = 0.3
