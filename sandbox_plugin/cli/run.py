@@ -18,10 +18,7 @@ from sandbox_plugin.config.settings import OPTIONS, Settings
 from sandbox_plugin.daemon import Daemon
 from sandbox_plugin.shutdown import Shutdown
 
-_NO_LABELS = (
-    "this plugin does not label the node, as the reference plugin does from within a Kata VM: what selects nodes by "
-    "those labels needs them from elsewhere"
-)
+_NO_VM = "they follow from what sysfs shows, and Node Feature Discovery labels the node: no VM is started for them"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -51,8 +48,8 @@ def _run_daemon(settings: Settings) -> int:
         log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
         for name in unknown_variables(os.environ):
             log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
-        if os.environ.get("ENABLE_GFD", "").lower() in ("1", "t", "true"):
-            log.warning("variable ignored", name="ENABLE_GFD", reason=_NO_LABELS)
+        if settings.gpu_feature_labels:
+            log.info("labels of GPU Feature Discovery", path=str(settings.features_folder), reason=_NO_VM)
         await daemon.run(shutdown)
 
     try:

@@ -98,3 +98,8 @@ def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
 def switch(text: str) -> bool:
     """`true` or `false`, in capitals too."""
     return one_of("true", "false")(text.lower()) == "true"
+
+
+def go_switch(text: str) -> bool:
+    """As the reference plugin reads its variables (ParseBool in Go's strconv): 1, t, true and so on; empty is false."""
+    return one_of("true", "false", "1", "0", "t", "f")(text.lower() or "false") in ("true", "1", "t")

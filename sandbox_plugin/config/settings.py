@@ -20,6 +20,8 @@ from sandbox_plugin.config import parsers
 VARIABLE_PREFIX = "SANDBOX_PLUGIN_"
 STATUS_SOCKET = Path("/run/sandbox-plugin/status.sock")
 """Not in the kubelet's folder: the kubelet deletes sockets there."""
+FEATURES_FOLDER = Path("/etc/kubernetes/node-feature-discovery/features.d")
+"""Where nfd-worker looks for feature files (source/local/local.go of Node Feature Discovery)."""
 
 _T = TypeVar("_T")
 
@@ -217,6 +219,19 @@ class Settings:
         STATUS_SOCKET, parsers.socket_path, "PATH", "where `sandbox-plugin status` asks the daemon"
     )
     """With a fake host the default is below its root."""
+    node_features: Path | None = option(
+        None,
+        parsers.or_off(parsers.path),
+        "DIR",
+        "Node Feature Discovery's features.d: label the node with what it has",
+    )
+    gpu_feature_labels: bool = option(
+        False,
+        parsers.go_switch,
+        "BOOL",
+        "also nvidia.com/gpu.product, .family, .count and .memory, as GPU Feature Discovery labels nodes",
+        reference_variable="ENABLE_GFD",
+    )
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
     """None: console on a terminal, else json."""
@@ -233,6 +248,14 @@ class Settings:
     """(vendor, device) -> last part of the resource name, for models with a name of the user's own."""
     type_names: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
     """(vendor, device, number of the type) -> the same for types of vGPU whose names were not seen."""
+
+    @property
+    def features_folder(self) -> Path | None:
+        """Where the feature file goes; None: nowhere. Who only asks for GPU Feature Discovery's labels, as the
+        reference's users do, gets them where NFD looks for them by default."""
+        if self.node_features is None and self.gpu_feature_labels:
+            return self.host_root / FEATURES_FOLDER.relative_to("/")
+        return self.node_features
 
     def on_fake_host(self, root: Path) -> Settings:
         """The same settings for a fake host below `root`."""
