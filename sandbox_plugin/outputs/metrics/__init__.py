@@ -1,0 +1,1 @@
+"""Metrics: what the registry and the parts know, for Prometheus."""
