@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from functools import partial
@@ -46,6 +47,7 @@ from sandbox_plugin.tasks import happens
 if TYPE_CHECKING:
     from sandbox_plugin.cdi.foreign import ForeignSpecWatch
     from sandbox_plugin.host.watch import FolderWatcher
+    from sandbox_plugin.outputs.metrics.parts import Parts as Measured
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -109,6 +111,8 @@ class Daemon:
             # First: only what PodResources is asked after this plugin began to serve tells who holds what.
             start(self._lock.run(partial(self._serve, shutdown)))
             start(StatusSocket(path=self._settings.status_socket, document=self.status).run())
+            if self._settings.metrics_address is not None:
+                start(self._serve_metrics(self._settings.metrics_address))
             asking = start(self._poller.ask(patience=_FIRST_ANSWER))
             if self._needs_cdi:
                 await start(learn_former(self._settings.cdi_dir, self._registry, self._rules.may_be_ours))
@@ -182,8 +186,44 @@ class Daemon:
         self._endpoints.look()
         self._poller.look()
 
+    def _serve_metrics(self, address: tuple[str, int]) -> Coroutine[Any, Any, None]:
+        """Answers scrapes and probes until it is cancelled."""
+        from sandbox_plugin.outputs.metrics.server import MetricsServer
+
+        return MetricsServer(
+            address, self._registry, self._measured, pod_labels=self._settings.metrics_pod_labels
+        ).run()
+
+    def _measured(self) -> Measured:
+        """What the metrics say of the parts now."""
+        from sandbox_plugin.outputs.metrics.parts import Calls
+        from sandbox_plugin.outputs.metrics.parts import Parts as Measured
+
+        registered = {status.resource: status.registered_at for status in self._endpoints.status()}
+        calls = self._endpoints.calls.items()
+        foreign = Counter[str]()
+        for watch in self._foreign_specs:
+            foreign.update(watch.problems)
+        return Measured(
+            shown=self._shown(),
+            registered_at={resource: at for resource, at in registered.items() if at is not None},
+            calls={resource: Calls(took=each.took, refusals=each.refusals) for resource, each in calls},
+            kubelet_restarts=self._endpoints.kubelet_restarts,
+            scans=self._rescans.durations,
+            scan_triggers=self._rescans.scans,
+            scan_failures=self._rescans.failures,
+            last_scan_at=self._rescans.began_at,
+            cdi_writes=self._cdi_writer.writes,
+            cdi_failures=self._cdi_writer.failures,
+            foreign_specs=foreign,
+        )
+
     def status(self) -> dict[str, Any]:
         """What the status socket answers now."""
+        return document(self._registry.current, self._shown())
+
+    def _shown(self) -> Parts:
+        """What the parts say of themselves now."""
         now = time.monotonic()
         inventory = self._registry.current
         registrations = {}
@@ -201,30 +241,27 @@ class Daemon:
         turn = SERVING if self._lock.is_held else STANDING_BY if self._lock.is_standing_by else WAITING
         files = {resource: str(self._settings.cdi_dir / cdi_file_name(resource)) for resource in inventory.resources}
         began_at = self._rescans.began_at
-        return document(
-            inventory,
-            Parts(
-                plugin={
-                    "version": __version__,
-                    "node": os.environ.get("NODE_NAME") or os.uname().nodename,
-                    "pid": os.getpid(),
-                    "uptime_seconds": now - self._began_at,
-                    "consumer": str(self._settings.consumer),
-                },
-                turn={"state": turn, "reason": self._lock.why_not_held},
-                registrations=registrations,
-                scan={
-                    "age_seconds": None if began_at is None else now - began_at,
-                    "took_seconds": self._rescans.took,
-                    "count": self._rescans.scans.total(),
-                    "trouble": self._rescans.trouble,
-                },
-                cdi_files=files if self._needs_cdi else None,
-                foreign_specs=[
-                    {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles
-                ],
-                events=self._event_sources(),
-            ),
+        return Parts(
+            plugin={
+                "version": __version__,
+                "node": os.environ.get("NODE_NAME") or os.uname().nodename,
+                "pid": os.getpid(),
+                "uptime_seconds": now - self._began_at,
+                "consumer": str(self._settings.consumer),
+            },
+            turn={"state": turn, "reason": self._lock.why_not_held},
+            registrations=registrations,
+            scan={
+                "age_seconds": None if began_at is None else now - began_at,
+                "took_seconds": self._rescans.took,
+                "count": self._rescans.scans.total(),
+                "trouble": self._rescans.trouble,
+            },
+            cdi_files=files if self._needs_cdi else None,
+            foreign_specs=[
+                {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles
+            ],
+            events=self._event_sources(),
         )
 
     def _event_sources(self) -> list[dict[str, str | None]]:

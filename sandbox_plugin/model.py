@@ -19,6 +19,8 @@ NVIDIA = 0x10DE
 D3COLD = "D3cold"
 """`power_state` of a function without power, and of one whose registers read all ones (pci_power_up and
 pci_update_current_state in drivers/pci/pci.c)."""
+UNKNOWN_SPEED = "Unknown"
+"""What a link speed reads as that is none: of a function off the bus, and of a virtual one."""
 ROM = 6
 """Index of the expansion ROM among the BARs."""
 _CDEV_FOLDER = "/dev/vfio/devices/"
@@ -57,6 +59,14 @@ class VfioDev:
     binding: int | None = field(default=None, compare=False)
     """Inode number of the folder. sysfs makes a new folder, with a new number, each time the function is bound
     (kernfs_new_node in fs/kernfs/dir.c never uses one twice), so another number means: bound again since."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLimit:
+    """The best that one end of a PCIe link can do, as `max_link_speed` and `max_link_width` word it."""
+
+    speed: str | None
+    width: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,8 +127,15 @@ class PciFunction:
     current_vgpu_type`), `0` while it has none. None: no such function, or one without that file."""
     vgpu_types: tuple[tuple[str, str], ...] = ()
     """Number and name of each type that still fits there (`nvidia/creatable_vgpu_types`): fewer as the card fills."""
+    link_limits: tuple[LinkLimit, ...] | None = None
+    """What its link can be at best: of the function itself, and of the port above. None: not read yet, since there was
+    no link to be seen, or reading would have woken something."""
     fatal_errors: int | None = None
     """TOTAL_ERR_FATAL of `aer_dev_fatal`: a count since boot."""
+    nonfatal_errors: int | None = field(default=None, compare=False)
+    """TOTAL_ERR_NONFATAL of `aer_dev_nonfatal`. Nothing about a device follows from it, nor from the next."""
+    correctable_errors: int | None = field(default=None, compare=False)
+    """TOTAL_ERR_COR of `aer_dev_correctable`."""
     unread: tuple[str, ...] = ()
     """One line for each optional attribute that could not be read or made no sense."""
 
@@ -338,7 +355,7 @@ def silence(
     link_speed: str | None, link_width: int | None, power_state: str | None, runtime_status: str | None
 ) -> str | None:
     """What proves that a function does not answer on the bus, in words; None: nothing does."""
-    if link_speed == "Unknown" and link_width == 63:
+    if link_speed == UNKNOWN_SPEED and link_width == 63:
         # What a link register of all ones reads as (measured; drivers/pci/pci-sysfs.c decodes it).
         return "link speed Unknown, width 63"
     if power_state == D3COLD and runtime_status == "active":

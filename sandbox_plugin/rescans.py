@@ -9,6 +9,7 @@ from functools import partial
 
 import structlog
 
+from sandbox_plugin.durations import Durations
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.scan import HostScanner
 from sandbox_plugin.host.sysfs import OutOfResources
@@ -33,11 +34,15 @@ class Rescans:
         self._wanted = asyncio.Event()
         self._aer: list[tuple[str, str]] = []
         self._trouble = Trouble()
-        self._scanner = HostScanner(paths, on_late=partial(self.wake, "late answer"))
+        self._scanner = HostScanner(paths, on_late=partial(self.wake, "late-answer"))
         self.scans: Counter[str] = Counter()
         """How many scans each trigger has led to; a scan may have several."""
         self.took: float | None = None
         """Seconds that the last scan took; None: there was none yet."""
+        self.durations = Durations()
+        """What all of them took."""
+        self.failures = 0
+        """How many attempts saw nothing."""
         self.began_at: float | None = None
         """When it began, in monotonic seconds."""
         self._triggers = {"start"}
@@ -80,10 +85,13 @@ class Rescans:
             facts = await self._scanner.scan()
         except OutOfResources as error:
             self._aer = aer + self._aer
+            self.failures += 1
             self._complain("scan failed", f"{error}; the last known state stays, and it is tried again")
             return False
         self.scans.update(triggers)
         self.began_at, self.took = facts.began_at, time.monotonic() - facts.began_at
+        self.durations.add(self.took)
+        self.failures += facts.unreachable is not None
         ms = round(self.took * 1000, 1)
         log.debug("scanned", trigger=", ".join(sorted(triggers)), functions=len(facts.functions), ms=ms)
         self._complain("the PCI bus cannot be read", facts.unreachable)

@@ -38,6 +38,8 @@ _TO_DO = {
     "cdi device in two folders": "remove the device from one of the two specs",
 }
 """What may be said of a spec -> what to do about it."""
+_PROBLEMS = dict(zip(_TO_DO, ("bad", "not-judged", "in-two-folders"), strict=True))
+"""The same, as it is counted."""
 
 
 @dataclass(kw_only=True)
@@ -64,6 +66,11 @@ class ForeignSpecWatch:
     def troubles(self) -> list[tuple[Path, str]]:
         """The specs that something is wrong with, and what."""
         return [(file, why) for troubles in self._troubles.values() for file, why in troubles.now.items()]
+
+    @property
+    def problems(self) -> dict[str, int]:
+        """How many specs there are of each that something is wrong with."""
+        return {_PROBLEMS[event]: len(troubles.now) for event, troubles in self._troubles.items()}
 
     async def run(self) -> None:
         """Runs until cancelled."""

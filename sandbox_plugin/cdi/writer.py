@@ -8,6 +8,7 @@ resource needs any more is in `stale`; nothing else in the folder is ever touche
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +52,10 @@ class CdiWriter:
     registry: Registry
     is_ours: Callable[[str], bool]
     interval: float = 5.0
+    writes: Counter[str] = field(default_factory=Counter)
+    """How often each resource's spec was written."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """How often that was tried in vain."""
     _stale: StaleSpecs = field(init=False)
     _due: asyncio.Event = field(default_factory=asyncio.Event)
     _folder_changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -109,6 +114,7 @@ class CdiWriter:
                 trouble[resource] = f"its CDI spec cannot be written: {error.filename or self.folder}: {error.strerror}"
             except _NotOurs as error:
                 trouble[resource] = str(error)
+        self.failures.update(trouble.keys())
         # After a start on a full disk this is what an earlier run wrote: pods can have what is in it.
         in_cdi = {
             resource: ids_in_spec(self._on_disk[resource].says, resource, inventory.resources[resource])
@@ -138,6 +144,7 @@ class CdiWriter:
                 why = f"{file} belongs to another program ({replaced.why}): move it away or choose another alias"
                 raise _NotOurs(why)
         self._on_disk[resource] = await files.finish(partial(files.replace, file, wanted), self._tell_of_silence)
+        self.writes[resource] += 1
         return replaced is None or self._tell_of_other_writer(resource, file, replaced)
 
     async def _read(self, resource: str, file: Path) -> bytes | None:

@@ -95,6 +95,14 @@ def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
     return lambda text: None if text == "off" else parse(text)
 
 
+def host_port(text: str) -> tuple[str, int]:
+    """A host, which may be empty for all addresses, and a port: `127.0.0.1:9400`, `[::1]:9400`, `:9400`."""
+    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
+    if found is None or int(found[3]) > 65535:
+        raise ValueError(f"{text!r} is not HOST:PORT, as in '127.0.0.1:9400', '[::]:9400' or ':9400'")
+    return found[1] or found[2], int(found[3])
+
+
 def switch(text: str) -> bool:
     """`true` or `false`, in capitals too."""
     return one_of("true", "false")(text.lower()) == "true"

@@ -232,6 +232,13 @@ class Settings:
         "also nvidia.com/gpu.product, .family, .count and .memory, as GPU Feature Discovery labels nodes",
         reference_variable="ENABLE_GFD",
     )
+    metrics_address: tuple[str, int] | None = option(
+        None,
+        parsers.or_off(parsers.host_port),
+        "HOST:PORT",
+        "serve /metrics, /healthz and /readyz there; HOST may be empty",
+    )
+    metrics_pod_labels: bool = option(True, parsers.switch, "BOOL", "name the pod that holds a device in the metrics")
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
     """None: console on a terminal, else json."""

@@ -194,12 +194,16 @@ def _attributes(spec: FunctionSpec) -> dict[str, str]:
         "power/runtime_status": "active",
     }
     if link := spec.link or model.link:
+        best = model.link or link
         attributes |= {"current_link_speed": link.speed, "current_link_width": str(link.width)}
+        attributes |= {"max_link_speed": best.speed, "max_link_width": str(best.width)}
         if model.class_code >> 8 != PCI_BRIDGE:
             attributes |= {
                 "reset": "",
                 "reset_method": "flr bus",
                 "aer_dev_fatal": "Undefined 0\nDLP 0\nTOTAL_ERR_FATAL 0",
+                "aer_dev_nonfatal": "Undefined 0\nDLP 0\nTOTAL_ERR_NONFATAL 0",
+                "aer_dev_correctable": "RxErr 0\nBadTLP 0\nTOTAL_ERR_COR 0",
             }
     return attributes
 

@@ -17,7 +17,17 @@ from typing import Any
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import D3COLD, ROM, Bar, PciFunction, VfioDev, is_vfio_driver, silence
+from sandbox_plugin.model import (
+    D3COLD,
+    ROM,
+    UNKNOWN_SPEED,
+    Bar,
+    LinkLimit,
+    PciFunction,
+    VfioDev,
+    is_vfio_driver,
+    silence,
+)
 
 VFIO_DEV = re.compile(r"vfio(\d{1,9})")
 """Name of a cdev, and of its folder in sysfs."""
@@ -133,9 +143,8 @@ def _read_pci_function(paths: HostPaths, address: str, before: PciFunction | Non
     identity = _identify(folder, address) if before is None or before.unread else _identity(before)
     driver, group, vfio = sysfs.target_name(f"{folder}/driver"), _group_number(folder), _vfio_dev(folder)
     if vfio is not None or is_vfio_driver(driver):
-        function = PciFunction(
-            **(identity | _read_details(paths, folder, identity)), driver=driver, iommu_group=group, vfio=vfio
-        )
+        details = _read_details(paths, folder, identity, None if before is None else before.link_limits)
+        function = PciFunction(**(identity | details), driver=driver, iommu_group=group, vfio=vfio)
         if function.is_vendors_vgpu:
             function = replace(function, vgpu_type=_vgpu_type(folder), vgpu_types=_creatable_types(folder))
     else:
@@ -144,8 +153,13 @@ def _read_pci_function(paths: HostPaths, address: str, before: PciFunction | Non
         may_be_a_vms = before is None or before.enable == 1 or before.is_held_by_vfio
         is_enabled = driver is None and may_be_a_vms and sysfs.text_or_none(f"{folder}/enable") == "1"
         function = PciFunction(**identity, driver=driver, iommu_group=group, enable=1 if is_enabled else None)
-    is_same = before is not None and before == function and before.binding == function.binding
+    is_same = before is not None and before == function and _uncompared(before) == _uncompared(function)
     return before if before is not None and is_same else function  # the same object is quickly compared
+
+
+def _uncompared(function: PciFunction) -> tuple[int | None, ...]:
+    """What may differ between functions that are equal."""
+    return function.binding, function.nonfatal_errors, function.correctable_errors
 
 
 def _identify(folder: str, address: str) -> dict[str, Any]:
@@ -173,18 +187,23 @@ def _identity(function: PciFunction) -> dict[str, Any]:
     return {name: getattr(function, name) for name in (*names, "physical_function", "bridges")}
 
 
-def _read_details(paths: HostPaths, folder: str, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What else the folder of a function says that a vfio driver holds."""
+def _read_details(
+    paths: HostPaths, folder: str, identity: Mapping[str, Any], known_limits: tuple[LinkLimit, ...] | None
+) -> dict[str, Any]:
+    """What else the folder of a function says that a vfio driver holds. `known_limits`: its `link_limits` so far."""
     optional = _Optional(folder)
-    details = {
+    details: dict[str, Any] = {
         "bars": optional.bars(),
         "reset_methods": optional.reset_methods(),
         "numa_node": _known_node(optional.number("numa_node")),
         "enable": optional.number("enable"),
         "virtual_functions": _virtual_functions(folder),
-        "fatal_errors": optional.fatal_errors(),
+        **optional.errors(),
         **_read_power(paths, folder, optional, identity["bridges"]),
     }
+    if known_limits is None and details.get("link_speed") not in (None, UNKNOWN_SPEED):
+        known_limits = _read_link_limits(paths, optional, identity["bridges"])
+    details["link_limits"] = known_limits
     return details | {"unread": (*identity.get("unread", ()), *optional.unread)}
 
 
@@ -211,6 +230,16 @@ def _read_power(paths: HostPaths, folder: str, optional: _Optional, bridges: Seq
         "link_speed": optional.text("current_link_speed"),
         "link_width": optional.number("current_link_width"),
     }
+
+
+def _read_link_limits(paths: HostPaths, optional: _Optional, bridges: Sequence[str]) -> tuple[LinkLimit, ...]:
+    """As `PciFunction.link_limits`. It reads the registers of both ends, so only where the link may be read as well.
+
+    A slot may have fewer lanes than the card in it: the port above it says so.
+    """
+    port = _Optional(f"{paths.pci_devices}/{bridges[-1]}")
+    ends = [optional, port] if len(bridges) > 1 else [optional]
+    return tuple(LinkLimit(end.text("max_link_speed"), end.number("max_link_width")) for end in ends)
 
 
 def _read_mdev(paths: HostPaths, uuid: str) -> PciFunction:
@@ -311,11 +340,19 @@ class _Optional:
             return None if os.path.lexists(f"{self._folder}/reset") else ()
         return tuple(text.split())
 
-    def fatal_errors(self) -> int | None:
-        """The last line of `aer_dev_fatal` is TOTAL_ERR_FATAL (Documentation/ABI/testing/sysfs-bus-pci-devices-aer)."""
-        for line in (self.text("aer_dev_fatal") or "").splitlines():
-            name, _, count = line.partition(" ")
-            if name == "TOTAL_ERR_FATAL" and count.isdecimal():
+    def errors(self) -> dict[str, int | None]:
+        """What the kernel has counted (AER), by field of `PciFunction`. It reads no register of the device for that."""
+        errors = {"fatal_errors": self._total("aer_dev_fatal", "TOTAL_ERR_FATAL")}
+        if errors["fatal_errors"] is not None:  # else the function has no such capability
+            errors["nonfatal_errors"] = self._total("aer_dev_nonfatal", "TOTAL_ERR_NONFATAL")
+            errors["correctable_errors"] = self._total("aer_dev_correctable", "TOTAL_ERR_COR")
+        return errors
+
+    def _total(self, file: str, name: str) -> int | None:
+        """The total is in the last line (Documentation/ABI/testing/sysfs-bus-pci-devices-aer)."""
+        for line in (self.text(file) or "").splitlines():
+            first, _, count = line.partition(" ")
+            if first == name and count.isdecimal():
                 return int(count)
         return None
 

@@ -35,6 +35,7 @@ from grpclib import GRPCError
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
+from sandbox_plugin.kubelet.calls import Calls
 from sandbox_plugin.kubelet.servicer import DevicePluginServicer, LastLook
 from sandbox_plugin.names import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.registry import Registry
@@ -140,9 +141,11 @@ class Endpoint:
     consumer: Consumer
     last_look: LastLook
     """As in `DevicePluginServicer`."""
-    on_registered: Callable[[], None] = lambda: None
-    """Called each time the kubelet has accepted the resource."""
+    on_registered: Callable[[sockets.Identity | None], None] = lambda _: None
+    """Called each time the kubelet has accepted the resource, with the kubelet's socket."""
     whole_node: tuple[str, int | None] | None = None
+    calls: Calls = field(default_factory=Calls)
+    """Of all connections."""
     backoff: Backoff = field(default_factory=Backoff)
     state: State = State.SERVING
     _own: sockets.Identity | None = None
@@ -227,6 +230,7 @@ class Endpoint:
             whole_node=self.whole_node,
             stream=lambda: self._stream(registration),
             last_look=self.last_look,
+            calls=self.calls,
         )
 
     @contextmanager
@@ -263,7 +267,7 @@ class Endpoint:
             self._registered_at = time.monotonic()
             self._registrations += 1
             log.info("registered", resource=self.resource, endpoint=self.path.name)
-            self.on_registered()
+            self.on_registered(registration.kubelet)
             return State.REGISTERED
         self._complain(f"not registered: {why_not}")
         await self._pause(partial(self._is_replaced, registration))

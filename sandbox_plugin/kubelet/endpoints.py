@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import structlog
 
 from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.kubelet.calls import Calls
 from sandbox_plugin.kubelet.endpoint import Endpoint, EndpointStatus
 from sandbox_plugin.kubelet.servicer import LastLook
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.rpc import sockets
 from sandbox_plugin.shutdown import Shutdown
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -32,6 +35,12 @@ class Endpoints:
     """As in `Endpoint`."""
     registered: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the kubelet has accepted a resource for the first time."""
+    kubelet_restarts: int = 0
+    """How often another kubelet accepted a resource than the one before."""
+    _kubelet: sockets.Identity | None = None
+    """The socket of the one that accepted a resource last."""
+    _calls: dict[str, Calls] = field(default_factory=dict)
+    """By resource, and kept when its endpoint ends: the names that this node's rules can give are few."""
     _running: dict[str, _Running] = field(default_factory=dict)
 
     def look(self) -> None:
@@ -42,6 +51,11 @@ class Endpoints:
     def status(self) -> list[EndpointStatus]:
         """Of each resource that is advertised, in the order of their names."""
         return [self._running[resource].endpoint.status for resource in sorted(self._running)]
+
+    @property
+    def calls(self) -> Mapping[str, Calls]:
+        """What became of the kubelet's calls, by resource, since the daemon started."""
+        return self._calls
 
     async def run(self, shutdown: Shutdown) -> None:
         """Runs until cancelled; `shutdown` hears of an endpoint that fails."""
@@ -68,9 +82,16 @@ class Endpoints:
             consumer=self.settings.consumer,
             whole_node=self.settings.whole_node,
             last_look=self.last_look,
-            on_registered=self.registered.set,
+            on_registered=self._accepted,
+            calls=self._calls.setdefault(resource, Calls()),
         )
         self._running[resource] = _Running(endpoint=endpoint, task=shutdown.watch(group.create_task(endpoint.run())))
+
+    def _accepted(self, kubelet: sockets.Identity | None) -> None:
+        if self._kubelet not in (None, kubelet):
+            self.kubelet_restarts += 1
+        self._kubelet = kubelet
+        self.registered.set()
 
     async def _end(self, resource: str) -> None:
         task = self._running.pop(resource).task

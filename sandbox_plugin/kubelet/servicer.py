@@ -10,19 +10,21 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 
 import structlog
-from grpclib import GRPCError, Status
+from grpclib import Status
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.kubelet.answers import Answer, answer, prepared
+from sandbox_plugin.kubelet.calls import Calls, Refusal, Refused
 from sandbox_plugin.model import Device, Objection, PciFunction
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.rpc.codec import Prepared, field
+from sandbox_plugin.rpc import codec
+from sandbox_plugin.rpc.codec import Prepared
 from sandbox_plugin.rpc.server import PromptStreams
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -47,6 +49,8 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
     last_look: LastLook
     whole_node: tuple[str, int | None] | None = None
     """As `Settings.whole_node`."""
+    calls: Calls = field(default_factory=Calls)
+    """What becomes of them is entered there."""
 
     async def get_device_plugin_options(self, empty: v1beta1.Empty) -> v1beta1.DevicePluginOptions:
         return v1beta1.DevicePluginOptions(pre_start_required=False, get_preferred_allocation_available=True)
@@ -73,6 +77,11 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         self, request: v1beta1.PreferredAllocationRequest
     ) -> v1beta1.PreferredAllocationResponse:
         """One answer for each container. An error rejects the pod, so only a question without any answer gets one."""
+        with self.calls.timed("GetPreferredAllocation"):
+            return self._prefer(request)
+
+    def _prefer(self, request: v1beta1.PreferredAllocationRequest) -> v1beta1.PreferredAllocationResponse:
+        """Raises `Refusal`."""
         devices = {d.id: d for d in self.registry.current.resources.get(self.resource, ())}
         self._refuse_part_of_node([asked.allocation_size for asked in request.container_requests])
         boards = self.registry.boards
@@ -90,7 +99,7 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
                     boards=boards,
                 )
             except InvalidRequest as error:
-                raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {error}") from None
+                raise Refusal(Status.INVALID_ARGUMENT, Refused.MALFORMED, f"{self.resource}: {error}") from None
             log.debug("preference answered", resource=self.resource, devices=list(ids))
             answers.append(v1beta1.ContainerPreferredAllocationResponse(device_i_ds=list(ids)))
         return v1beta1.PreferredAllocationResponse(container_responses=answers)
@@ -101,6 +110,11 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         The devices are checked on the host once more, and shortly, since all pod admission of the node waits. After
         that nothing is awaited until the grant: of two Allocates for one group the second sees the first.
         """
+        with self.calls.timed("Allocate"):
+            return await self._allocate(request)
+
+    async def _allocate(self, request: v1beta1.AllocateRequest) -> v1beta1.AllocateResponse:
+        """Raises `Refusal`."""
         asked = [container.devices_ids for container in request.container_requests]
         log.debug("allocate asked", resource=self.resource, devices=asked)
         chosen = self._choose(asked)
@@ -109,10 +123,10 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         against = await self.last_look(chosen, self.registry.functions)
         if in_use := {(self.resource, i): found.in_use for i, found in against.items() if found.in_use}:
             self.registry.learn(busy=in_use)
-        self._refuse(chosen, {i: found.why for i, found in against.items()})
+        self._refuse(chosen, {i: (Refused.LAST_LOOK, found.why) for i, found in against.items()})
         looked_at_devices, chosen = chosen, self._choose(asked)
         changed = [d.id for was, d in zip(looked_at_devices, chosen, strict=True) if _bound(was) != _bound(d)]
-        self._refuse(chosen, dict.fromkeys(changed, "it changed while it was looked at"))
+        self._refuse(chosen, dict.fromkeys(changed, (Refused.CHANGED, "it changed while it was looked at")))
         by_id = {d.id: d for d in chosen}
         egm = self.registry.egm_gpus
         answers = [answer(self.consumer, self.resource, [by_id[i] for i in ids], egm) for ids in asked]
@@ -131,23 +145,27 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         log.debug("allocate answered", resource=self.resource, answer=[asdict(answer) for answer in answers])
 
     def _choose(self, asked: Sequence[Sequence[str]]) -> list[Device]:
-        """The devices that these containers ask for, if all of them can be had now. Raises GRPCError."""
+        """The devices that these containers ask for, if all of them can be had now. Raises `Refusal`."""
         if not asked or not all(asked):
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: a container requests no devices")
+            raise self._malformed("a container requests no devices")
         counts = Counter(device_id for ids in asked for device_id in ids)
         if twice := [device_id for device_id, count in counts.items() if count > 1]:
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: device {twice[0][:80]!r} is requested twice")
+            raise self._malformed(f"device {twice[0][:80]!r} is requested twice")
         chosen = []
         for device_id in counts:
             device = self.registry.current.device(self.resource, device_id)
             if device is None:
-                raise GRPCError(Status.NOT_FOUND, f"{self.resource}: unknown device {device_id[:80]!r}")
+                why = f"{self.resource}: unknown device {device_id[:80]!r}"
+                raise Refusal(Status.NOT_FOUND, Refused.UNKNOWN_DEVICE, why)
             chosen.append(device)
-        self._refuse(chosen, {d.id: str(d.health) for d in chosen if not d.health.healthy})
+        self._refuse(chosen, {d.id: (d.health.reason, str(d.health)) for d in chosen if d.health.reason is not None})
         return chosen
 
+    def _malformed(self, why: str) -> Refusal:
+        return Refusal(Status.INVALID_ARGUMENT, Refused.MALFORMED, f"{self.resource}: {why}")
+
     def _refuse_part_of_node(self, sizes: Sequence[int]) -> None:
-        """Raises GRPCError if a container asks for some devices of a resource of which it can have one or all.
+        """Raises `Refusal` if a container asks for some devices of a resource of which it can have one or all.
 
         All that are listed count, healthy or not: seven GPUs of a board of which one has died are no board. But one
         that was bound again counts once, although its former ID may be listed too; by address, since IDs are re-used.
@@ -160,16 +178,17 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
             why = f"{wrong[0]} devices for one container; with --whole-node it gets 1 or all {everything}"
             log.warning("allocation refused", resource=self.resource, reason=why)
             hint = "a confidential guest with any other number does not start"
-            raise GRPCError(Status.INVALID_ARGUMENT, f"{self.resource}: {why}: {hint}")
+            raise Refusal(Status.INVALID_ARGUMENT, Refused.PART_OF_NODE, f"{self.resource}: {why}: {hint}")
 
-    def _refuse(self, devices: Sequence[Device], reasons: Mapping[str, str]) -> None:
-        """Raises GRPCError for the first of these devices that has a reason, by ID, not to be given."""
+    def _refuse(self, devices: Sequence[Device], against: Mapping[str, tuple[str, str]]) -> None:
+        """Raises `Refusal` for the first of these devices, by ID, that something is against: a reason, and in words."""
         for device in devices:
-            if why := reasons.get(device.id):
+            if device.id in against:
+                reason, why = against[device.id]
                 about = {"resource": self.resource, "device": device.id, "pci_address": device.address}
                 log.warning("allocation refused", **about, reason=why)
                 where = f"{self.resource}: device {device.id} ({device.address})"
-                raise GRPCError(Status.FAILED_PRECONDITION, f"{where} is unhealthy: {why}")
+                raise Refusal(Status.FAILED_PRECONDITION, reason, f"{where} is unhealthy: {why}")
 
 
 def _bound(device: Device) -> tuple[object, ...]:
@@ -186,7 +205,7 @@ def _listed(device_id: str, is_healthy: bool, numa_nodes: tuple[int, ...]) -> by
 
     NUMA nodes only where they are known: an empty TopologyInfo is worse than none.
     """
-    return field(1, field(1, device_id.encode()) + _state(is_healthy, numa_nodes))
+    return codec.field(1, codec.field(1, device_id.encode()) + _state(is_healthy, numa_nodes))
 
 
 @lru_cache(maxsize=1 << 8)

@@ -50,14 +50,14 @@ class Parts:
 
 def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
     """The whole of it."""
-    not_ready = _not_ready(inventory, parts)
+    reasons = not_ready(inventory, parts)
     remarks = [] if parts.turn["state"] == STANDING_BY else _remarks(inventory, parts)
     return {
         "schema": SCHEMA,
         "plugin": dict(parts.plugin),
-        "ready": not not_ready,
-        "well": not not_ready and not remarks,
-        "not_ready": not_ready,
+        "ready": not reasons,
+        "well": not reasons and not remarks,
+        "not_ready": reasons,
         "remarks": remarks,
         "turn": dict(parts.turn),
         "resources": [
@@ -68,14 +68,15 @@ def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
             }
             for resource, devices in inventory.resources.items()
         ],
-        "held_without_device": _held_without_device(inventory),
+        "held_without_device": held_without_device(inventory),
         "cdi": _cdi(inventory, parts),
         "events": [dict(source) for source in parts.events],
         "scan": dict(parts.scan),
     }
 
 
-def _not_ready(inventory: Inventory, parts: Parts) -> list[str]:
+def not_ready(inventory: Inventory, parts: Parts) -> list[str]:
+    """What keeps this plugin from serving, each in words; nothing: it serves, or stands by."""
     if not inventory.version:
         return [f"the host has not been scanned yet{_because(parts.scan.get('trouble'))}"]
     if parts.turn["state"] == STANDING_BY:
@@ -124,11 +125,11 @@ def _device(device: Device, ledger: Ledger) -> dict[str, Any]:
         "health": "Healthy" if device.health.healthy else "Unhealthy",
         "reason": device.health.reason,
         "detail": device.health.detail,
-        "holder": _holder(grants[0], ledger) if grants else None,
+        "holder": holder_of(grants[0], ledger) if grants else None,
     }
 
 
-def _holder(grant: Grant, ledger: Ledger) -> dict[str, str | None]:
+def holder_of(grant: Grant, ledger: Ledger) -> dict[str, str | None]:
     """Of whom it is; all None: an Allocate gave it, and PodResources has not named the pod yet."""
     pod = ledger.pod_of(grant)
     if pod is None:
@@ -137,12 +138,12 @@ def _holder(grant: Grant, ledger: Ledger) -> dict[str, str | None]:
     return {"namespace": namespace, "pod": name, "container": ledger.named_by[grant.key].containers.get(grant.key)}
 
 
-def _held_without_device(inventory: Inventory) -> list[dict[str, Any]]:
+def held_without_device(inventory: Inventory) -> list[dict[str, Any]]:
     """What pods hold that no device of this inventory has the node of."""
     ledger = inventory.memory.ledger
     nodes = {device.node for device in inventory.by_key.values()}
     return [
-        {"resource": key[0], "id": key[1], "node": grant.places.node, "holder": _holder(grant, ledger)}
+        {"resource": key[0], "id": key[1], "node": grant.places.node, "holder": holder_of(grant, ledger)}
         for key, grant in sorted(ledger.grants.items(), key=lambda each: key_order(each[0]))
         if grant.places.node not in nodes
     ]

@@ -19,6 +19,7 @@ from typing import Any
 
 import structlog
 
+from sandbox_plugin.outputs.clients import accepted
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.trouble import Trouble
 
@@ -74,34 +75,16 @@ class StatusSocket:
         async with asyncio.TaskGroup() as clients:
             while True:
                 await free.acquire()
-                await _is_readable(listener)
-                try:
-                    # Not with the loop's sock_accept: who is cancelled just then never gets the connection to close.
-                    client, _ = listener.accept()
-                except OSError:  # for want of descriptors; or the client is gone
-                    free.release()
-                    await asyncio.sleep(1)
-                    continue
+                client = await accepted(listener)
                 self._clients.add(client)
                 clients.create_task(self._answer(client)).add_done_callback(lambda _: free.release())
 
     async def _answer(self, client: socket.socket) -> None:
         answer = json.dumps(self.document()).encode()
         with client, suppress(OSError, TimeoutError):
-            client.setblocking(False)
             async with asyncio.timeout(self.patience):
                 await asyncio.get_running_loop().sock_sendall(client, answer)
         self._clients.discard(client)
-
-
-async def _is_readable(listener: socket.socket) -> None:
-    """Waits until a client has connected."""
-    loop, readable = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(listener, readable.set)
-    try:
-        await readable.wait()
-    finally:
-        loop.remove_reader(listener)
 
 
 def _listen(path: Path) -> tuple[socket.socket, sockets.Identity]:

@@ -14,6 +14,8 @@ from enum import StrEnum
 PREFIX = "sandbox_plugin_"
 PER_DEVICE = ("resource", "device", "pci_address")
 """What names a device in every series about it: as in the logs, an ID never stands without its address."""
+POD = ("namespace", "pod", "container")
+"""Of the pod that holds a device; called as elsewhere, which is why a scrape should say `honor_labels`."""
 
 
 class Kind(StrEnum):
@@ -119,7 +121,7 @@ TRANSITIONS = _counter(
     "resource",
     "health",
     "reason",
-    series="for each resource one for each reason that there has been, and Healthy",
+    series="for each resource one for each reason, and Healthy",
 )
 ALLOCATED = _gauge(
     "device_allocated",
@@ -137,9 +139,7 @@ HOLDER = _info(
     "device_holder",
     "Which pod holds a device, as PodResources says; off with --metrics-pod-labels=false",
     *PER_DEVICE,
-    "namespace",
-    "pod",
-    "container",
+    *POD,
     series="one for each device that a pod holds",
 )
 IN_USE = _gauge(
@@ -206,7 +206,7 @@ REFUSALS = _counter(
     "Calls that were answered with an error, and so pods that were turned away",
     "resource",
     "reason",
-    series="for each resource one for each reason that there has been",
+    series="for each resource one for each reason",
 )
 REGISTERED = _gauge("registered", "Whether the kubelet has accepted a resource", "resource", series=_EACH_RESOURCE)
 REGISTERED_SINCE = _since(
@@ -242,7 +242,7 @@ SCAN_TRIGGERS = _counter(
     series="one for each trigger: start, timer, uevent, folder, due, late-answer, refusal",
 )
 SCAN_FAILURES = _counter("scan_failures", "Scans that saw nothing; the last known state stays", series=_ONE)
-LAST_SCAN = _since("last_scan", "When the last scan that saw something began", series=_ONE)
+LAST_SCAN = _since("last_scan", "When the last scan of the host began", series=_ONE)
 SOURCE_UP = _gauge(
     "event_source_up",
     "Whether a source of events works; absent while it is off",
