@@ -62,6 +62,16 @@ pci-names *file: setup
 consumers: setup
     python scripts/show-consumers.py
 
+# print the alerts as Prometheus' rule_files take them; --runbooks ADDRESS comes before each runbook's path
+alerts *arguments: setup
+    @python scripts/plain-alerts.py "$@"
+
+# check the alerts and the dashboard with promtool, then make each alert fire and resolve in a real Prometheus
+test-alerts: setup
+    scripts/install-prometheus.sh
+    PROMTOOL=required pytest tests/test_alerts.py tests/test_dashboard.py
+    python scripts/try-alerts.py
+
 # print what a cluster gets from an overlay
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}

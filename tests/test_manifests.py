@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import subprocess
@@ -240,3 +241,33 @@ def test_the_example_pods_ask_kata_for_one_gpu_by_the_default_resource_name(name
     assert "initContainers" not in pod["spec"], "Kata cannot cold-plug the devices of an init container"
     (container,) = pod["spec"]["containers"]
     assert container["resources"]["limits"][f"nvidia.com/{Settings().gpu_alias}"] == 1
+
+
+@pytest.mark.parametrize("base", OVERLAYS)
+def test_the_component_for_the_prometheus_operator_finds_the_pods_and_brings_the_alerts_and_the_dashboard(
+    tmp_path: Path, base: str
+) -> None:
+    """What kinds of its own the operator has is no part of Kubernetes: the fields here are those of its API."""
+    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    (tmp_path / "own").mkdir()
+    plain = installed(base)
+    namespace = plain.by_kind["Namespace"]["metadata"]["name"]
+    overlay = {
+        "resources": [f"../{base}"],
+        "components": ["../manifests/components/prometheus-operator"],
+        "namespace": namespace,
+    }
+    (tmp_path / "own/kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    by_kind = installed(str(tmp_path / "own")).by_kind
+    assert by_kind.keys() - plain.by_kind.keys() == {"PodMonitor", "PrometheusRule", "ConfigMap"}
+    monitor, rule, dashboard = (by_kind[kind] for kind in ("PodMonitor", "PrometheusRule", "ConfigMap"))
+    assert {each["metadata"]["namespace"] for each in (monitor, rule, dashboard)} == {namespace}
+    assert {each["apiVersion"] for each in (monitor, rule)} == {"monitoring.coreos.com/v1"}
+    labels = by_kind["DaemonSet"]["spec"]["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["honorLabels"] is True
+    assert endpoint["relabelings"] == [{"sourceLabels": ["__meta_kubernetes_pod_node_name"], "targetLabel": "node"}]
+    assert rule["spec"]["groups"]
+    assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert json.loads(dashboard["data"]["sandbox-plugin.json"])["panels"]
