@@ -127,7 +127,8 @@ class Daemon:
             if self._settings.fabric_partitions is not None:
                 start(FabricFile(self._settings.fabric_partitions, self._registry).run())
             # The rest can wait until pods can have devices: a watch that begins makes everybody look.
-            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+            if self._settings.device_plugin == "on":
+                await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
             await self._watch_folders(start, step=_UNHURRIED if is_real else _QUICK)
 
     async def _watch_folders(self, start: Callable[[Coroutine[Any, Any, None]], object], step: float) -> None:
@@ -161,11 +162,14 @@ class Daemon:
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
         async with asyncio.TaskGroup() as group:
-            shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
+            if self._settings.device_plugin == "on":
+                shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
             if self._settings.features_folder is not None:
                 shutdown.watch(group.create_task(self._label(self._settings.features_folder)))
+            if self._settings.dra:
+                shutdown.watch(group.create_task(self._serve_claims(shutdown)))
 
     async def _label(self, folder: Path) -> None:
         """Keeps the labels of this node current."""
@@ -179,6 +183,15 @@ class Daemon:
             gpu_features=self._settings.gpu_feature_labels,
             makes_folder=self._settings.node_features is not None,
         ).run()
+
+    async def _serve_claims(self, shutdown: Shutdown) -> None:
+        """Dynamic Resource Allocation, for as long as this plugin serves."""
+        if self._settings.device_plugin == "on":
+            await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
+        # Here and now, because importing it takes longer than all that comes before.
+        from sandbox_plugin.dra.run import run
+
+        await run(self._settings, self._registry, shutdown)
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""
@@ -244,7 +257,7 @@ class Daemon:
         return Parts(
             plugin={
                 "version": __version__,
-                "node": os.environ.get("NODE_NAME") or os.uname().nodename,
+                "node": self._settings.node_name or os.uname().nodename,
                 "pid": os.getpid(),
                 "uptime_seconds": now - self._began_at,
                 "consumer": str(self._settings.consumer),
@@ -257,6 +270,7 @@ class Daemon:
                 "count": self._rescans.scans.total(),
                 "trouble": self._rescans.trouble,
             },
+            offers_resources=self._settings.device_plugin == "on",
             cdi_files=files if self._needs_cdi else None,
             foreign_specs=[
                 {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles

@@ -56,6 +56,24 @@ def check_resource_name(resource: str) -> None:
     check_alias(name)
 
 
+def check_driver_name(name: str) -> None:
+    """Raises ValueError, saying what is allowed, unless `name` is one for a DRA driver, and for the vendor of a CDI
+    kind (validateDriverName in pkg/apis/resource/validation of Kubernetes)."""
+    if len(name) > NAME_LENGTH or not _DOMAIN.fullmatch(name) or not name[0].isalpha() or len(name) < 2:
+        raise ValueError(
+            f"{name!r} is not a DNS name in lower case with 2 to {NAME_LENGTH} characters, a letter first, "
+            "such as 'vfio.example.com'"
+        )
+    if name in ("gpu.nvidia.com", "compute-domain.nvidia.com"):
+        raise ValueError(f"{name!r} is the name of NVIDIA's own driver")
+
+
+def check_node_name(name: str) -> None:
+    """Raises ValueError unless a node of Kubernetes can have this name (ValidateNodeName in pkg/apis/core)."""
+    if len(name) > 253 or not _DOMAIN.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a node: a DNS name in lower case with at most 253 characters")
+
+
 def socket_name(resource: str, *, max_bytes: int) -> str:
     """File name of a resource's socket: `sandbox-pgpu.sock`, with the domain in it where that is not nvidia.com.
 

@@ -36,7 +36,7 @@ STATE = VENV / "dev-state.json"
 """What has been installed, so that the next run need not ask; and the mark of an environment that is ours."""
 
 LOCKS = {
-    "program": ["requirements/runtime.txt", "requirements/build.txt"],
+    "program": ["requirements/dra.txt", "requirements/build.txt"],
     "tools": ["requirements/dev.txt"],  # holds all of the program's at the same versions
     "fuzz": ["requirements/dev.txt", "requirements/fuzz.txt"],
 }

@@ -4,8 +4,9 @@
 #
 #   build.txt    what builds the package (hatchling)
 #   runtime.txt  what the program imports
+#   dra.txt      the same, and what --dra imports: what is in the image
 #   fuzz.txt     the program and the fuzzer
-#   dev.txt      both of these, and the tools of the tests, lint and generators
+#   dev.txt      all of these, and the tools of the tests, lint and generators
 #
 # Versions stay as they are unless pyproject.toml asks for others; UPGRADE=1 takes the newest.
 set -euo pipefail
@@ -33,5 +34,6 @@ compile() { # compile OUTPUT [pip-compile option ...]
 
 compile requirements/build.txt --all-build-deps --only-build-deps
 compile requirements/runtime.txt
+compile requirements/dra.txt --extra dra -c requirements/runtime.txt
 compile requirements/fuzz.txt --extra fuzz -c requirements/runtime.txt
-compile requirements/dev.txt --extra dev --all-build-deps -c requirements/build.txt -c requirements/runtime.txt
+compile requirements/dev.txt --extra dev --extra dra --all-build-deps -c requirements/build.txt -c requirements/dra.txt

@@ -18,11 +18,12 @@ from sandbox_plugin.fake.kubelet import FakeKubelet
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.tracking import RETIRE
-from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Backoff, Endpoint, State
+from sandbox_plugin.kubelet.endpoint import KUBELET_SOCKET, Endpoint, State
 from sandbox_plugin.kubelet.endpoints import Endpoints
 from sandbox_plugin.model import HostFacts
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
+from sandbox_plugin.tasks import Backoff
 
 FOR_EVER = 3600.0
 

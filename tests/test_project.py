@@ -50,7 +50,9 @@ def test_a_lock_has_hashes_names_no_host_and_is_not_older_than_what_pyproject_as
         assert requirement.specifier.contains(version, prereleases=True), requirement
 
 
-@pytest.mark.parametrize(("held", "holder"), [("build", "dev"), ("runtime", "dev"), ("runtime", "fuzz")])
+@pytest.mark.parametrize(
+    ("held", "holder"), [("build", "dev"), ("runtime", "dra"), ("dra", "dev"), ("runtime", "fuzz")]
+)
 def test_no_two_locks_hold_different_releases_of_what_the_program_needs(held: str, holder: str) -> None:
     assert read_lock(held).items() <= read_lock(holder).items()
 
@@ -142,7 +144,7 @@ def test_setup_installs_the_tools_by_hash_and_the_project_from_here_and_a_second
 
 def test_the_demo_needs_only_the_programs_locks_to_which_the_tools_may_come(checkout: Checkout) -> None:
     checkout.dev("demo")  # ends in an error: the stand-in for pip made no sandbox-plugin
-    assert checkout.installed() == ["requirements/runtime.txt", "requirements/build.txt", "."]
+    assert checkout.installed() == ["requirements/dra.txt", "requirements/build.txt", "."]
     program = checkout.root / ".venv/bin/sandbox-plugin"
     program.write_text('#!/bin/sh\nprintf "<%s>" "$@"\n')
     program.chmod(0o755)

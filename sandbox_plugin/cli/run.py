@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import sys
+from importlib.util import find_spec
 
 import structlog
 
@@ -14,7 +15,7 @@ from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
 from sandbox_plugin.config.load import unknown_variables
-from sandbox_plugin.config.settings import OPTIONS, Settings
+from sandbox_plugin.config.settings import OPTIONS, Settings, UsageError
 from sandbox_plugin.daemon import Daemon
 from sandbox_plugin.shutdown import Shutdown
 
@@ -35,6 +36,8 @@ def set_up(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as long as there are no tasks to log
     with settings_from(args) as settings:
+        if settings.dra and find_spec("aiohttp") is None:
+            raise UsageError("--dra: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]")
         configure_logs(settings.log_format, settings.log_level, sys.stderr)
         return _run_daemon(settings)
 

@@ -10,7 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from sandbox_plugin.names import SHORTEST_SOCKET_NAME, SOCKET_PATH_BYTES, check_alias, check_resource_name
+from sandbox_plugin.model import Reason
+from sandbox_plugin.names import (
+    SHORTEST_SOCKET_NAME,
+    SOCKET_PATH_BYTES,
+    check_alias,
+    check_driver_name,
+    check_node_name,
+    check_resource_name,
+)
 
 _Word = TypeVar("_Word", bound=str)
 _T = TypeVar("_T")
@@ -33,6 +41,31 @@ def whole_node(text: str) -> tuple[str, int | None]:
     if has_count and not re.fullmatch("[1-9][0-9]{0,3}", count):
         raise ValueError(f"{text!r}: behind = must be a number of devices from 1 to 9999, as in 'nvidia.com/pgpu=8'")
     return resource, int(count) if has_count else None
+
+
+def driver_name(text: str) -> str:
+    """The name of a DRA driver."""
+    check_driver_name(text)
+    return text
+
+
+def node_name(text: str) -> str:
+    """The name of a node of Kubernetes."""
+    check_node_name(text)
+    return text
+
+
+def reasons(*allowed: Reason) -> Callable[[str], frozenset[Reason]]:
+    """A parser of some of these reasons, with commas in between."""
+    one = one_of(*allowed)
+    return lambda text: frozenset(one(word.strip()) for word in text.split(","))
+
+
+def url(text: str) -> str:
+    """The URL of a server, without a path."""
+    if not re.fullmatch(r"https?://([A-Za-z0-9.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?/?", text):
+        raise ValueError(f"{text!r} is not a URL such as 'https://10.96.0.1:443'")
+    return text.rstrip("/")
 
 
 def path(text: str) -> Path:

@@ -16,12 +16,24 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sandbox_plugin.config import parsers
+from sandbox_plugin.model import Reason
 
 VARIABLE_PREFIX = "SANDBOX_PLUGIN_"
 STATUS_SOCKET = Path("/run/sandbox-plugin/status.sock")
 """Not in the kubelet's folder: the kubelet deletes sockets there."""
 FEATURES_FOLDER = Path("/etc/kubernetes/node-feature-discovery/features.d")
 """Where nfd-worker looks for feature files (source/local/local.go of Node Feature Discovery)."""
+
+BROKEN = (
+    Reason.GONE,
+    Reason.NOT_BOUND,
+    Reason.NO_TYPE,
+    Reason.NO_CDEV,
+    Reason.NO_NODE,
+    Reason.OFF_THE_BUS,
+    Reason.FATAL_ERROR,
+)
+"""Reasons for which a VM that has the device has lost it."""
 
 _T = TypeVar("_T")
 
@@ -62,6 +74,8 @@ class Option:
     help: str
     reference_variable: str = ""
     """The reference plugin's variable for it. Set but empty it counts; any other variable is then as good as unset."""
+    variable: str = ""
+    """Its variable, where that is a name that everybody gives it."""
 
     @property
     def flag(self) -> str:
@@ -70,7 +84,7 @@ class Option:
 
     @property
     def environment(self) -> str:
-        return self.reference_variable or f"{VARIABLE_PREFIX}{self.name.upper()}"
+        return self.reference_variable or self.variable or f"{VARIABLE_PREFIX}{self.name.upper()}"
 
     @property
     def is_switch(self) -> bool:
@@ -239,6 +253,38 @@ class Settings:
         "serve /metrics, /healthz and /readyz there; HOST may be empty",
     )
     metrics_pod_labels: bool = option(True, parsers.switch, "BOOL", "name the pod that holds a device in the metrics")
+    device_plugin: str = option(
+        "on",
+        parsers.one_of("on", "off"),
+        "on|off",
+        "off: offer nothing by the device plugin API (for nodes that serve claims only)",
+    )
+    dra: bool = option(
+        False, parsers.switch, "BOOL", "offer the devices by Dynamic Resource Allocation, for claims, too"
+    )
+    dra_driver_name: str = option(
+        "vfio.sandbox-plugin", parsers.driver_name, "NAME", "the DRA driver's name, in slices and device classes"
+    )
+    dra_evict: frozenset[Reason] | None = option(
+        None,
+        parsers.or_off(parsers.reasons(*BROKEN)),
+        "REASON,...",
+        "evict the pods whose claims have a device that is Unhealthy for one of these reasons",
+    )
+    """Those of its own, and never who else holds it: what is only withheld evicts nobody."""
+    node_name: str | None = option(
+        None,
+        parsers.or_off(parsers.node_name),
+        "NAME",
+        "the name of this node in the cluster; --dra needs it",
+        variable="NODE_NAME",
+    )
+    api_server: str | None = option(
+        None,
+        parsers.or_off(parsers.url),
+        "URL",
+        "the API server for --dra; off: the one that the pod's environment names",
+    )
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
     """None: console on a terminal, else json."""

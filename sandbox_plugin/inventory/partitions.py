@@ -39,6 +39,8 @@ class Board:
     bits: Mapping[str, int]
     """PCI address of a GPU -> its bit."""
     partitions: Sequence[int]
+    first: int = 1
+    """Module number of its first GPU."""
 
 
 def parse_modules(text: str) -> dict[str, int]:
@@ -94,7 +96,7 @@ def boards(modules: Mapping[str, int], functions: Iterable[PciFunction]) -> tupl
         }
         if bits:
             is_hopper = any(_is_hopper(by_address[address]) for address in bits)
-            found.append(Board(bits, _partitions(_HOPPER_PAIRS if is_hopper else _PAIRS)))
+            found.append(Board(bits, _partitions(_HOPPER_PAIRS if is_hopper else _PAIRS), first))
     return tuple(found)
 
 

@@ -20,7 +20,6 @@ Each resource has its own endpoint and its own trouble; one in trouble leaves th
 from __future__ import annotations
 
 import asyncio
-import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -42,7 +41,7 @@ from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.rpc.client import NoAnswerError, call
 from sandbox_plugin.rpc.server import UnixServer
-from sandbox_plugin.tasks import happens
+from sandbox_plugin.tasks import Backoff, happens
 from sandbox_plugin.trouble import Trouble
 
 KUBELET_SOCKET = "kubelet.sock"
@@ -93,22 +92,6 @@ class EndpointStatus:
     """Since when it is registered, in monotonic seconds; None: it is not."""
     streams: int
     """How many ListAndWatch streams are open, also of other clients than the kubelet."""
-
-
-@dataclass(kw_only=True)
-class Backoff:
-    """Seconds to wait before the next attempt: short at first, doubling up to a cap, never in step with others."""
-
-    first: float = 0.1
-    cap: float = 5.0
-    _next: float = 0.0
-
-    def reset(self) -> None:
-        self._next = 0.0
-
-    def next(self) -> float:
-        self._next = min(self.cap, self._next * 2) if self._next else self.first
-        return self._next * random.uniform(0.75, 1.0)
 
 
 @dataclass(kw_only=True, eq=False)

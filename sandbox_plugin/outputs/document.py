@@ -41,6 +41,8 @@ class Parts:
     """By resource; `state` is `registered` if all is well."""
     scan: Mapping[str, Any] = field(default_factory=dict)
     """`trouble`: why the last attempt saw nothing."""
+    offers_resources: bool = True
+    """False: the device plugin API is off, so there is nothing to register."""
     cdi_files: Mapping[str, str] | None = None
     """Resource -> path of its spec. None: this consumer needs none."""
     foreign_specs: Sequence[Mapping[str, str]] = ()
@@ -51,6 +53,7 @@ class Parts:
 def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
     """The whole of it."""
     reasons = not_ready(inventory, parts)
+    state = "not begun" if parts.offers_resources else "off"
     remarks = [] if parts.turn["state"] == STANDING_BY else _remarks(inventory, parts)
     return {
         "schema": SCHEMA,
@@ -63,7 +66,7 @@ def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
         "resources": [
             {
                 "name": resource,
-                "registration": dict(parts.registrations.get(resource, {"state": "not begun"})),
+                "registration": dict(parts.registrations.get(resource, {"state": state})),
                 "devices": [_device(device, inventory.memory.ledger) for device in devices],
             }
             for resource, devices in inventory.resources.items()
@@ -85,7 +88,7 @@ def not_ready(inventory: Inventory, parts: Parts) -> list[str]:
         return [f"waiting for the kubelet's folder{_because(parts.turn['reason'])}"]
     trouble = _cdi_trouble(inventory)
     reasons = [f"{resource}: {why}" for resource, why in sorted(trouble.items())]
-    for resource in inventory.resources.keys() - trouble.keys():
+    for resource in inventory.resources.keys() - trouble.keys() if parts.offers_resources else ():
         registration = parts.registrations.get(resource)
         if registration is None:
             reasons.append(f"{resource} is not registered: its CDI spec is not written yet")
