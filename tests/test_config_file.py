@@ -63,6 +63,7 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         status-socket = "/s.sock"
         node-features = "/features.d"
         gpu-feature-labels = true
+        node-events = true
         health-interval = 2.5
         log-format = "json"
         log-level = "debug"
@@ -82,6 +83,7 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         status_socket=Path("/s.sock"),
         node_features=Path("/features.d"),
         gpu_feature_labels=True,
+        node_events=True,
         health_interval=2.5,
         log_format="json",
         log_level="debug",

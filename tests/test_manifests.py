@@ -271,3 +271,31 @@ def test_the_component_for_the_prometheus_operator_finds_the_pods_and_brings_the
     assert rule["spec"]["groups"]
     assert dashboard["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert json.loads(dashboard["data"]["sandbox-plugin.json"])["panels"]
+
+
+@pytest.mark.parametrize("base", OVERLAYS)
+def test_the_component_for_node_events_gives_the_right_to_create_events_and_no_other(tmp_path: Path, base: str) -> None:
+    shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
+    (tmp_path / "own").mkdir()
+    plain = installed(base)
+    namespace = plain.by_kind["Namespace"]["metadata"]["name"]
+    overlay = {
+        "resources": [f"../{base}"],
+        "components": ["../manifests/components/node-events"],
+        "namespace": namespace,
+    }
+    (tmp_path / "own/kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    telling = installed(str(tmp_path / "own"))
+    assert telling.by_kind.keys() - plain.by_kind.keys() == {"ClusterRole", "ClusterRoleBinding"}
+    role, binding = telling.by_kind["ClusterRole"], telling.by_kind["ClusterRoleBinding"]
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["events"], "verbs": ["create"]}]
+    assert role["metadata"]["name"] == binding["metadata"]["name"] == binding["roleRef"]["name"] == namespace
+    account = telling.by_kind["ServiceAccount"]["metadata"]
+    (subject,) = binding["subjects"]
+    assert (subject["name"], subject["namespace"]) == (account["name"], account["namespace"])
+    assert telling.pod["automountServiceAccountToken"] is True
+    assert telling.container["securityContext"] == plain.container["securityContext"]
+    variables = {each["name"]: each.get("value", "gpu-1") for each in telling.container["env"]}
+    assert load_settings({}, {**variables, "KUBERNETES_SERVICE_HOST": "10.0.0.1"}).node_events
+    for manifest in telling.by_kind.values():
+        kubernetes_validate.validate(manifest, NEWEST_KUBERNETES, strict=True)

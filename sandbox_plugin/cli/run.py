@@ -36,8 +36,11 @@ def set_up(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as long as there are no tasks to log
     with settings_from(args) as settings:
-        if settings.dra and find_spec("aiohttp") is None:
-            raise UsageError("--dra: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]")
+        asking = [flag for flag, is_on in (("--dra", settings.dra), ("--node-events", settings.node_events)) if is_on]
+        if asking and find_spec("aiohttp") is None:
+            raise UsageError(
+                f"{asking[0]}: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]"
+            )
         configure_logs(settings.log_format, settings.log_level, sys.stderr)
         return _run_daemon(settings)
 

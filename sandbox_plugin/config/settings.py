@@ -276,14 +276,20 @@ class Settings:
         None,
         parsers.or_off(parsers.node_name),
         "NAME",
-        "the name of this node in the cluster; --dra needs it",
+        "the name of this node in the cluster; --dra and --node-events need it",
         variable="NODE_NAME",
     )
     api_server: str | None = option(
         None,
         parsers.or_off(parsers.url),
         "URL",
-        "the API server for --dra; off: the one that the pod's environment names",
+        "the API server for --dra and --node-events; off: the one that the pod's environment names",
+    )
+    node_events: bool = option(
+        False,
+        parsers.switch,
+        "BOOL",
+        "a Kubernetes Event on the node when a device becomes Unhealthy or recovers",
     )
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
