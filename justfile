@@ -72,6 +72,10 @@ test-alerts: setup
     PROMTOOL=required pytest tests/test_alerts.py tests/test_dashboard.py
     python scripts/try-alerts.py
 
+# make the reference of docs/monitoring.md from the code
+metrics-reference: setup
+    python scripts/metrics-reference.py
+
 # print what a cluster gets from an overlay
 manifests overlay="kata": setup
     kubectl kustomize manifests/overlays/{{ overlay }}
@@ -79,6 +83,11 @@ manifests overlay="kata": setup
 # `just test` in a fresh clone as an ordinary user; for root
 test-as-user *arguments:
     @scripts/test-as-user.sh "$@"
+
+# a real Prometheus scrapes the daemon while the demo's story plays
+test-metrics: setup
+    scripts/install-prometheus.sh
+    python scripts/try-metrics.py
 
 # the daemon on a real kernel in QEMU; docs/vm-test.md
 test-vm *arguments:

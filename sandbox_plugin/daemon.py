@@ -39,7 +39,7 @@ from sandbox_plugin.names import cdi_file_name
 from sandbox_plugin.outputs.document import SERVING, STANDING_BY, WAITING, Parts, document
 from sandbox_plugin.outputs.status_socket import StatusSocket
 from sandbox_plugin.registry import Registry
-from sandbox_plugin.report import report
+from sandbox_plugin.report import report, report_grants
 from sandbox_plugin.rescans import Rescans
 from sandbox_plugin.shutdown import Shutdown, running_tasks
 from sandbox_plugin.tasks import happens
@@ -124,6 +124,8 @@ class Daemon:
             start(self._rescans.follow_time())
             start(self._poller.run())
             start(report(self._registry))
+            if self._settings.log_level == "debug":
+                start(report_grants(self._registry))
             if self._settings.fabric_partitions is not None:
                 start(FabricFile(self._settings.fabric_partitions, self._registry).run())
             # The rest can wait until pods can have devices: a watch that begins makes everybody look.

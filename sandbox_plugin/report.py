@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import structlog
 
-from sandbox_plugin.inventory.ledger import DeviceKey
+from sandbox_plugin.inventory.ledger import DeviceKey, Grant, Ledger
 from sandbox_plugin.inventory.rules import NOTHING_TO_OFFER
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device, Reason, key_order
@@ -56,3 +57,44 @@ async def _report_devices(known: dict[DeviceKey, Device], inventory: Inventory) 
             else:
                 log.warning(event, **about, health="Unhealthy", reason=str(after.health))
     return now
+
+
+async def report_grants(registry: Registry) -> None:
+    """Logs at debug what becomes of each grant: it begins, PodResources names its pod, it ends. Runs until cancelled.
+
+    For `--log-level debug` alone: it looks at every step of the registry.
+    """
+    before = Ledger()
+    while True:
+        inventory = registry.current
+        if inventory.memory.ledger is not before:
+            _report_grants(before, inventory)
+            before = inventory.memory.ledger
+        await registry.stepped()
+
+
+def _report_grants(before: Ledger, inventory: Inventory) -> None:
+    ledger = inventory.memory.ledger
+    for key in sorted(before.grants.keys() | ledger.grants.keys(), key=key_order):
+        old, new = before.grants.get(key), ledger.grants.get(key)
+        if old is new and before.named_by.get(key) is ledger.named_by.get(key):
+            continue
+        was_named = None if old is None else before.pod_of(old)
+        if old is not None and (new is None or new.at != old.at):
+            log.debug("grant ends", **_about(old), pod=was_named)
+            was_named = None
+        if new is None:
+            continue
+        if old is None or new.at != old.at:
+            device = inventory.by_key.get(key)
+            mates = [] if device is None else list(device.mates)
+            log.debug("grant begins", **_about(new), node=new.places.node, iommu_group=new.places.group, mates=mates)
+        if (pod := ledger.pod_of(new)) not in (None, was_named):
+            answer = ledger.named_by[key]
+            ms = round((answer.asked_at - new.at) * 1000) if math.isfinite(new.at) else None
+            log.debug("grant named", **_about(new), pod=pod, container=answer.containers.get(key), ms=ms)
+
+
+def _about(grant: Grant) -> dict[str, str]:
+    addresses = ",".join(sorted(grant.places.addresses))
+    return {"resource": grant.key[0], "device": grant.key[1], "pci_address": addresses or "-"}

@@ -103,8 +103,8 @@ def test_a_scan_reads_as_much_for_a_gpu_and_an_allocate_as_much_at_all_on_a_big_
 ) -> None:
     small, big = reads_of(8, tmp_path), reads_of(64, tmp_path)
     first, again, look = small  # of a scan with the port above each GPU, and the group
-    assert first <= 27
-    assert again <= 14
+    assert first <= 33
+    assert again <= 16
     assert look <= 7
     assert all(cost <= of_small for cost, of_small in zip(big, small, strict=True))
 

@@ -19,7 +19,7 @@ from names import AUDIO, GEFORCE, T4
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host import bus, pci_function, sysfs
 from sandbox_plugin.host.paths import HostPaths
-from sandbox_plugin.model import Bar, PciFunction, VfioDev
+from sandbox_plugin.model import Bar, LinkLimit, PciFunction, VfioDev
 
 GEFORCE_BRIDGE = "0000:00:01.0"
 GEFORCE_GROUP, T4_GROUP = 11, 13
@@ -99,8 +99,11 @@ def test_a_bound_function_is_read_whole(tree: Tree) -> None:
         ),
         reset_methods=tree.read(GEFORCE).reset_methods,
         bridges=("pci0000:00", GEFORCE_BRIDGE),
+        link_limits=(LinkLimit("8.0 GT/s PCIe", 16), LinkLimit("8.0 GT/s PCIe", 16)),
         fatal_errors=0,
     )
+    found = tree.read(GEFORCE)
+    assert (found.nonfatal_errors, found.correctable_errors) == (0, 0), "these do not count in comparisons"
 
 
 def test_a_variant_driver_is_as_good_and_a_cdev_is_known_by_its_dev_file(grace: Tree) -> None:
@@ -305,7 +308,6 @@ def test_a_domain_may_have_more_than_four_digits(tree: Tree) -> None:
     ("name", "attribute"),
     [
         ("numa_node", "numa_node"),
-        ("current_link_speed", "link_speed"),
         ("current_link_width", "link_width"),
         ("enable", "enable"),
         ("power_state", "power_state"),
@@ -408,16 +410,66 @@ def test_the_ways_to_reset_a_function_are_told(
 @pytest.mark.parametrize(
     ("content", "count"),
     [
-        ("DLP 1\nTOTAL_ERR_FATAL 3", 3),
-        ("TOTAL_ERR_FATAL 0", 0),
-        ("TOTAL_ERR_FATAL many", None),
-        ("TOTAL_ERR_FATAL \u00b2", None),
+        ("DLP 1\nTOTAL_ERR_{} 3", 3),
+        ("TOTAL_ERR_{} 0", 0),
+        ("TOTAL_ERR_{} many", None),
+        ("TOTAL_ERR_{} \u00b2", None),
         ("DLP 1", None),
     ],
 )
-def test_the_count_of_fatal_errors_is_their_total(tree: Tree, content: str, count: int | None) -> None:
-    tree.node.set_attribute(T4, "aer_dev_fatal", content)
-    assert tree.read().fatal_errors == count
+@pytest.mark.parametrize(("severity", "total"), [("fatal", "FATAL"), ("nonfatal", "NONFATAL"), ("correctable", "COR")])
+def test_the_count_of_errors_is_their_total(
+    tree: Tree, severity: str, total: str, content: str, count: int | None
+) -> None:
+    tree.node.set_attribute(T4, f"aer_dev_{severity}", content.format(total))
+    assert getattr(tree.read(), f"{severity}_errors") == count
+
+
+@pytest.mark.parametrize("severity", ["nonfatal", "correctable"])
+def test_a_count_that_has_risen_is_news_although_the_function_is_equal(tree: Tree, severity: str) -> None:
+    before = tree.read()
+    total = {"nonfatal": "NONFATAL", "correctable": "COR"}[severity]
+    tree.node.set_attribute(T4, f"aer_dev_{severity}", f"TOTAL_ERR_{total} 7")
+    again = tree.read(T4, before)
+    assert (again == before, getattr(again, f"{severity}_errors")) == (True, 7)
+    assert tree.read(T4, again) is again
+
+
+def test_of_a_function_without_error_counters_the_others_are_not_looked_for(tree: Tree) -> None:
+    tree.file("aer_dev_fatal").unlink()
+    found = tree.read()
+    assert (found.nonfatal_errors, found.correctable_errors) == (None, None)
+
+
+def test_the_best_that_both_ends_of_the_link_can_do_is_read_once(tree: Tree) -> None:
+    limits = (LinkLimit("8.0 GT/s PCIe", 16), LinkLimit("8.0 GT/s PCIe", 4))
+    before = tree.read()
+    assert before.link_limits == limits, "a card of 16 lanes in a slot of 4"
+    for name in ("max_link_speed", "max_link_width"):
+        tree.put_fifo(name)
+    assert tree.read(T4, before).link_limits == limits
+
+
+def test_without_a_link_to_be_seen_its_limits_are_not_read(tree: Tree) -> None:
+    for name in ("max_link_speed", "max_link_width"):
+        tree.put_fifo(name)
+    tree.node.set_attribute(T4, "current_link_speed", "Unknown")
+    assert tree.read().link_limits is None, "off the bus, or a virtual function"
+    tree.node.set_attribute(T4, "current_link_speed", "8.0 GT/s PCIe")
+    tree.node.set_attribute(T4, "power_state", "D3cold")
+    assert tree.read().link_limits is None, "it would be woken"
+
+
+def test_what_could_not_be_read_of_the_limits_is_tried_again(tree: Tree) -> None:
+    tree.file("max_link_width").rename(tree.file("kept"))
+    tree.file("max_link_width").mkdir()
+    before = tree.read()
+    assert before.unread == ("max_link_width: Is a directory",)
+    tree.file("max_link_width").rmdir()
+    tree.file("kept").rename(tree.file("max_link_width"))
+    found = tree.read(T4, before).link_limits
+    assert found is not None
+    assert found[0].width == 16
 
 
 def test_virtual_functions_and_what_carries_them_are_told(tree: Tree) -> None:

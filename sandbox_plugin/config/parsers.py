@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -131,9 +132,21 @@ def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
 def host_port(text: str) -> tuple[str, int]:
     """A host, which may be empty for all addresses, and a port: `127.0.0.1:9400`, `[::1]:9400`, `:9400`."""
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:/\[\]]*)):([0-9]{1,5})", text)
-    if found is None or int(found[3]) > 65535:
+    if found is None or int(found[3]) > 65535 or not _is_host(found[1], found[2]):
         raise ValueError(f"{text!r} is not HOST:PORT, as in '127.0.0.1:9400', '[::]:9400' or ':9400'")
     return found[1] or found[2], int(found[3])
+
+
+def _is_host(in_brackets: str | None, name: str) -> bool:
+    """Whether it is an IPv6 address, or what can be looked up."""
+    try:
+        if in_brackets is not None:
+            socket.inet_pton(socket.AF_INET6, in_brackets)
+        else:
+            name.encode("idna")
+    except (OSError, UnicodeError):
+        return False
+    return True
 
 
 def switch(text: str) -> bool:

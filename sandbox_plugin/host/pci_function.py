@@ -143,7 +143,8 @@ def _read_pci_function(paths: HostPaths, address: str, before: PciFunction | Non
     identity = _identify(folder, address) if before is None or before.unread else _identity(before)
     driver, group, vfio = sysfs.target_name(f"{folder}/driver"), _group_number(folder), _vfio_dev(folder)
     if vfio is not None or is_vfio_driver(driver):
-        details = _read_details(paths, folder, identity, None if before is None else before.link_limits)
+        known_limits = None if before is None or before.unread else before.link_limits
+        details = _read_details(paths, folder, identity, known_limits)
         function = PciFunction(**(identity | details), driver=driver, iommu_group=group, vfio=vfio)
         if function.is_vendors_vgpu:
             function = replace(function, vgpu_type=_vgpu_type(folder), vgpu_types=_creatable_types(folder))

@@ -11,6 +11,7 @@ tried again, and ends nothing: the kubelet's API is what this process is for.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ _LINGER = 1.0
 """Seconds in which a client must have hung up after its answer."""
 _RETRY = 5.0
 """Seconds between attempts to listen."""
+_END = b"\r\n\r\n"
+"""Of the head of a request."""
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) (\S+) HTTP/1\.([0-9])")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -68,6 +71,8 @@ class HttpServer:
     _trouble: Trouble = field(default_factory=Trouble)
     _clients: dict[asyncio.Task[None], socket.socket] = field(default_factory=dict)
     """Those that are connected, first come first."""
+    _leaving: dict[asyncio.Task[None], socket.socket] = field(default_factory=dict)
+    """Those that are being hung up on to make room."""
 
     async def run(self) -> None:
         """Runs until cancelled."""
@@ -75,7 +80,8 @@ class HttpServer:
             try:
                 listeners = await on_thread(_listen)(*self.address)  # a name may have to be looked up
             except OSError as error:
-                why = f"{error.strerror or error}; it is tried again every {self.retry:g} s, and all else goes on"
+                reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+                why = f"{reason}; it is tried again every {self.retry:g} s, and all else goes on"
                 if self._trouble.update(why):
                     action = "end what listens there, or give another --metrics-address"
                     log.error("metrics not served", address=_shown(*self.address), reason=why, action=action)
@@ -88,7 +94,8 @@ class HttpServer:
                     for listener in listeners:
                         group.create_task(self._accept(listener))
             finally:
-                for open_socket in (*listeners, *self._clients.values()):  # also of a task that had not begun yet
+                # Also of tasks that had not begun yet.
+                for open_socket in (*listeners, *self._clients.values(), *self._leaving.values()):
                     open_socket.close()
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -96,10 +103,16 @@ class HttpServer:
             while True:
                 client = await accepted(listener)
                 if len(self._clients) >= _CLIENTS:
-                    next(iter(self._clients)).cancel()
+                    oldest = next(iter(self._clients))
+                    self._leaving[oldest] = self._clients.pop(oldest)
+                    oldest.cancel()
                 task = clients.create_task(self._serve(client))
                 self._clients[task] = client
-                task.add_done_callback(lambda done: self._clients.pop(done).close())
+                task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        clients = self._leaving if task in self._leaving else self._clients
+        clients.pop(task).close()
 
     async def _serve(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -118,7 +131,9 @@ class HttpServer:
 
     async def _answer(self, head: bytes) -> tuple[str, Answer]:
         """The method, and what is to be said."""
-        lines = head.decode("latin-1").split("\r\n")
+        if _END not in head:
+            return "", _refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"{_HEAD_BYTES} bytes are allowed")
+        lines = head.partition(_END)[0].decode("latin-1").split("\r\n")
         request = _REQUEST_LINE.fullmatch(lines[0])
         headers = _headers(lines[1:])
         if request is None or headers is None or (request[3] != "0" and "host" not in headers):
@@ -164,14 +179,14 @@ def _shown(host: str, port: int) -> str:
 
 
 async def _read_head(client: socket.socket) -> bytes | None:
-    """The request up to its empty line, or what is too long to be one; None: the client hung up before."""
+    """A request, at least up to its empty line, or what is too long to be one; None: the client hung up before."""
     head = bytearray()
-    while b"\r\n\r\n" not in head and len(head) < _HEAD_BYTES:
+    while _END not in head and len(head) < _HEAD_BYTES:
         part = await asyncio.get_running_loop().sock_recv(client, _HEAD_BYTES)
         if not part:
             return None
         head += part
-    return bytes(head.partition(b"\r\n\r\n")[0])
+    return bytes(head)
 
 
 def _headers(lines: Sequence[str]) -> dict[str, str] | None:

@@ -28,9 +28,9 @@ class Kind(StrEnum):
     """To Prometheus' text format a gauge that is always 1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Entry:
-    """One metric."""
+    """One metric. Equal to itself alone, which is quickly looked up."""
 
     name: str
     """In full, as in a query."""
