@@ -66,10 +66,11 @@ consumers: setup
 alerts *arguments: setup
     @python scripts/plain-alerts.py "$@"
 
-# check the alerts and the dashboard with promtool, then make each alert fire and resolve in a real Prometheus
-test-alerts: setup
+# alerts and dashboard by promtool; then metrics, and each alert as it fires and resolves, in a real Prometheus
+test-monitoring: setup
     scripts/install-prometheus.sh
     PROMTOOL=required pytest tests/test_alerts.py tests/test_dashboard.py
+    python scripts/try-metrics.py
     python scripts/try-alerts.py
 
 # make the reference of docs/monitoring.md from the code

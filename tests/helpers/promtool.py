@@ -33,7 +33,7 @@ def promtool(*arguments: str | Path) -> str:
     program = shutil.which("promtool")
     if program is None:
         assert os.environ.get("PROMTOOL") != "required", "promtool is not installed"
-        pytest.skip("promtool is not installed: scripts/install-prometheus.sh, or `just test-alerts`, does that")
+        pytest.skip("promtool is not installed: scripts/install-prometheus.sh, or `just test-monitoring`, does that")
     ran = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return ran.stdout
