@@ -136,6 +136,15 @@ simulate *arguments: setup
 bench *arguments: setup
     python scripts/bench.py "$@"
 
+# the diagrams of docs/, and the plot of what `just bench --json docs/performance.json` wrote
+pictures: setup
+    python scripts/draw-diagrams.py
+    python scripts/plot-performance.py
+
+# docs/demo.svg: the demo on a terminal, recorded
+record-demo *arguments: setup
+    python scripts/record-demo.py "$@"
+
 # how long preferred allocation takes
 bench-prefer *arguments: setup
     python scripts/bench-prefer.py "$@"

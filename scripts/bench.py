@@ -31,6 +31,7 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median, quantiles
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
@@ -216,6 +217,24 @@ class Bench:
                 self.note(f"resident memory, {gpus} GPUs", memory.rss / 2**20, "MiB")
                 self.note(f"its share (PSS), {gpus} GPUs", memory.pss / 2**20, "MiB")
 
+    def scrape(self) -> None:
+        """The page of metrics, of a node whose devices are all held."""
+        with self.daemon(64, "--metrics-address=127.0.0.1:0") as (kubelet, daemon, _):
+            before = psutil.Process(daemon.pid).memory_info().rss
+            page = f"http://{daemon.wait_for('metrics served')['address'][0]}/metrics"
+            kubelet.plugin(PGPU).allocate(sorted(kubelet.healthy(PGPU), key=int))
+
+            def get() -> None:
+                with urlopen(page, timeout=30) as answer:
+                    answer.read()
+
+            get()  # the first one loads the client's library
+            self.note("memory of the metrics", (psutil.Process(daemon.pid).memory_info().rss - before) / 2**20, "MiB")
+            repeat = self.times(300)
+            spent = _cpu(daemon.pid)
+            self.note("scrape, 64 GPUs", median(_ms([get] * repeat)), "ms")
+            self.note("scrape, 64 GPUs: CPU", (_cpu(daemon.pid) - spent) * 1000 / repeat, "ms")
+
     def commands(self) -> None:
         self.note("sandbox-plugin --version", self.run("-m", "sandbox_plugin", "--version") * 1000, "ms")
         with self.node(8) as (_, node):
@@ -238,7 +257,7 @@ class Bench:
         self.note("resident memory of Python with the libraries", memory, "MiB")
 
 
-SECTIONS = ("start", "allocate", "kubelet", "bind", "idle", "memory", "commands", "floors")
+SECTIONS = ("start", "allocate", "kubelet", "bind", "idle", "memory", "scrape", "commands", "floors")
 
 LIBRARIES = "asyncio, betterproto, grpclib.client, grpclib.server, structlog, aiofiles.os"
 
@@ -271,7 +290,7 @@ def once(what):
     return (time.perf_counter() - began) * 1000 / len(sys.argv[1:])
 SCANNED = ("vendor", "device", "class", "subsystem_vendor", "subsystem_device", "numa_node", "max_link_speed",
     "max_link_width", "d3cold_allowed", "resource", "aer_dev_fatal", "aer_dev_nonfatal", "aer_dev_correctable",
-    "boot_vga", "reset_method", "../vendor", "../device", "../class", "../subsystem_vendor")
+    "boot_vga", "reset_method", "../max_link_speed", "../max_link_width", "../vendor", "../device", "../class", "../subsystem_vendor")
 print(*(statistics.median(once(what) for _ in range(20)) for what in (look, scan)), memory)
 """
 """The reads of `read_again` and of a first scan, with system calls alone. Folders of GPUs are its arguments."""

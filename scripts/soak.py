@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""The long run: the real daemon, a kubelet that restarts, devices that come and go, and Allocates, all at random.
+"""The long run: the real daemon, a kubelet that restarts, devices that come and go, and Allocates, all at random,
+while its metrics are scraped and it is probed every second.
 
     scripts/soak.py [--seconds 600] [--seed N]
 
 After the first minute (a fifth of shorter runs) and at the end the process is left alone for a moment and measured:
-memory, file descriptors, threads, connections, asyncio's tasks. Prints a table; exit status 1 if it has grown, or if
-the kubelet's view was ever not the node's in the end.
+memory, file descriptors, threads, connections, asyncio's tasks, series of metrics. Prints a table; exit status 1 if it
+has grown, or if the kubelet's view was ever not the node's in the end.
 
 Uses the kubelet and the harness of tests/helpers, so it needs what the tests need: `python3 scripts/dev.py setup`.
 """
@@ -16,11 +17,15 @@ import argparse
 import random
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
@@ -51,11 +56,13 @@ class Measure:
     descriptors: int
     threads: int
     sockets: int
+    series: int
+    """Lines of the page of metrics, but for those of requests: a status that comes up later has series of its own."""
     tasks: int
     """Of asyncio, as the daemon counts them when it gets a SIGUSR1."""
 
     @classmethod
-    def of(cls, daemon: Daemon) -> Measure:
+    def of(cls, daemon: Daemon, page: str) -> Measure:
         process = psutil.Process(daemon.pid)
         asked = daemon.mark()
         process.send_signal(signal.SIGUSR1)
@@ -64,15 +71,49 @@ class Measure:
             memory=process.memory_info().rss,
             descriptors=process.num_fds(),
             threads=process.num_threads(),
-            sockets=len(process.net_connections("unix")),
+            sockets=len([each for each in process.net_connections("all") if each.status != "TIME_WAIT"]),
+            series=sum("kubelet_request" not in line for line in page.splitlines()),
         )
+
+
+class Scrapes:
+    """Asks for all pages every second, as Prometheus and a kubelet would."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._at = f"http://{daemon.wait_for('metrics served')['address'][0]}"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="scrapes", daemon=True)
+        self.times: list[float] = []
+        """Seconds that each page of metrics took."""
+
+    def __enter__(self) -> Scrapes:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def page(self) -> str:
+        """The metrics. Raises OSError."""
+        with urlopen(f"{self._at}/metrics", timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def _run(self) -> None:
+        while not self._ended.wait(1):
+            started = time.monotonic()
+            self.page()
+            self.times.append(time.monotonic() - started)
+            urlopen(f"{self._at}/healthz", timeout=30).close()
+            with suppress(HTTPError):  # not ready, while a kubelet restarts
+                urlopen(f"{self._at}/readyz", timeout=30).close()
 
 
 class Soak:
     """One run: what happens to the daemon, and how often it did."""
 
-    def __init__(self, node: FakeNode, kubelet: GrpcKubelet, daemon: Daemon, seed: int) -> None:
-        self.node, self.kubelet, self.daemon = node, kubelet, daemon
+    def __init__(self, node: FakeNode, kubelet: GrpcKubelet, daemon: Daemon, scrapes: Scrapes, seed: int) -> None:
+        self.node, self.kubelet, self.daemon, self.scrapes = node, kubelet, daemon, scrapes
         self.truth = Truth(node.root)
         self.chance = random.Random(seed)
         self.done: Counter[str] = Counter()
@@ -137,7 +178,7 @@ class Soak:
         seen = []  # for three seconds: threads and connections end a little later than their reason
         end = time.monotonic() + 3
         while time.monotonic() < end:
-            seen.append(Measure.of(self.daemon))
+            seen.append(Measure.of(self.daemon, self.scrapes.page()))
             time.sleep(0.1)
         return min(seen, key=lambda m: (m.descriptors, m.threads, m.tasks, m.memory))
 
@@ -151,8 +192,9 @@ def main() -> int:
     with places() as place, GrpcKubelet(place.kubelet) as kubelet:
         kubelet.start()
         node = place.node("hgx-h100")
-        with Daemon(place, node, "--health-interval=0.5") as daemon:
-            soak = Soak(node, kubelet, daemon, arguments.seed)
+        flags = ("--health-interval=0.5", "--metrics-address=127.0.0.1:0")
+        with Daemon(place, node, *flags) as daemon, Scrapes(daemon) as scrapes:
+            soak = Soak(node, kubelet, daemon, scrapes, arguments.seed)
             soak.compare()
             started = time.monotonic()
             soak.run_until(started + min(60, arguments.seconds / 5))
@@ -167,6 +209,8 @@ def report(soak: Soak, first: Measure, last: Measure) -> int:
     for what, times in sorted(soak.done.items()):
         print(f"{what:24}{times:>10}")
     print(f"{'longest until the view':24}{soak.longest:>10.2f} s")
+    took = [seconds * 1000 for seconds in soak.scrapes.times]
+    print(f"{'scrapes':24}{len(took):>10}, median {median(took):.1f} ms, worst {max(took):.0f} ms")
     print(f"\n{'':24}{'early':>10}{'at the end':>12}")
     grown = False
     for name, before in asdict(first).items():

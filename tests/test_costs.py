@@ -43,7 +43,11 @@ def loaded_by(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
-LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"}
+LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"} | {
+    "prometheus_client",
+    "sandbox_plugin.outputs.http",
+    "sandbox_plugin.outputs.metrics",
+}
 """What the daemon needs only after its devices are served, or seldom."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
@@ -54,9 +58,10 @@ OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
     [
         ("sandbox_plugin.cli.run", LATER | OF_PEOPLE),
         ("sandbox_plugin.cli.status", LATER | OF_PEOPLE - {"sandbox_plugin.cli.status"} | OF_THE_DAEMON),
+        ("sandbox_plugin.cli.list_devices", LATER | OF_PEOPLE | OF_THE_DAEMON - {"asyncio", "aiofiles"} | {"json"}),
         ("sandbox_plugin.cli.commands", LATER | OF_PEOPLE | OF_THE_DAEMON),
     ],
-    ids=["the daemon", "the probe", "--version"],
+    ids=["the daemon", "the probe", "list", "--version"],
 )
 def test_a_start_imports_nothing_that_it_does_not_need_yet(module: str, without: set[str]) -> None:
     assert loaded_by(module) & without == set()

@@ -80,6 +80,29 @@ def test_what_pod_resources_answers_is_told_of_our_devices(
         assert told["holders"] == {f"{PGPU}=11": "default/vm", f"{PGPU}=13": "default/vm"}
 
 
+def test_what_becomes_of_a_grant_is_told_from_the_promise_to_the_pod_s_end(
+    fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon, places: Places
+) -> None:
+    with PodResources(places.top / "pod-resources/kubelet.sock") as pods:
+        pods.hold("earlier", PGPU, "13")
+        pods.start(age=3600)
+        plugin = daemon(fake_node("workstation"), DEBUG)
+        kubelet.wait_for(lambda: kubelet.devices(PGPU))
+        told = plugin.wait_for("grant named", device="13")
+        assert (told["pod"], told["ms"], told["pci_address"]) == ("default/earlier", None, T4)
+        plugin.wait_for("device found", device="11")
+        kubelet.plugin(PGPU).allocate(["11"])
+        told = plugin.wait_for("grant begins", device="11")
+        assert (told["node"], told["iommu_group"], told["mates"]) == ("/dev/vfio/11", 11, [])
+        pods.hold("vm", PGPU, "11")
+        told = plugin.wait_for("grant named", device="11")
+        assert (told["pod"], told["container"]) == ("default/vm", "vm")
+        assert told["ms"] > 0
+        pods.release("vm")
+        assert plugin.wait_for("grant ends", device="11")["pod"] == "default/vm"
+        assert not plugin.events("grant ends", device="13")
+
+
 def test_at_the_usual_level_nothing_of_this_is_said(
     fake_node: MakeNode, kubelet: GrpcKubelet, daemon: StartDaemon
 ) -> None:

@@ -413,8 +413,10 @@ def listed(capsys: pytest.CaptureFixture[str]) -> Any:
     """Prints a node's functions; returns those of the JSON by address."""
 
     def run(node: FakeNode, *flags: str) -> dict[str, dict[str, Any]]:
-        assert main(["list", f"--fake-sysfs={node.root}", "--all", "--output=json", *flags]) == 0
-        functions = json.loads(capsys.readouterr().out)["functions"]
+        status = main(["list", f"--fake-sysfs={node.root}", "--all", "--output=json", *flags])
+        document = json.loads(capsys.readouterr().out)
+        assert status == (0 if document["well"] else 1)
+        functions = document["functions"]
         assert [f["pci_address"] for f in functions] == sorted(f["pci_address"] for f in functions)
         assert len(functions) == len({f["pci_address"] for f in functions})
         return {function["pci_address"]: function for function in functions}
@@ -447,7 +449,7 @@ def test_list_all_tells_of_every_function_which_rule_took_it_or_why_none_did(pla
         CARD["port1"]: ("intel.com/nic", "resources[3]", None),
     }
     rest = {verdict for address, verdict in verdicts(functions).items() if address not in CARD.values()}
-    assert rest == {(None, None, "no rule matches")}
+    assert rest == {(None, None, "a bridge")}
     # of a function on a host driver no more is read
     assert functions[CARD["boot"]]["facts"].keys() < functions[CARD["data"]]["facts"].keys()
 
@@ -457,14 +459,16 @@ def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, list
     node.set_attribute(T4, "enable", "many")
     assert listed(node)[T4] == {
         "pci_address": T4,
+        "model": "TU104GL [Tesla T4]",
         "class": "030200",
         "id": "10de:1eb8",
         "driver": "vfio-pci",
         "iommu_group": 13,
         "resource": "nvidia.com/pgpu",
         "rule": "NVIDIA GPU",
+        "rides_along_with": None,
         "reason": None,
-        "remarks": None,
+        "remarks": [],
         "facts": {
             "subsystem": "10de:12a2",
             "mdev_type": None,
@@ -482,7 +486,10 @@ def test_list_all_as_json_tells_what_was_read_of_a_function(places: Places, list
             "has_power": None,
             "link_speed": "8.0 GT/s PCIe",
             "link_width": 4,
+            "link_limits": [{"speed": "8.0 GT/s PCIe", "width": 16}, {"speed": "8.0 GT/s PCIe", "width": 4}],
             "fatal_errors": 0,
+            "nonfatal_errors": 0,
+            "correctable_errors": 0,
             "bars": [
                 bar(0, 16 << 20, 0x9000_0000),
                 bar(1, 256 << 20, 0x2000_0000_0000, prefetchable=True, wide=True),
@@ -507,6 +514,8 @@ def test_list_all_tells_of_vgpus_and_of_what_cannot_be_read(places: Places, list
     assert verdicts(found)[vgpu] == ("nvidia.com/GRID_T4-1Q", "NVIDIA vGPU", None)
     assert found[AUDIO] == {
         "pci_address": AUDIO,
-        **dict.fromkeys(("class", "id", "driver", "iommu_group", "resource", "rule", "remarks", "facts")),
+        **dict.fromkeys(("model", "class", "id", "driver", "iommu_group", "resource", "rule", "facts")),
+        "rides_along_with": None,
+        "remarks": [],
         "reason": "unreadable: class is 'nonsense', not a hexadecimal number",
     }

@@ -157,6 +157,34 @@ def test_the_matrix_prints_as_nvidia_smi_does() -> None:
     assert [line.split()[0] for line in legend_lines()] == ["X", "PIX", "PXB", "PHB", "NODE", "SYS"]
 
 
+def test_a_matrix_that_is_too_wide_goes_without_addresses_and_then_in_parts() -> None:
+    devices = list(eight_over_two_sockets().values())[2:6]
+    whole = matrix_lines(devices)
+    assert whole == matrix_lines(devices, len(whole[1]))
+    bare = [
+        "   2    3    4    5",
+        "2  X    PIX  SYS  SYS",
+        "3  PIX  X    SYS  SYS",
+        "4  SYS  SYS  X    PIX",
+        "5  SYS  SYS  PIX  X",
+    ]
+    assert matrix_lines(devices, len(whole[1]) - 1) == matrix_lines(devices, 21) == bare
+    assert matrix_lines(devices, 20) == [
+        "   2    3    4",
+        "2  X    PIX  SYS",
+        "3  PIX  X    SYS",
+        "4  SYS  SYS  X",
+        "5  SYS  SYS  PIX",
+        "",
+        "   5",
+        "2  SYS",
+        "3  SYS",
+        "4  PIX",
+        "5  X",
+    ]
+    assert len(matrix_lines(devices, 1)) == 4 * 6 - 1, "one device in each part is the least"
+
+
 CHAINS = st.tuples(
     st.integers(0, 2), st.integers(0, 1), st.sampled_from([0, 1, 2]), st.integers(0, 1), st.integers(0, 1)
 )

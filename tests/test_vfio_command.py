@@ -427,7 +427,7 @@ def test_status_shows_each_function_and_what_bind_would_do(node: FakeNode, run: 
 
 def test_status_as_json(node: FakeNode, run: Run) -> None:
     document = json.loads(run("status", "--output", "json")[1])
-    assert document["version"] == 1
+    assert document["schema"] == 1
     assert document["functions"][-1] == {
         "pci_address": T4,
         "model": "TU104GL [Tesla T4]",

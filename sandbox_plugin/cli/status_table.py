@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
 from sandbox_plugin.cli.screen import wrapped
-from sandbox_plugin.cli.stdout import say
-from sandbox_plugin.cli.tables import Line, Styled, Table, has_colors, is_terminal, painted
+from sandbox_plugin.cli.tables import Line, Styled, Table, print_lines, terminal_width
 
 _NARROWEST = 40
 _BAD = "red"
@@ -16,8 +14,7 @@ _BAD = "red"
 
 def print_status(document: Mapping[str, Any]) -> None:
     """Prints it, as wide as the terminal is, or 80 columns."""
-    columns = shutil.get_terminal_size().columns if is_terminal() else 80
-    say("\n".join(painted(line, colors=has_colors()) for line in status_lines(document, columns)))
+    print_lines(status_lines(document, terminal_width()))
 
 
 def status_lines(document: Mapping[str, Any], columns: int) -> list[Line]:

@@ -282,7 +282,7 @@ def _status(args: argparse.Namespace, settings: Settings) -> int:
     plans = plan_bind(situation, rules, Selection(switches=True))
     rows = [row for plan in plans for row in _rows(plan, situation, rules.names)]
     if args.output == "json":
-        say(json.dumps({"version": 1, "functions": rows}, indent=2))
+        say(json.dumps({"schema": 1, "functions": rows}, indent=2))
         return 0
     if not rows:
         say("no GPU, NVSwitch or other function that a resource rule offers is here")

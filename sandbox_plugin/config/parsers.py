@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import socket
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,12 +138,14 @@ def host_port(text: str) -> tuple[str, int]:
 
 def _is_host(in_brackets: str | None, name: str) -> bool:
     """Whether it is an IPv6 address, or what can be looked up."""
+    from ipaddress import IPv6Address  # here: few need it
+
     try:
         if in_brackets is not None:
-            socket.inet_pton(socket.AF_INET6, in_brackets)
+            IPv6Address(in_brackets)
         else:
             name.encode("idna")
-    except (OSError, UnicodeError):
+    except ValueError:
         return False
     return True
 

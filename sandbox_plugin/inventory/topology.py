@@ -118,12 +118,34 @@ def matrix(devices: Sequence[Device]) -> tuple[tuple[Link | None, ...], ...]:
     )
 
 
-def matrix_lines(devices: Sequence[Device]) -> list[str]:
-    """The matrix as `nvidia-smi topo -m` prints one: a header of device IDs, a line for each device, NUMA node last."""
+def matrix_lines(devices: Sequence[Device], width: int | None = None) -> list[str]:
+    """The matrix as `nvidia-smi topo -m` prints one: a header of device IDs, a line for each device, NUMA node last.
+
+    Where lines must not be wider than `width`, the NUMA nodes and addresses are left out, and what is still too wide
+    is printed as several matrices, one below the other, each with some of the columns.
+    """
     rows = [["", *(d.id for d in devices), "NUMA", "PCI ADDRESS"]]
     for device, links in zip(devices, matrix(devices), strict=True):
         numa = ",".join(map(str, device.numa_nodes)) or "-"
         rows.append([device.id, *("X" if a is None else a.name for a in links), numa, device.address])
+    whole = _aligned(rows)
+    if width is None or max(map(len, whole)) <= width:
+        return whole
+    columns = list(zip(*(row[:-2] for row in rows), strict=True))
+    widths = [2 + max(map(len, column)) for column in columns]
+    lines: list[str] = []
+    first = 1
+    while first < len(columns):
+        end = first + 1
+        while end < len(columns) and widths[0] + sum(widths[first : end + 1]) - 2 <= width:
+            end += 1
+        part = _aligned([list(row) for row in zip(columns[0], *columns[first:end], strict=True)])
+        lines += ["", *part] if lines else part
+        first = end
+    return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -67,7 +67,10 @@ def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
             {
                 "name": resource,
                 "registration": dict(parts.registrations.get(resource, {"state": state})),
-                "devices": [_device(device, inventory.memory.ledger) for device in devices],
+                "devices": [
+                    device_document(device) | {"holder": _holder_of(device, inventory.memory.ledger)}
+                    for device in devices
+                ],
             }
             for resource, devices in inventory.resources.items()
         ],
@@ -99,12 +102,7 @@ def not_ready(inventory: Inventory, parts: Parts) -> list[str]:
 
 
 def _remarks(inventory: Inventory, parts: Parts) -> list[str]:
-    remarks = [
-        f"{resource}={device.id} ({device.address}) is Unhealthy: {device.health}"
-        for resource, devices in inventory.resources.items()
-        for device in devices
-        if device.health.reason is not None and device.health.reason not in ORDERLY
-    ]
+    remarks = device_remarks(inventory)
     remarks += [f"{spec['path']}: {spec['reason']}" for spec in parts.foreign_specs]
     remarks += [f"{each['source']}: {each['reason']}" for each in parts.events if each["state"] == "down"]
     if inventory.version and parts.scan.get("trouble"):
@@ -116,8 +114,8 @@ def _because(reason: str | None) -> str:
     return f": {reason}" if reason else ""
 
 
-def _device(device: Device, ledger: Ledger) -> dict[str, Any]:
-    grants = ledger.touching([device.node])
+def device_document(device: Device) -> dict[str, Any]:
+    """One device, without who holds it."""
     return {
         "id": device.id,
         "pci_addresses": [placement.address for placement in device.placements],
@@ -128,8 +126,22 @@ def _device(device: Device, ledger: Ledger) -> dict[str, Any]:
         "health": "Healthy" if device.health.healthy else "Unhealthy",
         "reason": device.health.reason,
         "detail": device.health.detail,
-        "holder": holder_of(grants[0], ledger) if grants else None,
     }
+
+
+def device_remarks(inventory: Inventory) -> list[str]:
+    """Each device that somebody should look at, with the reason."""
+    return [
+        f"{resource}={device.id} ({device.address}) is Unhealthy: {device.health}"
+        for resource, devices in inventory.resources.items()
+        for device in devices
+        if device.health.reason is not None and device.health.reason not in ORDERLY
+    ]
+
+
+def _holder_of(device: Device, ledger: Ledger) -> dict[str, str | None] | None:
+    grants = ledger.touching([device.node])
+    return holder_of(grants[0], ledger) if grants else None
 
 
 def holder_of(grant: Grant, ledger: Ledger) -> dict[str, str | None]:

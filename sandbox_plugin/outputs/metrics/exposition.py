@@ -41,6 +41,7 @@ _OF_REGISTRATIONS = {
     catalogue.LOSSES: "losses",
     catalogue.STREAMS: "streams",
 }
+_SEVERITIES = tuple(labels(severity=severity) for severity in ("fatal", "nonfatal", "correctable"))
 _CALLS = ("Allocate", "GetPreferredAllocation")
 
 Moment = Callable[[float], int]
@@ -110,7 +111,8 @@ class Exposition:
                 _holder(page, about, grants[0], ledger)
             for placement in device.placements:
                 if (function := functions.get(placement.address)) is not None:
-                    _pcie(page, _about(device, function.address), function)
+                    is_first = function.address == device.address
+                    _pcie(page, about if is_first else _about(device, function.address), function)
 
 
 def _counted(inventory: Inventory) -> Iterator[tuple[str, int]]:
@@ -154,14 +156,10 @@ def _holder(page: Page, about: str, grant: Grant, ledger: Ledger) -> None:
 
 
 def _pcie(page: Page, about: str, function: PciFunction) -> None:
-    errors = {
-        "fatal": function.fatal_errors,
-        "nonfatal": function.nonfatal_errors,
-        "correctable": function.correctable_errors,
-    }
-    for severity, count in errors.items():
+    counts = (function.fatal_errors, function.nonfatal_errors, function.correctable_errors)
+    for severity, count in zip(_SEVERITIES, counts, strict=True):
         if count is not None:
-            page.add(catalogue.AER, f"{about},{labels(severity=severity)}", count)
+            page.add(catalogue.AER, f"{about},{severity}", count)
     now = LinkLimit(function.link_speed, function.link_width)
     _link(page, catalogue.LINK_SPEED, catalogue.LINK_WIDTH, about, now)
     _link(page, catalogue.LINK_MAX_SPEED, catalogue.LINK_MAX_WIDTH, about, *(function.link_limits or ()))
@@ -169,11 +167,11 @@ def _pcie(page: Page, about: str, function: PciFunction) -> None:
 
 def _link(page: Page, speed: Entry, width: Entry, about: str, *ends: LinkLimit) -> None:
     """What the ends of a link can both do. One that sleeps, is off the bus or is a virtual function shows no link."""
-    speeds = {end: _transfers(end.speed) for end in ends}
-    if known := [each for each in speeds.values() if each is not None]:
-        page.add(speed, about, min(known))
-    if widths := [end.width for end in ends if end.width and speeds[end] is not None]:
-        page.add(width, about, min(widths))
+    speeds = [each for end in ends if (each := _transfers(end.speed)) is not None]
+    if speeds:
+        page.add(speed, about, min(speeds))
+        if widths := [end.width for end in ends if end.width]:
+            page.add(width, about, min(widths))
 
 
 @lru_cache(maxsize=64)
