@@ -14,7 +14,7 @@ import asyncio
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -46,6 +46,7 @@ from sandbox_plugin.tasks import happens
 
 if TYPE_CHECKING:
     from sandbox_plugin.cdi.foreign import ForeignSpecWatch
+    from sandbox_plugin.dra.claims import Prepared
     from sandbox_plugin.host.watch import FolderWatcher
     from sandbox_plugin.outputs.metrics.parts import Parts as Measured
 
@@ -82,10 +83,12 @@ class Daemon:
         self._needs_cdi = settings.consumer.reads_cdi
         self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
         self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
-        last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
-        self._endpoints = Endpoints(settings, self._registry, last_look)
+        self._last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
+        self._endpoints = Endpoints(settings, self._registry, self._last_look)
         self._lock = NodeLock(folder=settings.kubelet_dir)
-        self._poller = HoldingsPoller(socket=settings.pod_resources_socket, registry=self._registry)
+        self._poller = HoldingsPoller(
+            socket=settings.pod_resources_socket, registry=self._registry, driver=settings.dra_driver_name
+        )
         self._cdi_writer = CdiWriter(
             folder=settings.cdi_dir,
             registry=self._registry,
@@ -160,6 +163,11 @@ class Daemon:
             self._registry.learn(in_cdi={})  # whoever served meanwhile may have changed the specs
         if self._registry.current.version:  # else it is asked before anything is offered
             await self._poller.ask(patience=_FIRST_ANSWER)
+        prepared: Mapping[str, Prepared] = {}
+        if self._settings.dra:
+            from sandbox_plugin.dra.driver import load_claims  # few need it
+
+            prepared = await load_claims(self._settings, self._registry)  # before anything can be given
         self._registry.serve(since)
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
@@ -171,7 +179,7 @@ class Daemon:
             if self._settings.features_folder is not None:
                 shutdown.watch(group.create_task(self._label(self._settings.features_folder)))
             if self._settings.dra:
-                shutdown.watch(group.create_task(self._serve_claims(shutdown)))
+                shutdown.watch(group.create_task(self._serve_claims(shutdown, prepared)))
             if self._settings.node_events:
                 shutdown.watch(group.create_task(self._tell_of_changes()))
 
@@ -208,14 +216,14 @@ class Daemon:
 
             await NodeEvents(node=node, registry=self._registry, tell=tell).run()
 
-    async def _serve_claims(self, shutdown: Shutdown) -> None:
+    async def _serve_claims(self, shutdown: Shutdown, prepared: Mapping[str, Prepared]) -> None:
         """Dynamic Resource Allocation, for as long as this plugin serves."""
         if self._settings.device_plugin == "on":
             await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
         # Here and now, because importing it takes longer than all that comes before.
         from sandbox_plugin.dra.run import run
 
-        await run(self._settings, self._registry, shutdown)
+        await run(self._settings, self._registry, shutdown, self._last_look, prepared)
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""

@@ -244,6 +244,7 @@ class Reason(StrEnum):
     IN_USE_ELSEWHERE = "in-use-elsewhere"
     GROUP_TAKEN = "group-taken"
     HELD_AS_ANOTHER = "held-as-another"
+    HELD_BY_OTHER_API = "held-by-other-api"
     ID_HELD = "id-held"
     HOLDERS_UNKNOWN = "holders-unknown"
     NOT_IN_CDI = "not-in-cdi"
@@ -315,16 +316,25 @@ class Device:
     mdev: bool = False
     """A mediated device: the address is a UUID."""
     group_node: str | None = None
-    """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both."""
+    """/dev/vfio/N of its group, where sysfs shows one: beside `node` on kernels that have both. None where the group
+    must not be passed as a whole."""
     node_exists: bool = True
     """Whether sysfs shows the node: what does not exist must not be in a CDI spec."""
     health: Health = _UNLISTED
-    """Set when the device is listed (inventory/advance.py), and by nobody else."""
+    """Whether the device plugin API may give it. Set when it is listed (inventory/advance.py), and by nobody else."""
+    for_claims: Health = _UNLISTED
+    """The same for claims, where they are served: what another claim holds counts as well here, for that is known to
+    the scheduler."""
 
     @property
     def key(self) -> tuple[str, str]:
         """What the kubelet knows it by."""
         return (self.resource, self.id)
+
+    @property
+    def as_bound(self) -> tuple[object, ...]:
+        """What a look at it is true of: its functions as they are bound, and those that have one holder with it."""
+        return (*((p.address, p.binding) for p in self.placements), *self.group_functions)
 
     @property
     def is_cdev(self) -> bool:

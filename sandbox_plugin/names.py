@@ -12,6 +12,7 @@ SHORTEST_SOCKET_NAME = 18
 NAME_LENGTH = 63
 """Longest last part of a resource name (IsQualifiedName in k8s.io/apimachinery/pkg/util/validation)."""
 
+_CLAIMED = re.compile(r"pci-([0-9a-f]{4,})-([0-9a-f]{2})-([0-9a-f]{2})-([0-9a-f])|mdev-([0-9a-f-]{36})")
 _CLASS = re.compile(r"[A-Za-z][A-Za-z0-9_-]*[A-Za-z0-9]")
 """A CDI class that the kubelet takes as a resource's name too: it begins with a letter, and has no dot. Two characters
 at least: Kata's Go library panics at a vendor or class of one (pkg/parser of CDI)."""
@@ -90,6 +91,18 @@ def cdi_file_name(resource: str) -> str:
     """File name of a resource's CDI spec, e.g. `nvidia.com-pgpu.yaml`; shortened as a socket's where it must be."""
     stem, domain = resource.replace("/", "-", 1), resource.partition("/")[0]
     return _file_name(stem, ".yaml", resource, _CDI_FILE_BYTES, clear=_ends_clearly(domain))
+
+
+def address_of_claimed(name: str) -> str | None:
+    """PCI address, or UUID, of the device that ResourceSlices and claims call so; None: no device of ours is called so.
+
+    dra/names.py makes these names.
+    """
+    found = _CLAIMED.fullmatch(name)
+    if found is None:
+        return None
+    domain, bus, slot, function, uuid = found.groups()
+    return uuid if uuid is not None else f"{domain}:{bus}:{slot}.{function}"
 
 
 def _ends_clearly(domain: str) -> bool:

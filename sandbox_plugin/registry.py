@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from sandbox_plugin.inventory.advance import advance, allocate
-from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings
+from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings, PreparedClaim
 from sandbox_plugin.inventory.partitions import Board, boards
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory, Signals
@@ -141,6 +141,7 @@ class Registry:
         pod_resources: bool | None = None,
         former: Mapping[DeviceKey, str] | None = None,
         busy: Mapping[DeviceKey, frozenset[str]] | None = None,
+        claims: Mapping[str, PreparedClaim] | None = None,
         in_cdi: Mapping[str, frozenset[str]] | None = None,
         cdi_trouble: Mapping[str, str] | None = None,
     ) -> Inventory:
@@ -156,6 +157,8 @@ class Registry:
             self._signals = replace(self._signals, pod_resources=pod_resources)
         if former is not None:
             self._signals = replace(self._signals, former=former)
+        if claims is not None:
+            self._signals = replace(self._signals, claims=claims)
         return self._step(replace(self._signals, busy=busy or {}))
 
     def _step(self, signals: Signals) -> Inventory:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PROTOS = ROOT / "protos"
 API = ROOT / "sandbox_plugin" / "api"
-DOCSTRING = '"""The kubelet\'s two gRPC APIs. Generated from protos/ by scripts/generate-api.py: never edited."""\n'
+DOCSTRING = '"""The kubelet\'s gRPC APIs. Generated from protos/ by scripts/generate-api.py: never edited."""\n'
 
 
 def main() -> int:
@@ -53,8 +53,15 @@ def generate(folder: Path) -> dict[str, str]:
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # `python -m` looks for modules in the folder it runs in first: so it runs in one that holds none.
     subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env={**os.environ, "PATH": tools})
-    modules = {path.parent.name: path for path in sorted(folder.glob("*/__init__.py"))}
-    return {"__init__.py": DOCSTRING} | {f"{package}.py": path.read_text() for package, path in modules.items()}
+    modules = {_module(path.parent.relative_to(folder)): path.read_text() for path in folder.rglob("*/__init__.py")}
+    return {"__init__.py": DOCSTRING} | {
+        f"{module}.py": modules[module] for module in sorted(modules) if modules[module]
+    }
+
+
+def _module(package: Path) -> str:
+    """What a proto package is called here: short where it is one of Kubernetes' long ones, as `dra_v1`."""
+    return "_".join(package.parts).removeprefix("k8s_io_kubelet_pkg_apis_")
 
 
 def report(committed: dict[str, str], fresh: dict[str, str]) -> int:

@@ -15,11 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire import load_wire
 
-from sandbox_plugin.api import v1, v1beta1
+from sandbox_plugin.api import dra_v1, pluginregistration, v1, v1alpha1, v1beta1
 
 ROOT = Path(__file__).resolve().parent.parent
 WIRE = load_wire()
-APIS = {"deviceplugin": v1beta1, "podresources": v1}
+APIS = {
+    "deviceplugin": v1beta1,
+    "podresources": v1,
+    "registration": pluginregistration,
+    "dra": dra_v1,
+    "health": v1alpha1,
+}
 MESSAGES = [(api, name) for api in APIS for name in sorted(getattr(WIRE, api).DESCRIPTOR.message_types_by_name)]
 SCALARS = {
     FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
@@ -27,6 +33,7 @@ SCALARS = {
     FieldDescriptor.CPPTYPE_INT32: st.integers(-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: st.integers(-(2**63), 2**63 - 1),
     FieldDescriptor.CPPTYPE_UINT64: st.integers(0, 2**64 - 1),
+    FieldDescriptor.CPPTYPE_ENUM: st.integers(0, 2),
 }
 
 
@@ -93,6 +100,7 @@ def values(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     entry = field.message_type
     if entry is not None and entry.GetOptions().map_entry:
         # Not the empty key: betterproto 2.0.0b7 leaves an entry out whose key and value are both empty.
-        return st.dictionaries(st.text(min_size=1, max_size=5), st.text(max_size=5), max_size=3)
+        value = values(entry.fields_by_name["value"])
+        return st.dictionaries(st.text(min_size=1, max_size=5), value, max_size=3)
     one = SCALARS[field.cpp_type] if entry is None else messages(entry)
     return st.lists(one, max_size=3) if field.is_repeated else one

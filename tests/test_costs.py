@@ -47,8 +47,12 @@ LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", 
     "prometheus_client",
     "sandbox_plugin.outputs.http",
     "sandbox_plugin.outputs.metrics",
+    "sandbox_plugin.outputs.events",
+    "sandbox_plugin.outputs.feature_writer",
 }
 """What the daemon needs only after its devices are served, or seldom."""
+OF_CLAIMS = {"aiohttp", "sandbox_plugin.dra"}
+"""What nobody has without `--dra`."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 
@@ -56,7 +60,7 @@ OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 @pytest.mark.parametrize(
     ("module", "without"),
     [
-        ("sandbox_plugin.cli.run", LATER | OF_PEOPLE),
+        ("sandbox_plugin.cli.run", LATER | OF_CLAIMS | OF_PEOPLE),
         ("sandbox_plugin.cli.status", LATER | OF_PEOPLE - {"sandbox_plugin.cli.status"} | OF_THE_DAEMON),
         ("sandbox_plugin.cli.list_devices", LATER | OF_PEOPLE | OF_THE_DAEMON - {"asyncio", "aiofiles"} | {"json"}),
         ("sandbox_plugin.cli.commands", LATER | OF_PEOPLE | OF_THE_DAEMON),

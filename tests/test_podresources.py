@@ -49,7 +49,7 @@ def test_it_is_asked_every_five_seconds_at_most_and_only_while_something_waits_f
         registry = Registry(Rules(), requires_cdi=False)
         registry.observe(host(gpu(A)))
         poller = HoldingsPoller(
-            socket=old_socket(tmp_path / "kubelet.sock"), registry=registry, clock=lambda: 10 * YOUNG
+            socket=old_socket(tmp_path / "kubelet.sock"), registry=registry, driver="", clock=lambda: 10 * YOUNG
         )
         async with asyncio.TaskGroup() as group:
             task = group.create_task(poller.run())

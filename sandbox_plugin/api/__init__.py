@@ -1,1 +1,1 @@
-"""The kubelet's two gRPC APIs. Generated from protos/ by scripts/generate-api.py: never edited."""
+"""The kubelet's gRPC APIs. Generated from protos/ by scripts/generate-api.py: never edited."""

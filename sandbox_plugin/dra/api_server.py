@@ -10,8 +10,8 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.client import responses
@@ -82,12 +82,14 @@ class ApiServer:
     async def node_uid(self, name: str) -> str | None:
         """The UID of a node; None: there is no node of this name."""
         node = await self._get(f"/api/v1/nodes/{quote(name, safe='')}")
-        return None if node is None else str(node["metadata"]["uid"])
+        with _making_sense():
+            return None if node is None else str(node["metadata"]["uid"])
 
     async def slices(self, driver: str, node: str) -> Listed:
         """The ResourceSlices of one driver on one node."""
         answer = await self._ask("GET", SLICES, params=_selected(driver, node))
-        return Listed(answer.get("items") or [], str(answer["metadata"]["resourceVersion"]))
+        with _making_sense():
+            return Listed(answer.get("items") or [], str(answer["metadata"]["resourceVersion"]))
 
     async def create_slice(self, new: JsonObject, *, dry_run: bool = False) -> JsonObject:
         """Returns it as it is stored, or with `dry_run` as it would be."""
@@ -128,7 +130,7 @@ class ApiServer:
             while line := await answer.content.readline():
                 event = _object(line)
                 if event.get("type") == "ERROR":
-                    raise _refusal(int(event["object"].get("code", 500)), event["object"], {})
+                    raise _refusal(event["object"].get("code", 500), event["object"], {})
                 yield event
 
     async def create_event(self, event: JsonObject) -> None:
@@ -183,7 +185,7 @@ class ApiServer:
                 yield answer
         except TimeoutError:
             raise ApiError(f"the API server at {self.url} does not answer") from None
-        except (aiohttp.ClientError, ValueError, LookupError, TypeError, OSError) as error:
+        except (aiohttp.ClientError, ValueError, LookupError, OSError) as error:
             if isinstance(error, aiohttp.ClientConnectorCertificateError):
                 await self._hang_up()  # the next request reads the authority again, which may have been replaced
             raise ApiError(f"the API server at {self.url} cannot be asked: {_words(error)}") from None
@@ -223,6 +225,14 @@ class ApiServer:
 
 class _NoObjectError(ApiError):
     """There is no object of this name."""
+
+
+@contextmanager
+def _making_sense() -> Iterator[None]:
+    try:
+        yield
+    except (LookupError, TypeError):
+        raise ApiError("the answer of the API server is not of the kind that was asked for") from None
 
 
 def _context(authority: Path) -> ssl.SSLContext:

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.dra.api_server import ApiServer, in_cluster_url
+from sandbox_plugin.dra.claims import Prepared
+from sandbox_plugin.dra.driver import Driver, LastLook
 from sandbox_plugin.dra.plan import Pool
 from sandbox_plugin.dra.publisher import Publisher
+from sandbox_plugin.dra.registration import Sockets
 from sandbox_plugin.dra.slices import Terms
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
 
 
-async def run(settings: Settings, registry: Registry, shutdown: Shutdown) -> None:
+async def run(
+    settings: Settings,
+    registry: Registry,
+    shutdown: Shutdown,
+    last_look: LastLook,
+    prepared: Mapping[str, Prepared],
+) -> None:
     """Runs until cancelled, while this plugin has the node's lock: of two plugins one publishes, and prepares claims.
 
-    `shutdown` hears of a part that fails unexpectedly. An API server that fails is not unexpected.
+    `prepared`: the claims that are, as `load_claims` has read them. `shutdown` hears of a part that fails unexpectedly.
+    An API server that fails is not unexpected.
     """
     url = settings.api_server or in_cluster_url(os.environ)
     assert url is not None  # `load_settings` has seen to both
@@ -32,4 +42,7 @@ async def run(settings: Settings, registry: Registry, shutdown: Shutdown) -> Non
         driver, pool = settings.dra_driver_name, Pool(driver=settings.dra_driver_name, node=settings.node_name)
         offered_twice = settings.device_plugin == "on"
         terms = Terms(driver=driver, evict=settings.dra_evict or frozenset(), device_plugin=offered_twice)
+        claims = Driver(settings=settings, registry=registry, api=api, last_look=last_look, prepared=prepared)
+        start(claims.run())
+        start(Sockets(settings, claims).run())
         start(Publisher(api=api, registry=registry, pool=pool, terms=terms).run())

@@ -48,7 +48,7 @@ def render_devices(inventory: Inventory, terms: Terms) -> list[JsonObject]:
     """The devices as they stand in slices, in order of their addresses: near ones are near each other."""
     devices: list[JsonObject] = []
     for name, device in devices_by_name(inventory).items():
-        taints = _taints(device, inventory, terms)
+        taints = _taints(device, terms)
         if taints and not terms.taints:
             continue
         rendered: dict[str, Any] = {"name": name, "attributes": _attributes(device, inventory, terms)}
@@ -68,14 +68,14 @@ def dealt_out(devices: Sequence[JsonObject]) -> list[Sequence[JsonObject]]:
 # Taints
 
 
-def _taints(device: Device, inventory: Inventory, terms: Terms) -> list[dict[str, str]]:
+def _taints(device: Device, terms: Terms) -> list[dict[str, str]]:
     """What keeps a device from claims: that it is Unhealthy, or that the device plugin API has given it to a pod."""
-    reason = device.health.reason
+    reason = device.for_claims.reason
+    if reason is Reason.HELD_BY_OTHER_API:
+        return [{"key": f"{terms.driver}/device-plugin", "value": "allocated", "effect": "NoSchedule"}]
     if reason is not None:
         effect = "NoExecute" if reason in terms.evict else "NoSchedule"
         return [{"key": f"{terms.driver}/unhealthy", "value": str(reason), "effect": effect}]
-    if device.key in inventory.memory.ledger.grants:
-        return [{"key": f"{terms.driver}/device-plugin", "value": "allocated", "effect": "NoSchedule"}]
     return []
 
 
@@ -127,12 +127,15 @@ def _function(device: Device, inventory: Inventory) -> PciFunction | None:
     return facts.functions.get(device.placements[0].address) if facts is not None else None
 
 
-def _type(device: Device, function: PciFunction | None) -> str | None:
-    """What device classes select by: gpu, nvswitch, vgpu, virtual-function or other."""
+def _type(device: Device, function: PciFunction | None) -> str:
+    """What device classes select by: gpu, nvswitch, vgpu, virtual-function, other, or unknown where it has left.
+
+    Always something: a selector that asks for what a device does not have stops the scheduler.
+    """
     if device.mdev or (function is not None and function.is_vendors_vgpu):
         return "vgpu"
     if function is None:
-        return None
+        return "unknown"
     if function.physical_function is not None:
         return "virtual-function"
     if function.class_code >> 16 == _DISPLAY:

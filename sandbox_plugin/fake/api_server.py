@@ -32,12 +32,11 @@ Object = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Whose token it is: the node of its pod, and what its role allows, as (verb, resource)."""
+    """Whose token it is: the node of its pod, and what its role allows, as (verb, resource): manifests/overlays/dra."""
 
     node: str
     may: frozenset[tuple[str, str]] = frozenset(
-        {(verb, SLICES) for verb in ("get", "list", "watch", "create", "update", "patch", "delete")}
-        | {("get", CLAIMS), ("get", NODES)}
+        {(verb, SLICES) for verb in ("list", "watch", "create", "update", "delete")} | {("get", CLAIMS), ("get", NODES)}
     )
 
 
@@ -105,11 +104,13 @@ class FakeApiServer:
     _failures: deque[Failure] = field(default_factory=deque)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _runner: web.AppRunner | None = None
+    _is_up: bool = False
     _held: asyncio.Event = field(default_factory=asyncio.Event)
 
     # Its life
 
     async def __aenter__(self) -> FakeApiServer:
+        self._is_up = True
         self._held.set()
         app = web.Application(middlewares=[self._guarded])
         v1, all_slices = "/apis/resource.k8s.io/v1", "/apis/resource.k8s.io/v1/resourceslices"
@@ -137,6 +138,7 @@ class FakeApiServer:
     async def stop(self) -> None:
         """It is gone: connections end, and no more are taken. Also when it has been stopped before."""
         runner, self._runner = self._runner, None
+        self._is_up = False
         self._held.set()
         self._end_watches()
         if runner is not None:
@@ -236,6 +238,8 @@ class FakeApiServer:
             verb = _verb(request)
             self.requests[f"{verb} {resource}"] += 1
             await self._held.wait()
+            if not self._is_up:  # a request that comes while the last ones end
+                raise web.HTTPServiceUnavailable
             failure = self._failure_of(verb)
             if failure is not None and not failure.loses_answer:
                 wait = {} if failure.retry_after is None else {"retryAfterSeconds": failure.retry_after}
@@ -361,7 +365,7 @@ class FakeApiServer:
         seen, epoch = int(request.query["resourceVersion"]), self._epoch
         end = time.monotonic() + float(request.query.get("timeoutSeconds", "1800"))
         with suppress(ConnectionResetError):
-            while self._epoch is epoch and not self.ends_watches and time.monotonic() < end:
+            while self._epoch is epoch and self._is_up and not self.ends_watches and time.monotonic() < end:
                 if seen < self._oldest:
                     gone = _Refused(410, "Expired", f"too old resource version: {seen} ({self._version})")
                     await _say(answer, "ERROR", gone.body)

@@ -1,7 +1,6 @@
 """Small files: read again only when they have changed, replaced whole.
 
-What whoever writes or watches CDI specs and feature files needs. A call may hang on a dead mount: these run on
-threads.
+What CDI specs, the files of claims and feature files need. A call may hang on a dead mount: these run on threads.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from typing import Generic, TypeVar
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
 from sandbox_plugin.host.threads import on_thread
 
+LARGEST = 1 << 18
+"""Bytes: of a larger file no more is read. Specs of real tools have a tenth of that."""
 NO_RESOURCES = (*OUT_OF_RESOURCES, errno.EAGAIN)
 """Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
-LARGEST = 1 << 18
-"""Bytes that are read of a file: specs and feature files of real tools have a tenth of that."""
 _TEMPORARY = ".sandbox-plugin.tmp"
 """Not .yaml and not .json: readers of a CDI folder do not look at it. NFD reads no name that begins with a dot."""
 PATIENCE = 5.0

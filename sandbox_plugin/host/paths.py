@@ -22,3 +22,11 @@ class HostPaths:
         self.devices_list = root / "proc/devices"
         """The majors of character devices that the kernel has handed out; not namespaced."""
         self.mountinfo = root / "proc/self/mountinfo"
+
+
+def boot_id(root: Path) -> str:
+    """Which boot of the host below `root` this is, the same in every container; empty where the kernel does not say."""
+    try:
+        return (root / "proc/sys/kernel/random/boot_id").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""

@@ -8,14 +8,14 @@ was found, damping, who holds what, AER recoveries, who leaves when) is a value 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory import symptoms, uses
-from sandbox_plugin.inventory.devices import Found, find_devices
-from sandbox_plugin.inventory.health import SETTLE, damp, fault_of, health_of, is_changing
-from sandbox_plugin.inventory.ids import places_of_id
+from sandbox_plugin.inventory.devices import Found, Group, find_devices
+from sandbox_plugin.inventory.health import SETTLE, damp, fault_of, health_for_claims, health_of, is_changing
+from sandbox_plugin.inventory.ids import places_of_address, places_of_id
 from sandbox_plugin.inventory.ledger import Allocation, DeviceKey, Ledger, Places
 from sandbox_plugin.inventory.nodes import vfio_nodes
 from sandbox_plugin.inventory.rules import Rules
@@ -43,10 +43,10 @@ def advance(
         unchanged = replace(previous, nodes=nodes, memory=replace(memory, facts=facts))
         return unchanged, _wake_at(tracks.values(), ledger, facts, now)
     tracks |= held_but_unknown(ledger, rules.may_be_ours, tracks, moment)
-    against = withheld(found.groups, ledger, signals, previous.is_healthy)
+    against = _against(found.groups, ledger, signals, previous)
     devices: dict[DeviceKey, Device] = {}
     for key, track in sorted(tracks.items(), key=lambda item: key_order(item[0])):
-        tracks[key], devices[key] = _listed(track, against.get(key), signals, now)
+        tracks[key], devices[key] = _listed(track, against, signals, now)
     inventory = Inventory(
         version=previous.version,
         resources=_by_resource(devices.values()),
@@ -80,10 +80,10 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
     groups = {number: memory.found.groups[number] for number in numbers}
     in_use = {address for address, use in ledger.uses.items() if use.group in numbers or address in places}
     ledger = uses.attribute(ledger, among=in_use)
-    against = withheld(groups, ledger, signals, previous.is_healthy)
+    against = _against(groups, ledger, signals, previous)
     tracks, changed = dict(memory.tracks), {}
     for key in [device.key for group in groups.values() for device in group.devices]:
-        tracks[key], device = _listed(tracks[key], against.get(key), signals, now)
+        tracks[key], device = _listed(tracks[key], against, signals, now)
         if device != previous.by_key[key]:
             changed[key] = device
     inventory = replace(previous, waits_for_holdings=True, memory=replace(memory, tracks=tracks, ledger=ledger))
@@ -97,11 +97,31 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
     return replace(inventory, version=previous.version + 1) if is_news else inventory
 
 
-def _listed(track: Track, withheld: Fault | None, signals: Signals, now: float) -> tuple[Track, Device]:
+@dataclass(frozen=True, slots=True)
+class _Against:
+    """What is withheld from whom: from pods by the device plugin API, and from claims."""
+
+    pods: Mapping[DeviceKey, Fault]
+    claims: Mapping[DeviceKey, Fault]
+
+
+def _against(groups: Mapping[int, Group], ledger: Ledger, signals: Signals, previous: Inventory) -> _Against:
+    pods = withheld(groups, ledger, signals, previous.is_healthy)
+    if signals.claims is None:
+        return _Against(pods, {})
+    return _Against(pods, withheld(groups, ledger, signals, previous.is_claimable, from_claims=True))
+
+
+def _listed(track: Track, against: _Against, signals: Signals, now: float) -> tuple[Track, Device]:
     """The track after damping, and the device as it is listed."""
+    withheld = against.pods.get(track.key)
     fault = fault_of(track, withheld)
     damped = damp(track, fault, withheld, now)
-    return damped, replace(damped.device, health=health_of(damped, fault, signals))
+    device = replace(damped.device, health=health_of(damped, fault, signals))
+    if signals.claims is not None:
+        for_claims = health_for_claims(damped, fault_of(track, against.claims.get(track.key)))
+        device = replace(device, for_claims=for_claims)
+    return damped, device
 
 
 def _is_steady(
@@ -136,6 +156,8 @@ def _who_holds_what(memory: Memory, tracks: Mapping[DeviceKey, Track], moment: M
     ledger = ledgers.take_in(ledger, signals.holdings, places)
     if found.kernel_is_known and not (memory.found is not None and memory.found.kernel_is_known):
         ledger = ledgers.place_again(ledger, places)
+    if signals.claims or ledger.claimed or ledger.named_claims:
+        ledger = ledgers.claim(ledger, signals.claims or {}, lambda a: places_of_address(a, found, facts))
     busy = {key: addresses for key, addresses in signals.busy.items() if key in tracks}
     ledger = ledgers.found_busy(ledger, busy, lambda key: tracks[key].device.iommu_group, now)
     ledger = ledgers.expire(ledger, now, has_pod_resources=signals.pod_resources)
@@ -163,7 +185,13 @@ def _without_spec(devices: Iterable[Device], signals: Signals) -> frozenset[str]
 
 def _waits_for_holdings(tracks: Iterable[Track], ledger: Ledger, signals: Signals) -> bool:
     """Whether something can only be settled by asking PodResources."""
-    if ledger.grants or ledger.uses or signals.former or any(t.gone_since is not None for t in tracks):
+    if (
+        ledger.grants
+        or ledger.named_claims
+        or ledger.uses
+        or signals.former
+        or any(t.gone_since is not None for t in tracks)
+    ):
         return True
     return signals.pod_resources and not ledger.is_told
 

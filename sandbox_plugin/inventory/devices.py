@@ -196,7 +196,10 @@ def _part(number: int | None, seen: _Seen, facts: HostFacts, rules: Rules, types
     wanted, left_out = _wanted(seen, offered, facts, rules)
     if not wanted or number is None:
         return _Part(seen=seen, devices=(), unoffered=left_out, group=None)
-    devices = _devices(number, wanted, seen.functions, facts, rules.names, types, cdevs=seen.cdevs)
+    group_node = node_of_group(number) if number in facts.group_nodes else None
+    if group_node is not None and _must_not_be_passed(seen.functions, offered):
+        group_node = None
+    devices = _devices(number, wanted, seen.functions, facts, rules.names, types, group_node, cdevs=seen.cdevs)
     group = _group(number, devices, seen.functions, offered, facts)
     return _Part(seen=seen, devices=devices, unoffered=left_out, group=group)
 
@@ -302,6 +305,7 @@ def _devices(
     facts: HostFacts,
     names: ModelNames,
     types: TypeNames,
+    group_node: str | None,
     *,
     cdevs: bool,
 ) -> list[Device]:
@@ -309,11 +313,10 @@ def _devices(
     made = []
     ids = [str(f.vfio.number) for f, _ in wanted if f.vfio is not None] if cdevs else [str(number)]
     parts = [[each] for each in wanted] if cdevs else [wanted]
-    group_node = node_of_group(number)
     for device_id, part in zip(ids, parts, strict=True):
         resource = part[0][1].resource
         assert resource is not None
-        node = node_of_cdev(device_id) if cdevs else group_node
+        node = node_of_cdev(device_id) if cdevs else node_of_group(number)
         made.append(
             Device(
                 id=device_id,
@@ -325,7 +328,7 @@ def _devices(
                 mates=tuple(other for other in ids if other != device_id),
                 group_functions=tuple(f.address for f in functions if is_vfio_bound(f, facts) or f.is_left_enabled),
                 mdev=part[0][0].mdev_type is not None,
-                group_node=group_node if number in facts.group_nodes else None,
+                group_node=group_node,
                 node_exists=is_in_dev(node, facts) if cdevs else node_exists(node, facts),
             )
         )

@@ -23,6 +23,10 @@ ARRIVAL = 1.0
 scan in between sees the driver without the node. That somebody else has it is no step of a bind."""
 
 
+_OTHERS_TO_TELL = (Reason.HOLDERS_UNKNOWN, Reason.HELD_BY_OTHER_API)
+"""Nothing is wrong with the device, and it is free as soon as its holder lets go, or is known."""
+
+
 def fault_of(track: Track, withheld: Fault | None) -> Fault | None:
     """What matters most of all that is against a device itself or against giving it to another pod. None: nothing.
 
@@ -32,14 +36,15 @@ def fault_of(track: Track, withheld: Fault | None) -> Fault | None:
 
 
 def damp(track: Track, fault: Fault | None, withheld: Fault | None, now: float) -> Track:
-    """Remembers whether the device is well now. One of which it is only not known yet who holds it is well.
+    """Remembers whether the device is well now. One of which it is only not known yet who holds it is well, and so is
+    one that is held by a claim.
 
     `fault` and `withheld` as of `fault_of`.
     """
     if track.gone_since is not None:
         return track
-    if fault is not None and fault.reason is not Reason.HOLDERS_UNKNOWN:
-        is_anothers = withheld is not None and withheld.reason is not Reason.HOLDERS_UNKNOWN
+    if fault is not None and fault.reason not in _OTHERS_TO_TELL:
+        is_anothers = withheld is not None and withheld.reason not in _OTHERS_TO_TELL
         is_arriving = not track.been_well and now - track.arrived_at < ARRIVAL and not is_anothers
         return replace(track, ill=track.ill or not is_arriving, well_since=None)
     if not track.ill:
@@ -56,6 +61,12 @@ def is_changing(track: Track) -> bool:
 def health_of(track: Track, fault: Fault | None, signals: Signals) -> Health:
     """What is listed of a device, after damping, that has this fault or none."""
     fault = fault or _settling(track) or _not_in_cdi(track, signals)
+    return HEALTHY if fault is None else Health(reason=fault.reason, detail=fault.detail)
+
+
+def health_for_claims(track: Track, fault: Fault | None) -> Health:
+    """The same for claims: their CDI specs are written when they are prepared."""
+    fault = fault or _settling(track)
     return HEALTHY if fault is None else Health(reason=fault.reason, detail=fault.detail)
 
 

@@ -44,6 +44,21 @@ def places_of_id(
     return places
 
 
+def places_of_address(address: str, found: Found, facts: HostFacts) -> Places:
+    """What goes with the device that has this address, for claims know devices by it; or with a function that is none,
+    or is not there."""
+    device = next((d for d in found.devices if address in (p.address for p in d.placements)), None)
+    if device is not None:
+        return places_of(device)
+    function = facts.functions.get(address)
+    group = function.iommu_group if function is not None else None
+    if function is not None and function.vfio is not None:
+        node = node_of_cdev(function.vfio.number)
+    else:
+        node = address if group is None else node_of_group(group)
+    return Places(node=node, group=group, addresses=frozenset({address}))
+
+
 def _places_of_node(node: str, found: Found, facts: HostFacts) -> Places:
     """What goes with a node now."""
     device = next((d for d in found.devices if d.node == node), None)

@@ -2,18 +2,23 @@
 
 The kubelet keeps one *ID* from two pods. That one *node*, one *IOMMU group* and one *address* go to one pod is ours to
 keep: a number can go to another function, a resource can get another name, and the kernel gives the DMA of a group to
-one owner (iommu_device_claim_dma_owner in drivers/iommu/iommu.c). Three witnesses are heard:
+one owner (iommu_device_claim_dma_owner in drivers/iommu/iommu.c). Four witnesses are heard:
 
     Allocate        gives devices to one pod, without naming it: all devices of one Allocate are of one pod
-    PodResources    names the pods that hold IDs, as of the moment when it was asked
+    Prepare         gives devices to one ResourceClaim, until Unprepare takes them back
+    PodResources    names the pods that hold IDs, and claims that pods hold, as of the moment when it was asked
     `enable`        says that a VM has a function, but not whose VM
 
 A `Grant` is one ID in the hands of one pod, with the places that go with it: it comes from an Allocate, or from an
 answer of PodResources about an Allocate of another run of this plugin. The kubelet gives an ID again only when its
 pod has ended, so a new grant of an ID ends the old one, and says nothing about the other devices of the old pod.
 
-Here are the data, and the first two witnesses; what the kernel shows in use is in `uses`, and what all of it means for
-the devices in `sharing`.
+A claim that is prepared has a `Grant` for each of its devices too. Those end with its Unprepare and by nothing else:
+the kubelet asks for that without fail, and a checkpoint tells them to the next run. PodResources adds claims of which
+no checkpoint tells.
+
+Here are the data, and the first three witnesses; what the kernel shows in use is in `uses`, and what all of it means
+for the devices in `sharing`.
 """
 
 from __future__ import annotations
@@ -35,7 +40,12 @@ GRANT_UNUSED = 600.0
 """Seconds after which a grant that nobody uses ends where there is no PodResources to ask."""
 
 DeviceKey = tuple[str, str]
-"""Resource name and device ID: what the kubelet knows a device by."""
+"""Resource name and device ID: what the kubelet knows a device by. Of a claim's grant: `_CLAIM` and the claim's UID (or
+its name, if only PodResources tells of it), and a node."""
+_CLAIM = "claim:"
+"""No resource name has a colon."""
+ClaimedDevice = tuple[str, str]
+"""`namespace/name` of a claim, and the address of a device."""
 Place = str | int
 """What one pod has at most: the path of a VFIO node, the number of an IOMMU group, or the address of a function."""
 
@@ -50,6 +60,8 @@ class Holdings:
     """Device -> `namespace/name` of the pod that holds it."""
     containers: Mapping[DeviceKey, str] = field(default_factory=dict, compare=False)
     """Device -> name of the container that has it, for people."""
+    claims: frozenset[ClaimedDevice] = frozenset()
+    """What pods hold by claims on this driver."""
     complete: bool = True
     """False: pods may be missing, as from the answer of a kubelet that has just started. It frees nothing then."""
 
@@ -90,6 +102,26 @@ class Grant:
     heir: int = 0
     """Number of the later Allocate that was given a device which the pod of this grant had: that pod has ended, or the
     Allocate is its own (an init container's device goes to a container)."""
+    claim: str | None = None
+    """`namespace/name` of the claim that has it; None: a pod has it by the device plugin API."""
+
+    def is_of_claim(self, uid: str) -> bool:
+        """Whether the claim with this UID has it."""
+        return self.key[0] == _CLAIM + uid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedClaim:
+    """The devices of one ResourceClaim that is prepared, or about to be."""
+
+    name: str
+    """`namespace/name`."""
+    devices: tuple[Places, ...]
+    """Each with its addresses, the first of which names it, and with the node that the claim's CDI spec says."""
+    at: float = -math.inf
+    """When it was prepared, in monotonic seconds; -inf: not by this run of the plugin."""
+    looked_at: float = -math.inf
+    """When the look at its devices began that found nothing against them; -inf as above."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +160,15 @@ class Ledger:
     """The latest answer that was taken in."""
     serving_since: float = -math.inf
     """As `Signals.serving_since`."""
+    claimed: Mapping[DeviceKey, Grant] = field(default_factory=dict)
+    """The grants of claims."""
+    named_claims: frozenset[ClaimedDevice] = frozenset()
+    """What PodResources says that claims hold of which nothing else tells."""
 
     @cached_property
     def _by_place(self) -> Mapping[Place, Sequence[DeviceKey]]:
         by_place: dict[Place, list[DeviceKey]] = {}
-        for key, grant in self.grants.items():
+        for key, grant in [*self.grants.items(), *self.claimed.items()]:
             for place in grant.places.all:
                 by_place.setdefault(place, []).append(key)
         return by_place
@@ -140,12 +176,14 @@ class Ledger:
     def touching(self, places: Iterable[Place]) -> list[Grant]:
         """The grants that have one of these places, each once."""
         keys = dict.fromkeys(key for place in places for key in self._by_place.get(place, ()))
-        return [self.grants[key] for key in keys]
+        return [self.grants[key] if key in self.grants else self.claimed[key] for key in keys]
 
     @property
     def holders(self) -> dict[str, str | None]:
-        """Node -> `namespace/name` of the pod that holds it; None: PodResources has not named it yet."""
-        return {grant.places.node: self.pod_of(grant) for grant in self.grants.values()}
+        """Node -> `namespace/name` of the pod that holds it, or `claim namespace/name`; None: a pod that PodResources
+        has not named yet."""
+        by_claims = {grant.places.node: f"claim {grant.claim}" for grant in self.claimed.values()}
+        return {grant.places.node: self.pod_of(grant) for grant in self.grants.values()} | by_claims
 
     def pod_of(self, grant: Grant) -> str | None:
         """`namespace/name` of the pod that has it; None: PodResources has not named it yet."""
@@ -154,14 +192,18 @@ class Ledger:
 
     def holder_of(self, grant: Grant) -> str:
         """For people."""
+        if grant.claim is not None:
+            return f"claim {grant.claim}"
         pod = self.pod_of(grant)
         return "a pod that was just admitted" if pod is None else f"pod {pod}"
 
     def are_one_pods(self, one: Grant, other: Grant) -> bool:
-        """Whether both are known to be of one pod: by their Allocate, or by one answer of PodResources.
+        """Whether both are known to be of one pod: by their Allocate, by one answer of PodResources, or by their claim.
 
         By one answer: a pod that was deleted and made again has the name of the old one.
         """
+        if one.claim is not None:
+            return one.key[0] == other.key[0]
         if one.allocation and one.allocation == other.allocation:
             return True
         pod = self.pod_of(one)
@@ -288,6 +330,35 @@ def found_busy(
     return replace(ledger, grants=grants, uses=uses, refused=refused)
 
 
+# Prepare
+
+
+def claim(ledger: Ledger, prepared: Mapping[str, PreparedClaim], places_by_address: Callable[[str], Places]) -> Ledger:
+    """What claims hold: those that are prepared, by UID, and those that PodResources names beside them.
+
+    `places_by_address` tells what goes with the device of an address now. What earlier scans saw in use in the groups
+    of devices that have just been prepared has ended: the look before did not see it.
+    """
+    claimed, idle = {}, {}
+    for uid, each in prepared.items():
+        for places in each.devices:
+            group = places_by_address(min(places.addresses)).group
+            held = places if group is None else replace(places, group=group)
+            key = (_CLAIM + uid, held.node)
+            claimed[key] = Grant(key=key, places=held, at=each.at, claim=each.name)
+            if key not in ledger.claimed:
+                idle[held.group] = each.looked_at
+    known = {(each.claim, min(each.places.addresses)) for each in claimed.values()}
+    # Not any more once it is prepared: an answer from before its Unprepare would hold it after that.
+    named_claims = frozenset(named for named in ledger.named_claims if named not in known)
+    for name, address in sorted(named_claims):
+        places = places_by_address(address)
+        key = (_CLAIM + name, places.node)
+        claimed[key] = Grant(key=key, places=places, claim=name)
+    uses = {a: use for a, use in ledger.uses.items() if use.seen_at > idle.get(use.group, -math.inf)}
+    return changed(ledger, claimed=claimed, named_claims=named_claims, uses=uses)
+
+
 # PodResources
 
 
@@ -309,13 +380,21 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
             if places is not None:
                 found[key] = Grant(key=key, places=places)
     over: set[DeviceKey] = set()
-    told_at = ledger.told_at
+    told_at, named_claims = ledger.told_at, ledger.named_claims | answer.claims
     if answer.complete and answer.asked_at >= ledger.serving_since:
-        told_at = max(told_at, answer.asked_at)
+        told_at, named_claims = max(told_at, answer.asked_at), answer.claims
         over = {k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)}
     grants = {key: grant for key, grant in {**ledger.grants, **found}.items() if key not in over}
     named_by = {key: a for key, a in {**ledger.named_by, **dict.fromkeys(pods, answer)}.items() if key in grants}
-    return replace(ledger, grants=grants, told_at=told_at, heard=answer, named_by=named_by, refused=refused)
+    return replace(
+        ledger,
+        grants=grants,
+        told_at=told_at,
+        heard=answer,
+        named_by=named_by,
+        refused=refused,
+        named_claims=named_claims,
+    )
 
 
 def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:

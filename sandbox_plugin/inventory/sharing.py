@@ -17,11 +17,17 @@ from sandbox_plugin.model import Device, Fault, Reason
 
 
 def withheld(
-    groups: Mapping[int, Group], ledger: Ledger, signals: Signals, was_healthy: Callable[[DeviceKey], bool]
+    groups: Mapping[int, Group],
+    ledger: Ledger,
+    signals: Signals,
+    was_healthy: Callable[[DeviceKey], bool],
+    *,
+    from_claims: bool = False,
 ) -> dict[DeviceKey, Fault]:
     """The devices of these groups that must not be given to a pod which does not have them already, and why.
 
-    `was_healthy` tells whether a device was listed as Healthy before this step.
+    By the device plugin API, or (`from_claims`) to a claim. `was_healthy` tells whether a device was listed as Healthy
+    before this step.
     """
     found: dict[DeviceKey, Fault] = {}
     uses = _uses_by_group(ledger)
@@ -35,10 +41,13 @@ def withheld(
             holders += [grant for grant in ledger.unplaced if grant not in holders]
         used = uses.get(number, ())
         for device in group.devices:
-            own = next((grant for grant in holders if grant.key == device.key), None)
-            fault = _taken_by(device, own, holders, ledger) or _in_use(device, group, own, holders, used, ledger)
+            own = next((grant for grant in holders if _is_own(grant, device, from_claims=from_claims)), None)
+            fault = _taken_by(device, own, holders, ledger, from_claims=from_claims)
+            fault = fault or _in_use(device, group, own, holders, used, ledger)
             if fault is not None:
                 found[device.key] = fault
+            elif own is not None and own.claim is not None:
+                continue  # who holds it is known, whatever PodResources will say
             elif (
                 is_unheard
                 or (is_awaited and (group.is_shared or without_specs or _may_have_another_name(device, signals)))
@@ -50,24 +59,36 @@ def withheld(
     return found
 
 
-def _taken_by(device: Device, own: Grant | None, holders: Iterable[Grant], ledger: Ledger) -> Fault | None:
+def _is_own(grant: Grant, device: Device, *, from_claims: bool) -> bool:
+    """Whether the grant is that of the pod, or of the claim, that has the device by this API."""
+    if from_claims:
+        return grant.claim is not None and device.address in grant.places.addresses
+    return grant.key == device.key
+
+
+def _taken_by(
+    device: Device, own: Grant | None, holders: Iterable[Grant], ledger: Ledger, *, from_claims: bool
+) -> Fault | None:
     """Why another pod than its own has the device or its group."""
     for grant in holders:
         if own is not None and (grant is own or ledger.are_one_pods(own, grant) or is_heir(own, grant)):
             continue
         resource, number = grant.key
         holder = ledger.holder_of(grant)
-        as_what = f"device {number}" if resource == device.resource else f"{resource}={number}"
         at = f" ({min(grant.places.addresses)})" if grant.places.addresses else ""
+        if grant.claim is not None:
+            as_what, at = min(grant.places.addresses), ""
+        else:
+            as_what = f"device {number}" if resource == device.resource else f"{resource}={number}"
+        is_other_api = (grant.claim is not None) != from_claims
+        held = Reason.HELD_BY_OTHER_API if is_other_api else Reason.HELD_AS_ANOTHER
         if not grant.places.are_known:
             detail = f"{holder} holds {as_what}, which may be of its IOMMU group {device.iommu_group}"
             return Fault(reason=Reason.GROUP_TAKEN, detail=detail)
         if grant.places.node == device.node:
-            detail = f"{holder} holds {device.node} as {as_what}{at}"
-            return Fault(reason=Reason.HELD_AS_ANOTHER, detail=detail)
+            return Fault(reason=held, detail=f"{holder} holds {device.node} as {as_what}{at}")
         if device.address in grant.places.addresses:
-            detail = f"{holder} holds {device.address} as {as_what}"
-            return Fault(reason=Reason.HELD_AS_ANOTHER, detail=detail)
+            return Fault(reason=held, detail=f"{holder} holds {device.address} as {as_what}")
         detail = f"IOMMU group {device.iommu_group} is held by {holder} through {as_what}{at}"
         return Fault(reason=Reason.GROUP_TAKEN, detail=detail)
     return None

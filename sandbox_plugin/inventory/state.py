@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sandbox_plugin.inventory.devices import Found
-from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger, PreparedClaim
 from sandbox_plugin.model import Device, Fault, HostFacts
 
 Bound = tuple[str, int | None]
@@ -41,6 +41,8 @@ class Signals:
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
     """Device -> its node, by the specs that an earlier run left for resources which no device needs any more. Pods
     may hold such devices."""
+    claims: Mapping[str, PreparedClaim] | None = None
+    """Claims that are prepared, by UID. None: claims are not served."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,3 +129,8 @@ class Inventory:
         """Whether this device is listed as Healthy."""
         device = self.by_key.get(key)
         return device is not None and device.health.healthy
+
+    def is_claimable(self, key: DeviceKey) -> bool:
+        """Whether claims may have this device."""
+        device = self.by_key.get(key)
+        return device is not None and device.for_claims.healthy

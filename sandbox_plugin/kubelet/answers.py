@@ -12,15 +12,12 @@ from dataclasses import dataclass
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer
+from sandbox_plugin.inventory.passing import by_cdev, by_group, egm_nodes
 from sandbox_plugin.model import Device
 from sandbox_plugin.rpc.codec import Prepared, field
 
 _PERMISSIONS = b"mrw"
 """A VM needs the node whole: read, write, and mknod for runtimes that make it again in the sandbox."""
-_CONTAINER_NODE = "/dev/vfio/vfio"
-"""What group nodes are used with (Documentation/driver-api/vfio.rst)."""
-_IOMMUFD_NODE = "/dev/iommu"
-"""What cdevs are used with (Documentation/userspace-api/iommufd.rst)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +43,7 @@ def answer(
 ) -> Answer:
     """The answer for one container that gets these devices, in this order. `egm_gpus`: as in `HostFacts`."""
     if consumer is Consumer.KUBEVIRT:
-        nodes = [*_kubevirt_nodes(devices), *_egm_nodes(devices, egm_gpus)]
+        nodes = [*_kubevirt_nodes(devices), *egm_nodes(devices, egm_gpus)]
         return Answer(_kubevirt_variables(resource, devices), nodes)
     return Answer({}, [device.node for device in devices])
 
@@ -81,16 +78,4 @@ def _kubevirt_nodes(devices: Sequence[Device]) -> list[str]:
     On a kernel with cdevs those are the cdevs with /dev/iommu, and the group nodes with /dev/vfio/vfio as well: which
     of the two ways is gone is virt-launcher's choice, and today's goes the second.
     """
-    nodes: dict[str, None] = {}
-    for device in devices:
-        if device.node != device.group_node:
-            nodes |= dict.fromkeys((device.node, _IOMMUFD_NODE))
-        if device.group_node is not None:
-            nodes |= dict.fromkeys((device.group_node, _CONTAINER_NODE))
-    return list(nodes)
-
-
-def _egm_nodes(devices: Sequence[Device], egm_gpus: Mapping[str, frozenset[str]]) -> list[str]:
-    """The nodes of the extended GPU memory (Grace) whose GPUs are all among these: it is the memory of one VM."""
-    asked = {placement.address for device in devices for placement in device.placements}
-    return [node for node, gpus in egm_gpus.items() if gpus and gpus <= asked]
+    return list(dict.fromkeys(node for d in devices for node in (*by_cdev(d), *by_group(d))))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,8 @@ import structlog
 from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1
-from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.ledger import ClaimedDevice, Holdings
+from sandbox_plugin.names import address_of_claimed
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.rpc.client import NoAnswerError, NonsenseError, call
@@ -47,6 +48,8 @@ class HoldingsPoller:
 
     socket: Path
     registry: Registry
+    driver: str
+    """Of ResourceClaims, those that are ours."""
     clock: Callable[[], float] = time.monotonic
     _answered: bool = False
     """Once at least, by a kubelet that knew its pods."""
@@ -101,7 +104,7 @@ class HoldingsPoller:
                 answer = await list_pods(self.socket)
                 # Another kubelet may have answered than the one whose age was looked at.
                 complete = not is_young and self._kubelet is not None and sockets.identity(self.socket) == self._kubelet
-                learnt = holdings(answer, asked_at, complete=complete)
+                learnt = holdings(answer, asked_at, complete=complete, driver=self.driver)
         except FileNotFoundError:
             is_there = self._is_only_away()
             self._complain("socket does not exist")
@@ -148,8 +151,8 @@ async def list_pods(socket: Path) -> v1.ListPodResourcesResponse:
     return await call(socket, lambda channel: v1.PodResourcesListerStub(channel).list(v1.ListPodResourcesRequest()))
 
 
-def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: bool) -> Holdings:
-    """Which pod holds which device, out of an answer."""
+def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: bool, driver: str) -> Holdings:
+    """Which pod holds which device, out of an answer, and which devices claims on this driver hold."""
     held = [
         ((devices.resource_name, device_id), f"{pod.namespace}/{pod.name}", container.name)
         for pod in answer.pod_resources
@@ -162,4 +165,13 @@ def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: 
         complete=complete,
         pods={key: pod for key, pod, _ in held},
         containers={key: container for key, _, container in held},
+        claims=frozenset(_claimed(answer, driver)),
     )
+
+
+def _claimed(answer: v1.ListPodResourcesResponse, driver: str) -> Iterator[ClaimedDevice]:
+    for claim in (c for pod in answer.pod_resources for each in pod.containers for c in each.dynamic_resources):
+        for resource in claim.claim_resources:
+            address = address_of_claimed(resource.device_name) if resource.driver_name == driver else None
+            if address is not None:
+                yield f"{claim.claim_namespace}/{claim.claim_name}", address

@@ -125,7 +125,7 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
             self.registry.learn(busy=in_use)
         self._refuse(chosen, {i: (Refused.LAST_LOOK, found.why) for i, found in against.items()})
         looked_at_devices, chosen = chosen, self._choose(asked)
-        changed = [d.id for was, d in zip(looked_at_devices, chosen, strict=True) if _bound(was) != _bound(d)]
+        changed = [d.id for was, d in zip(looked_at_devices, chosen, strict=True) if was.as_bound != d.as_bound]
         self._refuse(chosen, dict.fromkeys(changed, (Refused.CHANGED, "it changed while it was looked at")))
         by_id = {d.id: d for d in chosen}
         egm = self.registry.egm_gpus
@@ -189,11 +189,6 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
                 log.warning("allocation refused", **about, reason=why)
                 where = f"{self.resource}: device {device.id} ({device.address})"
                 raise Refusal(Status.FAILED_PRECONDITION, reason, f"{where} is unhealthy: {why}")
-
-
-def _bound(device: Device) -> tuple[object, ...]:
-    """What a look at a device is true of: its functions as they are bound, and those that have one holder with it."""
-    return (*((p.address, p.binding) for p in device.placements), *device.group_functions)
 
 
 class _PreparedList(Prepared, v1beta1.ListAndWatchResponse):

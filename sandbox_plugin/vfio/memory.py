@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sandbox_plugin.host.paths import boot_id
 from sandbox_plugin.model import HostFacts
 
 _STATE = "run/sandbox-plugin/vfio.json"
-_BOOT_ID = "proc/sys/kernel/random/boot_id"
 _VERSION = 1
 
 
@@ -24,7 +24,7 @@ class Memory:
 
     def __init__(self, root: Path) -> None:
         self.path = root / _STATE
-        self._boot = _text(root / _BOOT_ID)
+        self._boot = boot_id(root)
 
     def recall(self, facts: HostFacts) -> dict[str, str | None]:
         """Address -> driver, of functions that are still the same model. Nothing, if the file makes no sense."""

@@ -118,7 +118,7 @@ def messages(_: Path) -> Callable[[bytes], None]:
             elif kind < b"\xaa":
                 asyncio.run(servicer.allocate(requests.decode(body, v1beta1.AllocateRequest)))
             else:
-                holdings(answers.decode(body, v1.ListPodResourcesResponse), 0.0, complete=True)
+                holdings(answers.decode(body, v1.ListPodResourcesResponse), 0.0, complete=True, driver="d")
 
     return one
 

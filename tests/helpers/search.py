@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hardware import VFIO_DRIVERS, Function
-from world import GRACE_RULE, LAYOUTS, World
+from world import GRACE_RULE, LAYOUTS, Pod, World
 
 from sandbox_plugin.config.settings import Consumer, Settings
 
@@ -131,6 +131,29 @@ def _admit(world: World) -> None:
         world.start_vm(pod)
 
 
+def _claim(world: World) -> None:
+    """The scheduler gives a claim what slices offer, or offered; then the kubelet has it prepared."""
+    taken = world.allocated_by_claims()
+    offered = sorted(n for n, good in world.slices.items() if n not in taken and (good or world.dice.random() < 0.1))
+    if not offered:
+        return
+    pod = world.schedule(*world.dice.sample(offered, min(len(offered), world.dice.choice((1, 1, 1, 2)))))
+    _prepare(world, pod)
+
+
+def _prepare_again(world: World) -> None:
+    """What was refused, or cut off."""
+    waiting = [pod for pod in world.pods if pod.claim is not None and pod.is_live and not pod.grants]
+    if waiting:
+        _prepare(world, world.dice.choice(waiting))
+
+
+def _prepare(world: World, pod: Pod) -> None:
+    dies = world.dice.choices(("", "before the checkpoint is written", "before the answer"), (20, 1, 1))[0]
+    if world.prepare(pod, dies=dies) and world.dice.random() < 0.4:
+        world.start_vm(pod)
+
+
 def _end_pod(world: World) -> None:
     live = [p for p in world.pods if p.is_live]
     if not live:
@@ -139,6 +162,8 @@ def _end_pod(world: World) -> None:
     if pod.vm is not None and world.dice.random() < 0.6:
         world.stop_vm(pod.vm)
     world.end_pod(pod)
+    if pod.claim is not None and world.dice.random() < 0.8:  # else later
+        world.unprepare(pod.claim.id.uid)
 
 
 def _start_vm(world: World) -> None:
@@ -226,6 +251,9 @@ ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
     "hang": (_hang, 0.5),
     "admit": (_admit, 40),
     "end pod": (_end_pod, 20),
+    "claim": (_claim, 25),
+    "prepare again": (_prepare_again, 5),
+    "give claims back": (World.reconcile, 3),
     "start VM": (_start_vm, 10),
     "stop VM": (_stop_vm, 12),
     "stranger's VM": (_strangers_vm, 1),
@@ -301,7 +329,9 @@ class Outcome:
 
     steps: int = 0
     granted: int = 0
-    """Allocates that pods were given."""
+    """Allocates that pods were given, and claims."""
+    claimed: int = 0
+    """The claims among them."""
     failed: Episode | None = None
     error: Exception | None = None
 
@@ -346,6 +376,7 @@ def search(steps: int, *, first_seed: int = 0) -> Outcome:
         played = episode.play()
         outcome.steps += played.done
         outcome.granted += played.world.granted
+        outcome.claimed += played.world.claimed
         if played.error is not None:
             outcome.failed = replace(episode, steps=episode.steps[: played.done])
             outcome.error = played.error

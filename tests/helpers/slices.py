@@ -30,6 +30,7 @@ def facts_of(node: FakeNode) -> HostFacts:
 def registry_of(facts: HostFacts, settings: Settings | None = None) -> Registry:
     """A registry that has seen this, of a consumer that needs no CDI specs."""
     made = Registry(Rules(settings or Settings(), ModelNames.load()), requires_cdi=False)
+    made.learn(claims={})
     made.observe(facts)
     return made
 

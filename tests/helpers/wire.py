@@ -1,4 +1,4 @@
-"""The two gRPC APIs by other hands than ours: google.protobuf and grpcio code, generated from protos/ when tests run.
+"""The gRPC APIs by other hands than ours: google.protobuf and grpcio code, generated from protos/ when tests run.
 
 Apart from the package, so that what the tests hold against the daemon shares no line with it but the protos.
 """
@@ -20,6 +20,12 @@ MODULES = {
     "deviceplugin_grpc": "deviceplugin.v1beta1.api_pb2_grpc",
     "podresources": "podresources.v1.api_pb2",
     "podresources_grpc": "podresources.v1.api_pb2_grpc",
+    "registration": "pluginregistration.v1.api_pb2",
+    "registration_grpc": "pluginregistration.v1.api_pb2_grpc",
+    "dra": "dra.v1.api_pb2",
+    "dra_grpc": "dra.v1.api_pb2_grpc",
+    "health": "drahealth.v1alpha1.api_pb2",
+    "health_grpc": "drahealth.v1alpha1.api_pb2_grpc",
 }
 
 
@@ -32,7 +38,7 @@ def generate(folder: Path) -> None:
 
 @cache
 def load_wire() -> Any:
-    """The generated modules: `deviceplugin`, `deviceplugin_grpc`, `podresources`, `podresources_grpc`.
+    """The generated modules, as `MODULES` names them.
 
     Once for each process: protobuf's descriptor pool takes a file only once.
     """

@@ -19,12 +19,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hardware import Function, Kernel, Vm
 
 from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Settings
-from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
+from sandbox_plugin.dra.claims import Asked, ClaimId, Prepared, Refused, Wanted, choose, give, usable
+from sandbox_plugin.dra.names import devices_by_name
+from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, PreparedClaim
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.prefer import prefer
 from sandbox_plugin.inventory.rules import Rules
@@ -86,6 +88,16 @@ class Pod:
     is_live: bool = True
     """The kubelet keeps its IDs from other pods."""
     vm: Vm | None = None
+    claim: WorldClaim | None = None
+    """By which it has its grants; None: by the device plugin API."""
+
+
+@dataclass(kw_only=True)
+class WorldClaim:
+    """A ResourceClaim that the scheduler has allocated, for one pod."""
+
+    id: ClaimId
+    wanted: tuple[Wanted, ...]
 
 
 Hands = frozenset[str | int]
@@ -156,6 +168,10 @@ class Plugin:
     """A device, and what a VM had in its group -> when that was first a reason to refuse it."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     former: Mapping[DeviceKey, str] = field(default_factory=dict)
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+    """Claims, by UID."""
+    holds: dict[str, PreparedClaim] = field(default_factory=dict)
+    """The same, as its registry knows them."""
 
     @property
     def is_told(self) -> bool:
@@ -226,8 +242,14 @@ class World:
         """The one that serves."""
         self.standby: Plugin | None = None
         self.settings = settings or Settings()
+        self.slices: dict[str, bool] = {}
+        """What the scheduler knows, be it old: device -> whether it may be given to a claim."""
+        self.checkpoint: dict[str, Prepared] = {}
+        """What lies on disk of claims, by UID."""
         self.granted = 0
-        """How many Allocates."""
+        """How many Allocates, and claims."""
+        self.claimed = 0
+        """How many of these by claims."""
         self.history: list[str] | None = None
         self.dice = random.Random(0)
         self._names = 0
@@ -339,7 +361,14 @@ class World:
         named = [p for p in self.pods if p.is_live and p.shows_at <= self.now]
         if self.now - self.kubelet_began < YOUNG:
             named = [p for p in named if self.dice.random() < 0.5]
-        return {g.key: p.name for p in named for g in p.grants}
+        return {g.key: p.name for p in named for g in p.grants if p.claim is None}
+
+    def _claims_by_device(self) -> frozenset[tuple[str, str]]:
+        """What PodResources says of claims."""
+        named = [p for p in self.pods if p.is_live and p.claim is not None and p.shows_at <= self.now]
+        if self.now - self.kubelet_began < YOUNG:
+            named = [p for p in named if self.dice.random() < 0.5]
+        return frozenset((str(p.claim.id), g.functions[0]) for p in named if p.claim is not None for g in p.grants)
 
     def _end_question(self, plugin: Plugin, question: Question) -> None:
         plugin.questions.remove(question)
@@ -354,7 +383,9 @@ class World:
                 plugin.told_at = max(plugin.told_at, question.asked_at)
             plugin.is_there = True
             plugin.named |= dict.fromkeys(pods.items(), question.asked_at)
-            holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=not is_young)
+            claims = self._claims_by_device() if question.asked_at >= self.now - _MOMENT else frozenset()
+            complete = not is_young
+            holdings = Holdings(asked_at=question.asked_at, pods=pods, complete=complete, claims=claims)
             plugin.registry.learn(holdings=holdings, pod_resources=True)
             self._write_specs(plugin)
         else:
@@ -376,10 +407,11 @@ class World:
             self.begin_scan(plugin)
 
     def _write_specs(self, plugin: Plugin) -> None:
-        """What the CDI writer does, where this plugin has one and the lock.
+        """What the CDI writer does, where this plugin has one and the lock; before that, what is done for claims.
 
         The spec of a kind that no device needs any more stays as it is while a pod may need it.
         """
+        self._follow_claims(plugin)
         if plugin.settings.consumer is not Consumer.KATA or not plugin.serves:
             return
         resources = plugin.registry.current.resources
@@ -456,6 +488,9 @@ class World:
             self._serve(plugin)
 
     def _serve(self, plugin: Plugin) -> None:
+        plugin.prepared = dict(self.checkpoint)
+        plugin.holds = {uid: each.for_ledger() for uid, each in self.checkpoint.items()}
+        plugin.registry.learn(claims=dict(plugin.holds))
         plugin.serves = True
         plugin.next_question = self.now
         plugin.registry.serve(plugin.lock_since)
@@ -587,6 +622,124 @@ class World:
         if pod.vm is None:
             self.pods.remove(pod)
 
+    # Claims
+
+    def schedule(self, *names: str) -> Pod:
+        """A pod whose claim the scheduler has allocated these devices for."""
+        claim_id = ClaimId(namespace="default", name=self._name("claim"), uid=self._name("uid"))
+        wanted = tuple(Wanted(request="gpu", pool="node", device=name) for name in names)
+        pod = Pod(name=self._name("pod"), shows_at=self.now, claim=WorldClaim(id=claim_id, wanted=wanted))
+        self.pods.append(pod)
+        self.note("the scheduler gives", pod.name, claim_id.uid, names)
+        return pod
+
+    def allocated_by_claims(self) -> set[str]:
+        """What the scheduler has given away: claims are kept until they are given back."""
+        live = [pod.claim for pod in self.pods if pod.claim is not None and pod.is_live]
+        kept = [given.wanted.device for each in self.checkpoint.values() for given in each.devices]
+        return {wanted.device for claim in live for wanted in claim.wanted} | set(kept)
+
+    def prepare(self, pod: Pod, *, dies: str = "") -> bool:
+        """The kubelet's call, as the driver answers it. `dies`: the plugin does so before that is done."""
+        plugin, claim = self.plugin, pod.claim
+        assert claim is not None
+        if plugin is None or not plugin.serves or pod.grants:
+            return False
+        uid = claim.id.uid
+        try:
+            self._hold(plugin, claim)
+            if dies == "before the checkpoint is written":
+                self.end_plugin()
+                return False
+            devices = choose(uid, claim.wanted, plugin.registry.current)
+        except Refused as error:
+            self.note(plugin.name, "refuses claim", uid, error)
+            plugin.next_scan = self.now
+            return False
+        self._move(plugin, uid, devices)
+        self.checkpoint[uid] = plugin.prepared[uid]
+        self._write_specs(plugin)
+        if dies == "before the answer":
+            self.end_plugin()
+            return False
+        self.note(plugin.name, "prepares", pod.name, uid, [(d.id, d.address) for d in devices])
+        before = self.hands(pod)
+        pod.grants = [self._grant(device, plugin) for device in devices]
+        self.granted += 1
+        self.claimed += 1
+        self._judge(pod, pod.grants, before)
+        return True
+
+    def _hold(self, plugin: Plugin, claim: WorldClaim) -> None:
+        """Up to the ledger. Raises Refused."""
+        devices = choose(claim.id.uid, claim.wanted, plugin.registry.current)
+        looked_at = self.now
+        for device in devices:
+            if (why := self._look(device)) is not None:
+                raise Refused(f"{device.address}: {why}")
+        if plugin.scan is not None and self.dice.random() < 0.3:
+            self._take_scan(plugin)
+        again = choose(claim.id.uid, claim.wanted, plugin.registry.current)
+        if [(d.node, d.as_bound) for d in devices] != [(d.node, d.as_bound) for d in again]:
+            raise Refused("it changed")
+        self.now += _MOMENT
+        if claim.id.uid in plugin.prepared:
+            return
+        prepared = give(claim.id, Asked(pod_claim=None, devices=claim.wanted), again)
+        plugin.prepared[claim.id.uid] = prepared
+        plugin.holds[claim.id.uid] = prepared.for_ledger(at=self.now, looked_at=looked_at)
+        plugin.registry.learn(claims=dict(plugin.holds))
+
+    def _move(self, plugin: Plugin, uid: str, devices: Sequence[Device | None]) -> None:
+        prepared = plugin.prepared[uid]
+        given = tuple(g if d is None else g.moved(d) for g, d in zip(prepared.devices, devices, strict=True))
+        if given != prepared.devices:
+            plugin.prepared[uid] = replace(prepared, devices=given)
+            held = plugin.holds[uid]
+            plugin.holds[uid] = plugin.prepared[uid].for_ledger(at=held.at, looked_at=held.looked_at)
+            plugin.registry.learn(claims=dict(plugin.holds))
+
+    def _follow_claims(self, plugin: Plugin) -> None:
+        """What the driver does when the inventory changes: specs of claims say where their devices are now. Containers
+        that were made before keep what they have."""
+        if not plugin.serves or not plugin.registry.current.version:
+            return
+        for uid in [*plugin.prepared]:
+            inventory = plugin.registry.current
+            prepared, named = plugin.prepared[uid], devices_by_name(inventory)
+            devices = [usable(prepared, given, named, inventory) for given in prepared.devices]
+            self._move(plugin, uid, devices)
+            self.checkpoint[uid] = plugin.prepared[uid]
+            for pod in self.pods:
+                if pod.claim is not None and pod.claim.id.uid == uid and pod.is_live and pod.grants:
+                    new = [self._grant(d, plugin) for d in devices if d is not None]
+                    known = {grant.node for grant in pod.grants}
+                    pod.grants += [grant for grant in new if grant.node not in known]
+        self.slices = {
+            name: device.for_claims.healthy for name, device in devices_by_name(plugin.registry.current).items()
+        }
+
+    def unprepare(self, uid: str) -> bool:
+        """The kubelet's call, when the pod has ended."""
+        plugin = self.plugin
+        if plugin is None or not plugin.serves:
+            return False
+        self.note(plugin.name, "takes back", uid)
+        self.checkpoint.pop(uid, None)
+        if plugin.prepared.pop(uid, None) is not None:
+            del plugin.holds[uid]
+            plugin.registry.learn(claims=dict(plugin.holds))
+        return True
+
+    def reconcile(self) -> None:
+        """The kubelet gives back the claims of all pods that have ended."""
+        live = {pod.claim.id.uid for pod in self.pods if pod.claim is not None and pod.is_live}
+        for uid in [*self.checkpoint.keys() - live]:
+            self.unprepare(uid)
+        if self.plugin is not None and self.plugin.serves:
+            for uid in [*self.plugin.prepared.keys() - live]:
+                self.unprepare(uid)
+
     # VMs
 
     def start_vm(self, pod: Pod) -> bool:
@@ -708,15 +861,17 @@ class World:
             self.start_plugin(self.settings)
         for _ in range(4):
             self.wait(180.0)
+            self.reconcile()
+        self.wait(180.0)
         self.must_offer_everything()
 
     def must_offer_everything(self) -> None:
         """Every device that is bound, viable and answers is Healthy, whatever it is called."""
         assert self.plugin is not None
         listed = [d for devices in self.plugin.registry.current.resources.values() for d in devices]
-        offered = {d.node for d in listed if d.health.healthy}
+        offered = {d.node for d in listed if d.health.healthy and d.for_claims.healthy}
         if missing := self.offerable() - offered:
-            why = {d.node: f"{d.resource}={d.id} {d.health}" for d in listed if d.node in missing}
+            why = {d.node: f"{d.resource}={d.id} {d.health}, {d.for_claims}" for d in listed if d.node in missing}
             raise NotOffered("; ".join(why.get(node, f"{node} is not listed") for node in sorted(missing)))
 
     def offerable(self) -> set[str]:

@@ -1,0 +1,275 @@
+"""Preparing claims and giving them back: what is prepared, in memory, in the checkpoint, and in files for containers.
+
+    claim (API server) -> devices (inventory) -> last look -> ledger -> checkpoint -> CDI specs -> answer
+
+From the last look to the ledger nothing is awaited, so that an Allocate and a Prepare for one device see each other.
+What is in the ledger stays there until Unprepare, also when a later step fails: the kubelet asks for Prepare again, or
+for Unprepare, and until then nobody else gets the devices.
+
+Unprepare goes the other way, and the ledger is last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.dra.checkpoint import checkpoint_folder, read_all
+from sandbox_plugin.dra.claim_files import ClaimFiles
+from sandbox_plugin.dra.claim_specs import Terms, cdi_ids, nodes_for, render_files
+from sandbox_plugin.dra.claims import Asked, ClaimId, Given, Prepared, Refused, Wanted, choose, give, read_claim, usable
+from sandbox_plugin.dra.client import ApiError, Claims
+from sandbox_plugin.dra.names import devices_by_name, pool_name
+from sandbox_plugin.host import files
+from sandbox_plugin.host.paths import boot_id
+from sandbox_plugin.host.threads import on_thread
+from sandbox_plugin.model import Device, Objection, PciFunction
+from sandbox_plugin.registry import Registry
+from sandbox_plugin.trouble import Trouble
+
+LastLook = Callable[[Sequence[Device], Mapping[str, PciFunction]], Awaitable[Mapping[str, Objection]]]
+"""Checks devices on the host once more: device ID -> what speaks against giving it now."""
+_INTERVAL = 5.0
+"""Seconds after which it is seen to that all files are there, although nothing has changed."""
+_RETRY = 1.0
+"""Seconds between attempts to read the checkpoint."""
+
+_T = TypeVar("_T")
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger()
+
+
+def plugin_folder(settings: Settings) -> Path:
+    """The driver's own, below the kubelet's `plugins`: beside the folder for device plugins."""
+    return settings.kubelet_dir.parent / "plugins" / settings.dra_driver_name
+
+
+async def load_claims(settings: Settings, registry: Registry) -> dict[str, Prepared]:
+    """The claims that are prepared, by UID, and the registry knows them too; as long as it takes.
+
+    Before anything is given: until the checkpoint can be read, nobody knows what claims hold.
+    """
+    folder = plugin_folder(settings)
+    trouble = Trouble()
+    while True:
+        try:
+            prepared = await on_thread(read_all)(folder, boot_id(settings.host_root))
+        except OSError as error:
+            if trouble.update(str(error)):
+                log.error("claim checkpoint not read", path=str(checkpoint_folder(folder)), reason=str(error))
+            await asyncio.sleep(_RETRY)
+            continue
+        registry.learn(claims={uid: each.for_ledger() for uid, each in prepared.items()})
+        return prepared
+
+
+class Driver:
+    """The claims of this node, for as long as this plugin serves.
+
+    Usage:
+
+        driver = Driver(settings=..., registry=..., api=..., last_look=..., prepared=await load_claims(...))
+        async with asyncio.TaskGroup() as group:
+            group.create_task(driver.run())
+            devices = await driver.prepare(claim)      # as often as somebody asks
+    """
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        registry: Registry,
+        api: Claims,
+        last_look: LastLook,
+        prepared: Mapping[str, Prepared],
+    ) -> None:
+        assert settings.node_name is not None
+        self.name = settings.dra_driver_name
+        self.pool = pool_name(settings.node_name)
+        self.registry = registry
+        self._whole_node = settings.whole_node
+        self._api = api
+        self._last_look = last_look
+        self._terms = Terms(
+            driver=self.name,
+            consumer=settings.consumer,
+            cdi_dir=settings.cdi_dir,
+            folder=plugin_folder(settings),
+        )
+        self._prepared = dict(prepared)
+        self._holds = {uid: each.for_ledger() for uid, each in prepared.items()}
+        """As the registry knows them."""
+        self._files = ClaimFiles(self._terms, boot_id(settings.host_root))
+        self._writing = asyncio.Lock()
+        """Held by whoever changes files, so that for one claim nothing is written and removed at once."""
+        self._trouble = Trouble()
+        self._refused: dict[str, str] = {}
+        """Why each claim was refused last, by UID."""
+
+    @property
+    def device_names(self) -> list[str]:
+        """Of all devices that prepared claims hold."""
+        return [given.wanted.device for prepared in self._prepared.values() for given in prepared.devices]
+
+    # Prepare
+
+    async def prepare(self, claim: ClaimId) -> list[tuple[Given, list[str]]]:
+        """The devices of a claim, each with its CDI names, once all is written. For the same claim the same again.
+
+        Raises Refused.
+        """
+        try:
+            claim.check()
+            known = self._prepared.get(claim.uid)
+            asked = await self._ask(claim) if known is None else known.asked
+            await self._hold(claim, asked)
+            async with self._writing:
+                prepared = await self._write(claim.uid)
+        except Refused as error:
+            if self._refused.get(claim.uid) != str(error):  # the kubelet asks again and again
+                log.warning("claim refused", claim=str(claim), uid=claim.uid, reason=str(error))
+            self._refused[claim.uid] = str(error)
+            raise
+        self._refused.pop(claim.uid, None)
+        return list(zip(prepared.devices, cdi_ids(prepared, self._terms), strict=True))
+
+    async def _ask(self, claim: ClaimId) -> Asked:
+        """What the claim was allocated. Raises Refused."""
+        try:
+            found = await self._api.claim(claim.namespace, claim.name)
+        except ApiError as error:
+            raise Refused(f"the API server does not tell what it was allocated: {error}") from None
+        return read_claim(claim, found, driver=self.name, pool=self.pool)
+
+    async def _hold(self, claim: ClaimId, asked: Asked) -> None:
+        """Enters the claim's devices into the ledger, if they can be given. Raises Refused.
+
+        They are looked at also where they are there already: a VM that has one of them now is not that of a pod whose
+        sandbox is about to be made.
+        """
+        devices = self._choose(claim.uid, asked.devices)
+        looked_at = self.registry.now()
+        for device_id, objection in (await self._last_look(devices, self.registry.functions)).items():
+            device = next(device for device in devices if device.id == device_id)
+            raise Refused(f"device {device.address} ({device.resource}={device.id}): {objection.why}")
+        for before, device in zip(devices, self._choose(claim.uid, asked.devices), strict=True):
+            if (before.node, before.as_bound) != (device.node, device.as_bound):
+                raise Refused(f"device {device.address} ({device.resource}={device.id}) changed while it was looked at")
+        for wanted, device in zip(asked.devices, devices, strict=True):
+            nodes_for(wanted, device, self._terms.consumer)
+        if claim.uid in self._prepared:
+            return
+        self._learn(give(claim, asked, devices), at=self.registry.now(), looked_at=looked_at)
+        ids, addresses = ",".join(d.id for d in devices), ",".join(d.address for d in devices)
+        log.info("claim prepared", claim=str(claim), uid=claim.uid, device=ids, pci_address=addresses)
+
+    def _choose(self, uid: str, wanted: Iterable[Wanted]) -> list[Device]:
+        return choose(uid, wanted, self.registry.current, whole_node=self._whole_node)
+
+    def _learn(self, prepared: Prepared, *, at: float = -math.inf, looked_at: float = -math.inf) -> None:
+        """It is so from now on, here and in the ledger."""
+        uid = prepared.claim.uid
+        self._prepared[uid] = prepared
+        self._holds[uid] = prepared.for_ledger(at=at, looked_at=looked_at)
+        self.registry.learn(claims=dict(self._holds))
+
+    async def _write(self, uid: str) -> Prepared:
+        """Writes all that belongs to a claim, by its devices as they are now. Raises Refused."""
+        if uid not in self._prepared:
+            raise Refused("it was given back while it was prepared")
+        devices = self._choose(uid, self._prepared[uid].asked.devices)
+        prepared = self._move(self._prepared[uid], devices)
+        wanted = render_files(prepared, devices, self._terms, self.registry.egm_gpus)
+        try:
+            await self._finish(partial(self._files.record, prepared))
+            await self._finish(partial(self._files.write, prepared, wanted))
+        except OSError as error:
+            raise Refused(f"its files cannot be written: {_words(error)}") from None
+        return prepared
+
+    def _move(self, prepared: Prepared, devices: Sequence[Device | None]) -> Prepared:
+        """The claim with its devices where they are now: one that was bound again has another node."""
+        pairs = zip(prepared.devices, devices, strict=True)
+        given = tuple(g if d is None else g.moved(d) for g, d in pairs)
+        if given != prepared.devices:
+            held = self._holds[prepared.claim.uid]
+            prepared = replace(prepared, devices=given)
+            self._learn(prepared, at=held.at, looked_at=held.looked_at)
+        return prepared
+
+    # Unprepare
+
+    async def unprepare(self, claim: ClaimId) -> None:
+        """Gives back what a claim holds, if anything. Raises Refused."""
+        self._refused.pop(claim.uid, None)
+        async with self._writing:
+            prepared = self._prepared.get(claim.uid)
+            if prepared is None:
+                return
+            try:
+                await self._finish(partial(self._files.clear, prepared))
+            except OSError as error:
+                raise Refused(f"its files cannot be removed: {_words(error)}") from None
+            del self._prepared[claim.uid], self._holds[claim.uid]
+            self.registry.learn(claims=dict(self._holds))
+        addresses = ",".join(min(given.places.addresses) for given in prepared.devices)
+        log.info("claim given back", claim=str(claim), uid=claim.uid, pci_address=addresses)
+
+    # What follows the inventory
+
+    async def run(self) -> None:
+        """Keeps the files of prepared claims as the node is, until cancelled: no spec names a node that is gone, or
+        another device's. First it removes what is of no claim that is prepared."""
+        await self._follow(self._clean)
+        while True:
+            inventory = self.registry.current
+            if inventory.version:
+                await self._follow(self._sync)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_INTERVAL):
+                    await self.registry.newer_than(inventory.version)
+
+    async def _follow(self, work: Callable[[], Awaitable[None]]) -> None:
+        async with self._writing:
+            try:
+                await work()
+            except OSError as error:
+                self._complain(_words(error))
+            else:
+                self._trouble.update(None)
+
+    async def _clean(self) -> None:
+        for path in await self._finish(partial(self._files.clean, list(self._prepared.values()))):
+            log.info("file of no claim removed", path=str(path))
+
+    async def _sync(self) -> None:
+        for prepared in list(self._prepared.values()):
+            inventory = self.registry.current
+            named = devices_by_name(inventory)
+            devices = [usable(prepared, given, named, inventory) for given in prepared.devices]
+            moved = self._move(prepared, devices)
+            await self._finish(partial(self._files.record, moved))
+            wanted = render_files(moved, devices, self._terms, self.registry.egm_gpus)
+            await self._finish(partial(self._files.write, moved, wanted))
+
+    # Files
+
+    async def _finish(self, work: Callable[[], _T]) -> _T:
+        return await files.finish(work, lambda: self._complain(f"{self._terms.folder} or {self._terms.cdi_dir} hangs"))
+
+    def _complain(self, why: str) -> None:
+        if self._trouble.update(why):
+            log.error("files of claims not written", reason=why)
+
+
+def _words(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
