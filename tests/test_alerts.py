@@ -17,6 +17,9 @@ import yaml
 from markdown import anchors
 from promtool import check_queries, labels_of, metrics_in, promtool, unknown_metrics
 
+from sandbox_plugin.model import Reason
+from sandbox_plugin.outputs.document import ORDERLY
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "manifests/components/prometheus-operator"
 MANIFEST: dict[str, Any] = yaml.safe_load((FOLDER / "prometheusrule.yaml").read_text())
@@ -67,6 +70,12 @@ def test_every_metric_and_every_label_in_a_rule_is_one_that_there_is(rule: dict[
     of_metrics = set().union(*(labels_of(metric) for metric in metrics_in(rule["expr"])))
     of_kubernetes = {"resource", "namespace", "daemonset"} if "kube_" in rule["expr"] else set()
     assert set(re.findall(r"\$labels\.(\w+)", words)) <= of_metrics | of_kubernetes | target
+
+
+def test_a_device_that_is_withheld_in_good_order_is_no_alarm_and_every_other_reason_is_one() -> None:
+    """Of those that are orderly for a moment two are not after five minutes: somebody has to come."""
+    (left_out,) = re.findall(r'reason!~"([^"]+)"', ALERTS["SandboxPluginDeviceUnhealthy"]["expr"])
+    assert set(left_out.split("|")) == ORDERLY - {Reason.HOLDERS_UNKNOWN, Reason.NOT_IN_CDI}
 
 
 @pytest.mark.parametrize("name", ALERTS)

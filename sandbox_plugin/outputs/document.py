@@ -21,6 +21,7 @@ ORDERLY = frozenset(
     {
         Reason.GROUP_TAKEN,
         Reason.HELD_AS_ANOTHER,
+        Reason.HELD_BY_OTHER_API,
         Reason.ID_HELD,
         Reason.HOLDERS_UNKNOWN,
         Reason.NOT_IN_CDI,
