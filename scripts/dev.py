@@ -21,9 +21,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -32,6 +34,8 @@ OLDEST_PYTHON = (3, 11)
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 BIN = VENV / "bin"
+PATIENCE = 5.0
+"""Seconds of silence while something is installed."""
 STATE = VENV / "dev-state.json"
 """What has been installed, so that the next run need not ask; and the mark of an environment that is ours."""
 
@@ -129,12 +133,46 @@ def make_venv() -> dict[str, str]:
 
 
 def install(what: str, arguments: list[str]) -> None:
-    """Run `pip install`, silent but for errors. Raises SetupError when pip fails; it has said why."""
+    """Run `pip install`, with a line now and then of how far it is. Raises SetupError when pip fails; it has said why.
+
+    pip itself says a line and more for each package, or nothing.
+    """
     say(f"installing {what}")
     pip = [sys.executable, "-m", "pip", "--python", str(BIN / "python")]
-    command = [*pip, "install", "-qq", "--no-warn-script-location", *arguments]
-    if subprocess.run(command, check=False, cwd=ROOT, env=environment()).returncode != 0:
-        raise SetupError(f"pip could not install {what}: its reason is above (pip 22.3 or newer is needed)")
+    command = [*pip, "install", "--progress-bar=off", "--no-warn-script-location", *arguments]
+    with tempfile.TemporaryFile() as output:
+
+        def said() -> str:
+            # Not `seek` and `read`: pip writes where this file's position is.
+            return os.pread(output.fileno(), os.fstat(output.fileno()).st_size, 0).decode(errors="replace")
+
+        with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=output, stderr=output) as process:
+            while True:
+                try:
+                    process.wait(PATIENCE)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"  {progress(said(), what)}")
+        if process.returncode != 0:
+            print(reason(said()), file=sys.stderr, flush=True)
+            raise SetupError(f"pip could not install {what}: its reason is above (pip 22.3 or newer is needed)")
+
+
+def progress(said: str, what: str) -> str:
+    """How far an installation is, by what pip has said."""
+    if "\nInstalling collected packages" in said:
+        there = len(list(VENV.glob("lib/*/site-packages/*.dist-info")))
+        return f"unpacking: {there} packages are in .venv"
+    fetched = len(re.findall("^(?:Collecting|Processing) ", said, re.MULTILINE))
+    wanted = len(re.findall("^[^ #]+==", (ROOT / what).read_text(), re.MULTILINE)) if (ROOT / what).exists() else 1
+    return f"fetching: {fetched} of {wanted} packages"
+
+
+def reason(said: str) -> str:
+    """Why pip failed: what it says from its first error on, or else the last that it said."""
+    lines = said.splitlines()
+    first = next((number for number, line in enumerate(lines) if line.startswith("ERROR")), -10)
+    return "\n".join(lines[first:])
 
 
 def run(commands: list[list[str]]) -> int:

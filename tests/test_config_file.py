@@ -162,6 +162,29 @@ def test_models_are_named_by_their_ids_in_any_case(tmp_path: Path) -> None:
     assert found.model_names == {(0x10DE, 0x2330): "H100", (0x10DE, 0x2BB5): "RTX-PRO"}
 
 
+@pytest.mark.parametrize(("word", "meant"), [("YES", True), ("on", True), ("1", True), ("No", False), ("off", False)])
+def test_what_is_true_or_false_may_be_given_by_another_word_for_it(tmp_path: Path, word: str, meant: bool) -> None:
+    text = f'require-iommufd = "{word}"\n[[resources]]\nexclude = "yes"\nvirtual = "{word}"'
+    found = load(tmp_path, text)
+    assert (found.require_iommufd, found.resources[0].name, found.resources[0].virtual) == (meant, None, meant)
+    assert load_settings({"require_iommufd": word}, {}).require_iommufd is meant
+    assert load_settings({}, {"SANDBOX_PLUGIN_REQUIRE_IOMMUFD": word}).require_iommufd is meant
+
+
+def test_numbers_for_true_and_false_need_no_quotes(tmp_path: Path) -> None:
+    text = "require-iommufd = 1\n[[resources]]\nexclude = 1\nvirtual = 0"
+    found = load(tmp_path, text)
+    assert (found.require_iommufd, found.resources[0].name, found.resources[0].virtual) == (True, None, False)
+
+
+def test_a_choice_of_words_may_be_given_in_capitals(tmp_path: Path) -> None:
+    assert load(tmp_path, 'log-level = "INFO"\nconsumer = "KubeVirt"') == Settings(consumer=Consumer.KUBEVIRT)
+    assert load_settings({"log_format": "JSON"}, {}).log_format == "json"
+    given = {"SANDBOX_PLUGIN_ALLOCATION_POLICY": "Spread", "SANDBOX_PLUGIN_WHOLE_NODE": "OFF"}
+    assert load_settings({}, given) == Settings(allocation_policy=Policy.SPREAD)
+
+
+TRUTH = "is not one of true, false, yes, no, on, off, 1, 0"
 WRONG = [
     # No TOML, or no text
     (b"gpu-alias = 'a'\r\ngpu-alias = [\r\n'b', # b\r\n]\r\n\r\n# end\r\n", "line 2: 'gpu-alias' has a value already"),
@@ -173,14 +196,17 @@ WRONG = [
     ("health-interval = 0x" + "f" * 5000, f"health-interval: {TOO_LONG}"),
     ("log-level = " + "[" * 20000, "brackets are nested too deeply"),
     # Settings
-    ('gpu_alias = "x"', f"unknown key 'gpu_alias'; allowed are {EVERY_KEY}"),
+    ('gpu_alias = "x"', f"unknown key 'gpu_alias' (did you mean 'gpu-alias'?); allowed are {EVERY_KEY}"),
+    ("[[resource]]", f"unknown key 'resource' (did you mean 'resources'?); allowed are {EVERY_KEY}"),
+    ('colour = "red"', f"unknown key 'colour'; allowed are {EVERY_KEY}"),
     ("gpu-alias = 9", f"gpu-alias: '9' is not a valid resource name: {ALIAS}"),
     ("gpu-alias = false", "gpu-alias must be a string or a number, not false"),
     ("cdi-dir = 2026-01-01", "cdi-dir must be a string or a number"),
     ('cdi-dir = ""', "cdi-dir: '' is not a path"),
     ('consumer = "docker"', "consumer: 'docker' is not one of kata, kubevirt"),
     ("require-iommufd = [true]", "require-iommufd must be true or false"),
-    ("require-iommufd = 1", "require-iommufd: '1' is not one of true, false"),
+    ("require-iommufd = 2", f"require-iommufd: '2' {TRUTH}"),
+    ('require-iommufd = "yess"', f"require-iommufd: 'yess' (did you mean 'yes'?) {TRUTH}"),
     ("health-interval = 0", f"health-interval: '0' {SECONDS}"),
     ("health-interval = 3601", f"health-interval: '3601' {SECONDS}"),
     ("health-interval = nan", f"health-interval: 'nan' {SECONDS}"),
@@ -205,11 +231,19 @@ WRONG = [
 ]
 VENDOR = 'vendor = "10de"\n'
 WRONG_RULES = [
-    (f'vendr = "x"\n{VENDOR}', f"unknown key 'vendr'; allowed are name, exclude, {CONDITIONS}"),
+    (
+        f'vendr = "x"\n{VENDOR}',
+        f"unknown key 'vendr' (did you mean 'vendor'?); allowed are name, exclude, {CONDITIONS}",
+    ),
+    (
+        f'physical_function = "x"\n{VENDOR}',
+        f"unknown key 'physical_function' (did you mean 'physical-function'?); allowed are name, exclude, {CONDITIONS}",
+    ),
     ('name = "a.b/cc"', f"no condition, so it would match everything; use one of {CONDITIONS}"),
     (f"{VENDOR}exclude = false", "use name = 'example.com/gpu', or exclude = true to offer none of these"),
     (f'{VENDOR}name = "a.b/cc"\nexclude = true', "use either name or exclude = true, not both"),
-    (f'{VENDOR}exclude = "yes"', "exclude must be true or false"),
+    (f'{VENDOR}exclude = "y"', f"exclude: 'y' {TRUTH}"),
+    (f"{VENDOR}exclude = []", "exclude must be true or false"),
     (f"{VENDOR}name = 7", "name must be a string such as 'example.com/gpu'"),
     (
         f'{VENDOR}name = "kubernetes.io/gpu"',
@@ -222,8 +256,8 @@ WRONG_RULES = [
     ('exclude = true\ndevice = "٢٣٣٠"', f"device: '٢٣٣٠' {HEX}"),
     ('exclude = true\nclass = "03020"', f"class: '03020' {CLASS}"),
     ('exclude = true\nsubsystem = "10de:"', f"subsystem: '' {HEX}"),
-    ('exclude = true\nvirtual = "yes"', "virtual must be true or false"),
-    ("exclude = true\nvirtual = 1", "virtual must be true or false"),
+    ("exclude = true\nvirtual = 1.0", "virtual must be true or false"),
+    ("exclude = true\nvirtual = 2", f"virtual: '2' {TRUTH}"),
     ('exclude = true\naddress = "41:00.0"', f"address: '41:00.0' {ADDRESS}"),
     ('exclude = true\naddress = "0000:41:00.8"', f"address: '0000:41:00.8' {ADDRESS}"),
     ('exclude = true\naddress = "0000:4[12]:*"', f"address: '0000:4[12]:*' {ADDRESS}"),

@@ -49,11 +49,13 @@ LATER = {"yaml", "tomllib", "watchfiles", "anyio", "sandbox_plugin.host.watch", 
     "sandbox_plugin.outputs.metrics",
     "sandbox_plugin.outputs.events",
     "sandbox_plugin.outputs.feature_writer",
+    "difflib",
 }
 """What the daemon needs only after its devices are served, or seldom."""
 OF_CLAIMS = {"aiohttp", "sandbox_plugin.dra"}
 """What nobody has without `--dra`."""
 OF_PEOPLE = {"sandbox_plugin.fake", "sandbox_plugin.cli.tables", "sandbox_plugin.cli.demo", "sandbox_plugin.cli.status"}
+OF_PEOPLE |= {"shtab"}
 OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 
 

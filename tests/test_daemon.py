@@ -439,7 +439,8 @@ def test_after_sigkill_it_starts_over_what_was_left_behind(serve: Serve, kubelet
 
 def test_what_the_environment_says_in_vain_is_named(daemon: Callable[..., Daemon]) -> None:
     plugin = daemon("empty", SANDBOX_PLUGIN_HEALTH_INTERVALL="9")
-    plugin.wait_for("unknown variable", name="SANDBOX_PLUGIN_HEALTH_INTERVALL")
+    unknown = plugin.wait_for("unknown variable", name="SANDBOX_PLUGIN_HEALTH_INTERVALL")
+    assert "did you mean 'SANDBOX_PLUGIN_HEALTH_INTERVAL'?" in unknown["reason"]
 
 
 def test_who_wants_no_labels_is_told_nothing_of_them(daemon: Callable[..., Daemon]) -> None:

@@ -121,7 +121,8 @@ OUTCOMES = {
 
 def told_in(text: str) -> tuple[list[str], list[str]]:
     """The times and the outcomes of a story in plain lines."""
-    chapters = re.findall(r"^ *(\d+)\. .+\r?\n {4}.+\r?\n {4} *(\d\S* m?s)? {2,}(.+?)\r?$", text, re.MULTILINE)
+    chapter = r"^ *(\d+)\. .+\r?\n(?: {4}\S.+\r?\n)+ {4} *(\d\S* m?s)? {2,}(.+?)\r?$"
+    chapters = re.findall(chapter, text, re.MULTILINE)
     assert [int(number) for number, *_ in chapters] == list(range(1, STEPS + 1))
     return [time for _, time, _ in chapters if time], [outcome for *_, outcome in chapters]
 
@@ -134,7 +135,30 @@ def test_without_a_terminal_the_story_is_told_once_with_times_and_outcomes(prese
     times, outcomes = told_in(told)
     assert len(times) == TIMED
     assert outcomes == OUTCOMES[preset]
+    assert max(map(len, told.splitlines())) <= 80
+    resources = 2 if preset == "hgx-h100" else 1
+    summary = " ".join(told.partition("That is all.")[2].split())
+    assert f"{STEPS} things happened, and the kubelet saw {TIMED} of them after " in summary
+    assert f"That took {2 * resources} registrations, " in summary  # the kubelet restarts once
+    assert "of devices and 1 Allocate. What to try next: " in summary
     assert_nothing_is_left(places)
+
+
+IDS = {
+    "hgx-h100": "The NVSwitches come first on the bus and have 0 to 3, so the GPUs begin at 4.",
+    "gh200": "An ID is the N of a VFIO node, /dev/vfio/devices/vfioN. Times run",
+    "workstation": "an ID is the number of an IOMMU group. The GPUs begin at 11 because functions before them",
+}
+
+
+@pytest.mark.parametrize("preset", IDS)
+def test_it_says_first_what_an_id_is_and_why_those_of_the_gpus_begin_where_they_do(preset: str, places: Places) -> None:
+    process = demo(places.top, "--preset", preset)
+    assert process.stdout is not None
+    said = "".join(process.stdout.readline() for _ in range(6))
+    process.terminate()
+    process.communicate(timeout=TIMEOUT)
+    assert IDS[preset] in " ".join(said.split())
 
 
 def test_on_a_terminal_that_cannot_draw_the_story_is_told_in_plain_lines(places: Places) -> None:
@@ -156,8 +180,12 @@ def test_on_a_terminal_it_shows_the_devices_the_story_and_the_log_until_ctrl_c(
         drawn = shown.split("\r\n")
         assert len(drawn) <= lines, "the screen is longer than the terminal"
         assert max(map(len, drawn)) <= columns, "a line is wider than the terminal"
+        assert "GPUs from 4: NVSwitches have 0 to 3" in shown
         terminal.process.send_signal(signal.SIGINT)
-        assert list(terminal.screens)
+        *_, last = terminal.screens
+        summary = last.partition("That is all.")[2]
+        assert "What to try next:" in summary
+        assert max(map(len, summary.splitlines())) <= 80
         assert terminal.process.wait(timeout=TIMEOUT) == 0
     assert_nothing_is_left(places)
 

@@ -328,7 +328,7 @@ def test_in_the_log_on_a_console_names_are_shown_and_not_obeyed(node: FakeNode, 
         process.terminate()
         said += process.stderr.read()
     assert SHOWN in said
-    assert rf"kubelet_dir={places.top}/\x1b]0;x " in said
+    assert rf"kubelet_dir={places.top}/\x1b]0;x" in said
     assert_printable(said)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping
@@ -79,7 +80,7 @@ def test_where_no_preset_can_be_made_it_is_a_failure_that_names_the_folder(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["fake-node", "bind", "node", "0000:1b:00.0", "nvidia"], "nvidia (see sandbox-plugin fake-node bind --help)"),
+        (["fake-node", "unbind", "node", "1b:00.0", "nvidia"], "nvidia (see sandbox-plugin fake-node unbind --help)"),
         (["list", "extra", "--more"], "extra --more (see sandbox-plugin list --help)"),
         (["--more"], "--more (see sandbox-plugin run --help)"),
     ],
@@ -91,6 +92,46 @@ def test_what_a_command_does_not_know_is_named_with_the_help_of_that_command(
         main(arguments)
     assert end.value.code == 2
     assert capsys.readouterr().err == f"sandbox-plugin: unrecognized arguments: {told}\n"
+
+
+CHOICES = {
+    "runn": "argument COMMAND: 'runn' (did you mean 'run'?) is not one of run, list, ",
+    "RUN": "argument COMMAND: 'RUN' (did you mean 'run'?) is not one of run, list, ",
+    "frobnicate": "argument COMMAND: 'frobnicate' is not one of run, list, ",
+    "vfio bnd": "argument VERB: 'bnd' (did you mean 'bind'?) is not one of status, bind, unbind (see",
+    "fake-node creat x": "argument VERB: 'creat' (did you mean 'create'?) is not one of create, presets, ",
+    "fake-node create hgx_h10 x": "there is no preset 'hgx_h10' (did you mean 'hgx-h100'?); there are hgx-h100, ",
+    "fake-node enable x 1b:00.0 2": "argument 0|1: '2' is not one of 0, 1 (see",
+    "demo --preset workstaton": "--preset: 'workstaton' (did you mean 'workstation'?) is not one of hgx-h100, ",
+    "status --output jsn": "argument --output: 'jsn' (did you mean 'json'?) is not one of table, json (see",
+    "--fake-sysfs gh20": "--fake-sysfs: 'gh20' (did you mean 'gh200'?) is neither a folder with `sys` in it nor a ",
+    "--log-level wraning": "--log-level: 'wraning' (did you mean 'warning'?) is not one of debug, info, warning, error",
+    "--gpu_alias=x": "unrecognized arguments: --gpu_alias=x (did you mean '--gpu-alias'?) (see",
+    "--log-levl info --zzz": "unrecognized arguments: --log-levl (did you mean '--log-level'?) info --zzz (see",
+    "fake-node bind x 1b:00.0 nvidia": "a driver needs its flag; write `sandbox-plugin fake-node bind x 0000:1b:00.0 "
+    "--driver nvidia`",
+}
+
+
+@pytest.mark.parametrize("arguments", CHOICES)
+def test_a_slip_gets_one_line_with_what_was_perhaps_meant(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"sandbox-plugin: {CHOICES[arguments]}"), said
+    assert said.count("\n") == 1
+
+
+def status_of(arguments: list[str]) -> int | str | None:
+    try:
+        return main(arguments)
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize("command", ["doctor", "vfio status"])
+def test_the_form_of_an_output_may_be_given_in_capitals(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status_of([*command.split(), "--fake-sysfs=gh200", "--output=JSON"])
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
 
 
 @pytest.mark.parametrize("flag", ["--config", "--fake-sysfs"])

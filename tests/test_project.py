@@ -85,11 +85,17 @@ def test_an_import_from_a_higher_layer_breaks_the_contract(tmp_path: Path) -> No
 
 
 PIP = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 with open("calls", "a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
-sys.exit(1 if Path("broken").exists() else 0)
+for lock, said in (("slow to fetch", "Collecting a==1"), ("slow to unpack", "Installing collected packages: a")):
+    print(said, flush=True)
+    while Path(lock).exists():
+        time.sleep(0.01)
+if Path("broken").exists():
+    print("ERROR: No matching distribution\\nERROR: found for a==1", file=sys.stderr)
+    sys.exit(1)
 """
 
 
@@ -168,11 +174,28 @@ def test_a_failed_installation_is_said_and_is_tried_again(checkout: Checkout) ->
     (checkout.root / "broken").touch()
     failed = checkout.dev("setup")
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("dev: error: pip could not install requirements/dev.txt")
+    reason, last = failed.stderr.splitlines()[-3:-1], failed.stderr.splitlines()[-1]
+    assert reason == ["ERROR: No matching distribution", "ERROR: found for a==1"]
+    assert last.startswith("dev: error: pip could not install requirements/dev.txt")
     (checkout.root / "broken").unlink()
     checkout.installed()
     assert checkout.dev("setup").returncode == 0
     assert checkout.installed() == ["requirements/dev.txt", "."]
+
+
+def test_a_long_installation_says_how_far_it_is(checkout: Checkout) -> None:
+    script = checkout.root / "scripts/dev.py"
+    script.write_text(script.read_text().replace("PATIENCE = 5.0", "PATIENCE = 0.05"))
+    slow = [checkout.root / f"slow to {what}" for what in ("fetch", "unpack")]
+    for lock in slow:
+        lock.touch()
+    with subprocess.Popen([sys.executable, script, "setup"], stderr=subprocess.PIPE, text=True) as setup:
+        assert setup.stderr is not None
+        for lock, said in zip(slow, ("fetching: 1 of 1 packages", "unpacking: 0 packages are in .venv"), strict=True):
+            assert any(said in line for line in setup.stderr)
+            lock.unlink()
+        setup.stderr.read()
+    assert setup.returncode == 0
 
 
 def test_an_environment_that_somebody_else_made_is_refused_and_left_alone(checkout: Checkout) -> None:

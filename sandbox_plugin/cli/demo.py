@@ -7,9 +7,10 @@ import asyncio
 import json
 import sys
 import tempfile
+import textwrap
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,8 @@ from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
-from sandbox_plugin.fake.story import Story, StoryError, Told
+from sandbox_plugin.fake.story import Story, StoryError, Told, where_ids_begin
+from sandbox_plugin.hints import not_one_of
 from sandbox_plugin.trouble import first_failure
 
 _HEALTH_INTERVAL = 1.0
@@ -32,6 +34,8 @@ _PAUSE = 3.0
 """Seconds between steps on a terminal, for a person to look."""
 _REFRESH = 1 / 8
 """Seconds between two screens."""
+_WIDTH = 80
+"""Of plain lines."""
 _LOG_LINES = 6
 _CHAPTERS = 8
 """What is remembered of the story; so much of it is shown as fits."""
@@ -61,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
     # The story is one of whole GPUs.
     playable = [name for name, preset in PRESETS.items() if name != "empty" and not preset.vgpu_cards]
     if args.preset not in playable:
-        raise UsageError(f"--preset: {args.preset!r} is not one of {', '.join(playable)}")
+        raise UsageError(f"--preset: {not_one_of(args.preset, playable)}")
     with temporary_folder("sandbox-demo-", _short_folder()) as folder:
         node = FakeNode.create(folder / "node", args.preset)
+        kubelet, told = FakeKubelet(folder / "kubelet", folder / "pod-resources.sock"), list[Told]()
         try:
-            run_until_signal(lambda: _play(args.preset, node, folder), {})
+            run_until_signal(lambda: _play(args.preset, node, kubelet, folder, told), {})
         except BaseExceptionGroup as failures:
             error = first_failure(failures)
             if isinstance(error, OSError):
@@ -74,17 +79,55 @@ def run(args: argparse.Namespace) -> int:
                 raise
             print(f"sandbox-plugin: the demo stopped: {error}", file=sys.stderr)
             return 1
+    say(_summary(told, kubelet))
     return 0
 
 
-async def _play(preset: str, node: FakeNode, folder: Path) -> None:
-    fake_kubelet = FakeKubelet(folder / "kubelet", folder / "pod-resources.sock")
-    async with fake_kubelet as kubelet, running_daemon(folder) as daemon:
+async def _play(preset: str, node: FakeNode, kubelet: FakeKubelet, folder: Path, told: list[Told]) -> None:
+    """Plays the story, and appends each of its steps to `told`."""
+    async with kubelet, running_daemon(folder) as daemon:
         story = Story(node=node, kubelet=kubelet, started_at=daemon.started_at, health_interval=_HEALTH_INTERVAL)
         if is_terminal():
-            await _show_live(preset, kubelet, story, daemon)
+            await _show_live(preset, kubelet, story, daemon, told)
         else:
-            await tell(preset, story)
+            await tell(preset, story, told)
+
+
+def _summary(told: Sequence[Told], kubelet: FakeKubelet) -> str:
+    """What was seen, in figures of this run, and what to try next."""
+    times = sorted(chapter.seconds for chapter in told if chapter.seconds is not None)
+    seen = "The demo has ended before anything happened."
+    if times:
+        fastest, middle, slowest = (_duration(times[at]) for at in (0, (len(times) - 1) // 2, -1))
+        calls = (_counted(kubelet.registrations, "registration"), _counted(kubelet.lists, "list"))
+        seen = (
+            f"That is all. In this run {_counted(len(told), 'thing')} happened, and the kubelet saw {len(times)} of "
+            f"them after {fastest} to {slowest}, half of them within {middle}. That took {calls[0]}, {calls[1]} of "
+            f"devices and {_counted(kubelet.allocates, 'Allocate')}."
+        )
+    program = _program()
+    return "\n".join((
+        "",
+        textwrap.fill(seen, _WIDTH),
+        "",
+        "What to try next: what another node offers, and what one lacks;",
+        f"  {program} list --fake-sysfs workstation",
+        f"  {program} doctor --fake-sysfs empty",
+        "a node to change yourself, and how.",
+        f"  {program} fake-node create hgx-h100 /tmp/node",
+        f"  {program} fake-node --help",
+    ))  # fmt: skip
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _program() -> str:
+    """How a person would start this program here: `scripts/dev.py` installs it into the checkout."""
+    path, here = Path(sys.argv[0]).absolute(), Path.cwd()
+    is_ours = path.name == "sandbox-plugin" and path.is_relative_to(here)
+    return str(path.relative_to(here)) if is_ours else "sandbox-plugin"
 
 
 def _short_folder() -> str | None:
@@ -147,36 +190,38 @@ def _in_words(line: str) -> str:
         entry = json.loads(line)
     except ValueError:
         return line
-    about = [str(entry[key]) for key in ("resource", "device", "pci_address", "health", "reason") if entry.get(key)]
+    which = ("resource", "device") if entry.get("device") else ("resource", "pci_address")
+    about = [str(entry[key]) for key in (*which, "health", "reason") if entry.get(key)]
     return f"{entry.get('event', '')}: {' '.join(about)}" if about else str(entry.get("event", ""))
 
 
 # Without a terminal, or on one that cannot draw
 
 
-async def tell(preset: str, story: Story) -> None:
+async def tell(preset: str, story: Story, told: list[Told]) -> None:
     """Plays the story once, in plain lines."""
-    say(f"A fake node ({PRESETS[preset].summary}), a fake kubelet, and the real daemon between them.")
+    about = f"A fake node ({PRESETS[preset].summary}), a fake kubelet, and the real daemon between them."
+    say(textwrap.fill(f"{about} {where_ids_begin(story.node)[1]}", _WIDTH))
     say("Times run from the change until the kubelet sees it, measured in this run.")
-    number = 0
-    async for told in story.chapters():
-        number += 1
-        say(f"\n{number:2}. {told.title}\n    {told.why}\n    {_duration(told):>8}  {told.result}")
-    say("\nThat is all. On a terminal the demo goes on, live, until Ctrl-C.")
+    say("On a terminal the demo is live, and goes on until Ctrl-C.")
+    async for chapter in story.chapters():
+        told.append(chapter)
+        why = textwrap.fill(chapter.why, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+        say(f"\n{len(told):2}. {chapter.title}\n{why}\n    {_duration(chapter.seconds):>8}  {chapter.result}")
 
 
-def _duration(told: Told) -> str:
-    if told.seconds is None:
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
         return ""
-    return f"{told.seconds * 1000:.0f} ms" if told.seconds < 1 else f"{told.seconds:.1f} s"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 # On a terminal
 
 
-async def _show_live(preset: str, kubelet: FakeKubelet, story: Story, daemon: _Daemon) -> None:
+async def _show_live(preset: str, kubelet: FakeKubelet, story: Story, daemon: _Daemon, told: list[Told]) -> None:
     """Shows what the kubelet sees, and plays the story again and again."""
-    told: deque[Told] = deque(maxlen=_CHAPTERS)
+    ids = where_ids_begin(story.node)[0]
 
     async def play() -> None:
         while True:
@@ -189,25 +234,26 @@ async def _show_live(preset: str, kubelet: FakeKubelet, story: Story, daemon: _D
             group.create_task(play())
             while True:
                 columns, height = screen.size
-                screen.draw(_screen(preset, kubelet, told, daemon.said, columns, height))
+                screen.draw(_screen(preset, ids, kubelet, told[-_CHAPTERS:], daemon.said, columns, height))
                 await asyncio.sleep(_REFRESH)
 
 
 def _screen(
-    preset: str, kubelet: FakeKubelet, told: Iterable[Told], said: Iterable[str], columns: int, height: int
+    preset: str, ids: str, kubelet: FakeKubelet, told: Sequence[Told], said: Iterable[str], columns: int, height: int
 ) -> list[Line]:
     """The newest chapters get the lines that are left, so many of them as fit."""
     above: list[Line] = [
         [f"The fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."],
         heading("what the kubelet sees", columns),
-        [*_LEGEND],
+        [*_LEGEND, "   ", Styled(ids, "dim")],
         *(line for resource in kubelet.resources() for line in _resource(kubelet, resource, columns)),
         heading("what happened, and how long until the kubelet saw it", columns),
     ]
-    below: list[Line] = [heading("the daemon says", columns), *([line] for line in said)]
+    log = [line for entry in said for line in textwrap.wrap(entry, columns, subsequent_indent="  ")]
+    below: list[Line] = [heading("the daemon says", columns), *([line] for line in log[-_LOG_LINES:])]
     room = height - len(above) - _LOG_LINES - 1
     story: list[Line] = []
-    for chapter in reversed(list(told)):
+    for chapter in reversed(told):
         lines = _chapter(chapter, columns)
         if len(story) + len(lines) > room:
             break
@@ -240,5 +286,5 @@ def _chapter(told: Told, columns: int) -> list[Line]:
     indent = " " * 10
     texts = ((told.title, "bold"), (told.why, "dim"), (told.result, ""))
     lines = [line for text, style in texts for line in wrapped(text, columns - len(indent), style)]
-    times: list[Part] = [Styled(f"{_duration(told):>8}  ", "bold cyan"), *[indent] * (len(lines) - 1)]
+    times: list[Part] = [Styled(f"{_duration(told.seconds):>8}  ", "bold cyan"), *[indent] * (len(lines) - 1)]
     return [[time, *line] for time, line in zip(times, lines, strict=True)]

@@ -46,7 +46,7 @@ def set_up(parser: argparse.ArgumentParser) -> None:
         "pod_resources_socket",
         "cdi_dir",
     )
-    parser.add_argument("--output", choices=("text", "json"), default="text", help="default: text")
+    parser.add_argument("--output", type=str.lower, choices=("text", "json"), default="text", help="default: text")
     parser.set_defaults(run=run)
 
 

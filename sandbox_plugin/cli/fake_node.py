@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -58,8 +59,8 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     show = _verb(verbs, "show", _show, "list the functions of a node")
     show.add_argument("dir", metavar="DIR")
     show.add_argument("--all", action="store_true", help="bridges and system peripherals too")
-    bind = _changed(lambda node, args: node.bind(args.address, args.driver))
-    parser = _on_function(verbs, "bind", bind, "bind a function to a driver, taking it from another")
+    parser = _on_function(verbs, "bind", _bind, "bind a function to a driver, taking it from another")
+    parser.add_argument("misplaced", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--driver", metavar="NAME", default="vfio-pci", help="default: vfio-pci")
     unbind = _changed(lambda node, args: node.unbind(args.address))
     _on_function(verbs, "unbind", unbind, "take a function from its driver")
@@ -119,6 +120,13 @@ def _changed(change: Callable[[FakeNode, argparse.Namespace], None]) -> _Run:
         return [_told(node, args.address)]
 
     return run
+
+
+def _bind(args: argparse.Namespace) -> list[str | Table]:
+    if args.misplaced is not None:
+        instead = shlex.join(["fake-node", "bind", args.dir, args.address, "--driver", args.misplaced])
+        raise UsageError(f"a driver needs its flag; write `sandbox-plugin {instead}`")
+    return _changed(lambda node, args: node.bind(args.address, args.driver))(args)
 
 
 def _create(args: argparse.Namespace) -> list[str | Table]:

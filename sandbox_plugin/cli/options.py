@@ -12,6 +12,7 @@ from pathlib import Path
 from sandbox_plugin.config import parsers
 from sandbox_plugin.config.load import CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, flag_or_variable, load_settings
 from sandbox_plugin.config.settings import OPTIONS, Settings, UsageError, refusing
+from sandbox_plugin.hints import did_you_mean
 
 
 def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
@@ -75,7 +76,9 @@ def _preset(name: str, where: str) -> Iterator[Path]:
     from sandbox_plugin.fake.presets import PRESETS
 
     if name not in PRESETS or os.path.exists(name):
-        raise UsageError(f"{where}: {name!r} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})")
+        hint = did_you_mean(name, PRESETS)
+        why = f"{name!r}{hint} is neither a folder with `sys` in it nor a preset ({', '.join(PRESETS)})"
+        raise UsageError(f"{where}: {why}")
     with temporary_folder("sandbox-plugin-") as folder:
         yield FakeNode.create(folder / name, name).root
 

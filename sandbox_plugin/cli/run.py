@@ -14,9 +14,10 @@ from sandbox_plugin import __version__
 from sandbox_plugin.cli.logs import configure_logs
 from sandbox_plugin.cli.options import add_options, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
-from sandbox_plugin.config.load import unknown_variables
+from sandbox_plugin.config.load import known_variables, unknown_variables
 from sandbox_plugin.config.settings import OPTIONS, Settings, UsageError
 from sandbox_plugin.daemon import Daemon
+from sandbox_plugin.hints import did_you_mean
 from sandbox_plugin.shutdown import Shutdown
 
 _NO_VM = "they follow from what sysfs shows, and Node Feature Discovery labels the node: no VM is started for them"
@@ -53,7 +54,8 @@ def _run_daemon(settings: Settings) -> int:
     async def work() -> None:
         log.info("starting", version=__version__, host=str(settings.host_root), kubelet_dir=str(settings.kubelet_dir))
         for name in unknown_variables(os.environ):
-            log.warning("unknown variable", name=name, reason="no setting has this name; it is ignored")
+            hint = did_you_mean(name, known_variables())
+            log.warning("unknown variable", name=name, reason=f"no setting has this name{hint}; it is ignored")
         if settings.gpu_feature_labels:
             log.info("labels of GPU Feature Discovery", path=str(settings.features_folder), reason=_NO_VM)
         await daemon.run(shutdown)

@@ -41,7 +41,7 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser, "status_socket")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--output", choices=("table", "json"), default="table", help="default: table")
+    how.add_argument("--output", type=str.lower, choices=("table", "json"), default="table", help="default: table")
     how.add_argument("--watch", action="store_true", help="again and again, until Ctrl-C")
     how.add_argument(
         "--probe",

@@ -45,7 +45,7 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     status = _verb(
         verbs, "status", _status, "each GPU and NVSwitch, with its group: driver, use, and what bind would do"
     )
-    status.add_argument("--output", choices=("table", "json"), default="table", help="default: table")
+    status.add_argument("--output", type=str.lower, choices=("table", "json"), default="table", help="default: table")
     bind = _verb(verbs, "bind", _bind, "give functions to the vfio driver that fits best; what has it stays as it is")
     _add_selection(bind)
     bind.add_argument(

@@ -20,7 +20,9 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from sandbox_plugin.config import parsers
 from sandbox_plugin.config.settings import OPTIONS, ConfigFile, Given, Option, ResourceRule, UsageError, refusing
+from sandbox_plugin.hints import did_you_mean
 from sandbox_plugin.model import NVIDIA
 from sandbox_plugin.names import check_alias, check_resource_name
 
@@ -45,8 +47,7 @@ def parse_config(text: str, where: str) -> ConfigFile:
     settings = {}
     for key, value in document.items():
         if key not in options:
-            allowed = ", ".join(sorted([*options, "resources", "names"]))
-            raise UsageError(f"{where}: unknown key {key!r}; allowed are {allowed}")
+            raise _unknown_key(key, sorted([*options, "resources", "names"]), where)
         settings[options[key].name] = _setting(options[key], value, f"{where}: {key}")
     named = _names(names, f"{where}: names")
     types = {(vendor, device, number): name for (vendor, device, number), name in named.items() if number is not None}
@@ -79,6 +80,11 @@ def _given_twice(text: str, why: str) -> str:
     if has_value and _OVERWRITTEN not in _what_is_wrong([*lines[: number - 1], f"{key}= 0"]):
         return why
     return f"line {number}: {key.strip()!r} has a value already"
+
+
+def _unknown_key(key: str, allowed: Sequence[str], where: str) -> UsageError:
+    hint = did_you_mean(key, allowed)
+    return UsageError(f"{where}: unknown key {key!r}{hint}; allowed are {', '.join(allowed)}")
 
 
 def _what_is_wrong(lines: Sequence[str]) -> str:
@@ -143,8 +149,7 @@ def _rules(tables: Any, where: str) -> tuple[ResourceRule, ...]:
 def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
     unknown = sorted(table.keys() - {"name", "exclude", *_CONDITIONS})
     if unknown:
-        allowed = ", ".join(("name", "exclude", *_CONDITIONS))
-        raise UsageError(f"{where}: unknown key {unknown[0]!r}; allowed are {allowed}")
+        raise _unknown_key(unknown[0], ("name", "exclude", *_CONDITIONS), where)
     if not table.keys() & set(_CONDITIONS):
         raise UsageError(f"{where}: no condition, so it would match everything; use one of {', '.join(_CONDITIONS)}")
     return ResourceRule(
@@ -163,16 +168,19 @@ def _rule(table: Mapping[str, Any], where: str) -> ResourceRule:
 
 
 def _virtual(table: Mapping[str, Any], where: str) -> bool | None:
-    virtual = table.get("virtual")
-    if virtual is not None and not isinstance(virtual, bool):
-        raise UsageError(f"{where}: virtual must be true or false")
-    return virtual
+    return _truth(table["virtual"], f"{where}: virtual") if "virtual" in table else None
+
+
+def _truth(value: Any, where: str) -> bool:
+    """As with a setting that is true or false, a word for it will do."""
+    if not isinstance(value, bool | str | int):
+        raise UsageError(f"{where} must be true or false")
+    with refusing(where):
+        return parsers.switch(str(value))
 
 
 def _name(table: Mapping[str, Any], where: str) -> str | None:
-    exclude, name = table.get("exclude", False), table.get("name")
-    if not isinstance(exclude, bool):
-        raise UsageError(f"{where}: exclude must be true or false")
+    exclude, name = _truth(table.get("exclude", False), f"{where}: exclude"), table.get("name")
     if exclude and name is not None:
         raise UsageError(f"{where}: use either name or exclude = true, not both")
     if not exclude and name is None:

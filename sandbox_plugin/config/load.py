@@ -70,8 +70,13 @@ def flag_or_variable(
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like settings and are none: a misspelt one would be missed without a word."""
-    known = {CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, *(option.environment for option in OPTIONS)}
+    known = known_variables()
     return sorted(name for name in environment if name.startswith(VARIABLE_PREFIX) and name not in known)
+
+
+def known_variables() -> set[str]:
+    """The variables that mean something to the program."""
+    return {CONFIG_VARIABLE, FAKE_SYSFS_VARIABLE, *(option.environment for option in OPTIONS)}
 
 
 def _config_file(flags: Mapping[str, str], environment: Mapping[str, str]) -> ConfigFile:

@@ -8,8 +8,9 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
+from sandbox_plugin.hints import not_one_of
 from sandbox_plugin.model import Reason
 from sandbox_plugin.names import (
     SHORTEST_SOCKET_NAME,
@@ -57,7 +58,7 @@ def node_name(text: str) -> str:
 
 def reasons(*allowed: Reason) -> Callable[[str], frozenset[Reason]]:
     """A parser of some of these reasons, with commas in between."""
-    one = one_of(*allowed)
+    one = OneOf(*allowed)
     return lambda text: frozenset(one(word.strip()) for word in text.split(","))
 
 
@@ -111,21 +112,25 @@ def seconds(text: str) -> float:
     return number
 
 
-def one_of(*words: _Word) -> Callable[[str], _Word]:
-    """A parser of these words, as they are written here."""
+class OneOf(Generic[_Word]):
+    """A parser of these words, which are written in small letters here and may be given in capitals."""
 
-    def parse(text: str) -> _Word:
-        for word in words:
-            if word == text:
+    def __init__(self, *words: _Word) -> None:
+        self.words = words
+
+    def __call__(self, text: str) -> _Word:
+        for word in self.words:
+            if word == text.lower():
                 return word
-        raise ValueError(f"{text!r} is not one of {', '.join(words)}")
-
-    return parse
+        raise ValueError(not_one_of(text, self.words))
 
 
 def or_off(parse: Callable[[str], _T]) -> Callable[[str], _T | None]:
-    """A parser that also takes `off`, which is None: so a flag can undo what the config file says."""
-    return lambda text: None if text == "off" else parse(text)
+    """A parser that also takes `off`, in capitals too, which is None: so a flag can undo what the config file says.
+
+    No other word for it: `no` may be a file.
+    """
+    return lambda text: None if text.lower() == "off" else parse(text)
 
 
 def host_port(text: str) -> tuple[str, int]:
@@ -151,10 +156,11 @@ def _is_host(in_brackets: str | None, name: str) -> bool:
 
 
 def switch(text: str) -> bool:
-    """`true` or `false`, in capitals too."""
-    return one_of("true", "false")(text.lower()) == "true"
+    """`true` or `false`, or what else people write for these."""
+    word = OneOf("true", "false", "yes", "no", "on", "off", "1", "0")(text)
+    return word in ("true", "yes", "on", "1")
 
 
 def go_switch(text: str) -> bool:
-    """As the reference plugin reads its variables (ParseBool in Go's strconv): 1, t, true and so on; empty is false."""
-    return one_of("true", "false", "1", "0", "t", "f")(text.lower() or "false") in ("true", "1", "t")
+    """The same, and what else the reference plugin takes (ParseBool in Go's strconv); empty is false."""
+    return switch({"": "false", "t": "true", "f": "false"}.get(text.lower(), text))

@@ -92,6 +92,11 @@ class Option:
         return isinstance(self.default, bool)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """All that it may be, where that is a choice of words."""
+        return self.parse.words if isinstance(self.parse, parsers.OneOf) else ()
+
+    @property
     def default_text(self) -> str:
         """The default as the user would give it."""
         if self.default is None:
@@ -203,7 +208,7 @@ class Settings:
         reference_variable="NVSWITCH_ALIAS",
     )
     consumer: Consumer = option(
-        Consumer.KATA, parsers.one_of(*Consumer), "CONSUMER", "who uses the devices: kata or kubevirt"
+        Consumer.KATA, parsers.OneOf(*Consumer), "CONSUMER", "who uses the devices: kata or kubevirt"
     )
     require_iommufd: bool = option(
         False,
@@ -213,7 +218,7 @@ class Settings:
     )
     allocation_policy: Policy = option(
         Policy.PACKED,
-        parsers.one_of(*Policy),
+        parsers.OneOf(*Policy),
         "POLICY",
         "packed: GPUs that are close together; spread: far apart",
     )
@@ -255,7 +260,7 @@ class Settings:
     metrics_pod_labels: bool = option(True, parsers.switch, "BOOL", "name the pod that holds a device in the metrics")
     device_plugin: str = option(
         "on",
-        parsers.one_of("on", "off"),
+        parsers.OneOf("on", "off"),
         "on|off",
         "off: offer nothing by the device plugin API (for nodes that serve claims only)",
     )
@@ -292,10 +297,10 @@ class Settings:
         "a Kubernetes Event on the node when a device becomes Unhealthy or recovers",
     )
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
-    log_format: str | None = option(None, parsers.one_of("json", "console"), "FORMAT", "json or console")
+    log_format: str | None = option(None, parsers.OneOf("json", "console"), "FORMAT", "json or console")
     """None: console on a terminal, else json."""
     log_level: str = option(
-        "info", parsers.one_of("debug", "info", "warning", "error"), "LEVEL", "debug, info, warning or error"
+        "info", parsers.OneOf("debug", "info", "warning", "error"), "LEVEL", "debug, info, warning or error"
     )
 
     # What is no option: `--fake-sysfs`, and the tables of the config file.

@@ -78,6 +78,8 @@ class FakeKubelet:
     def __init__(self, folder: Path, pod_resources: Path | None = None) -> None:
         self.folder = folder
         self.allocations: list[Allocation] = []
+        self.registrations = self.lists = self.allocates = 0
+        """How many there were, since it was made."""
         self._pod_resources = pod_resources
         self._plugins: dict[str, _Plugin] = {}
         self._servers: list[Server] = []
@@ -184,6 +186,7 @@ class FakeKubelet:
             await stub.allocate(request)
         except (GRPCError, OSError, StreamTerminatedError) as error:
             raise AdmissionError(f"UnexpectedAdmissionError: {error}") from None
+        self.allocates += 1
         self.allocations.append(Allocation(pod=pod, resource=resource, ids=tuple(ids)))
         return self.allocations[-1]
 
@@ -203,6 +206,7 @@ class FakeKubelet:
             plugin.channel.close()
             raise GRPCError(Status.UNKNOWN, f"cannot dial {request.endpoint}: {error}") from None
         self._plugins[plugin.resource] = plugin
+        self.registrations += 1
         task = self._group.create_task(self._watch(plugin), name=f"ListAndWatch {plugin.resource}")
         self._streams.add(task)
         task.add_done_callback(self._streams.discard)
@@ -213,6 +217,7 @@ class FakeKubelet:
             async for message in plugin.stub.list_and_watch(v1beta1.Empty()):
                 plugin.devices = {d.id: _listed(d) for d in message.devices}
                 plugin.listed_at = time.monotonic()
+                self.lists += 1
                 self._ring()
         except (GRPCError, OSError, StreamTerminatedError):
             pass

@@ -27,6 +27,7 @@ from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.tree import create_file, is_plain_file, listed, replace_file, text_of
 from sandbox_plugin.fake.vfio import Vfio
 from sandbox_plugin.fake.vgpus import Vgpus, physical_function_of
+from sandbox_plugin.hints import did_you_mean
 from sandbox_plugin.model import D3COLD, PciFunction, VfioDev, is_vfio_driver
 
 _STATE = ".fake-node"
@@ -96,7 +97,8 @@ class FakeNode:
         root = Path(directory)
         if isinstance(preset, str):
             if preset not in PRESETS:
-                raise FakeNodeError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+                hint = did_you_mean(preset, PRESETS)
+                raise FakeNodeError(f"there is no preset {preset!r}{hint}; there are {', '.join(PRESETS)}")
             preset = PRESETS[preset]
         if root.exists() and not root.is_dir():
             raise FakeNodeError(f"{root} is not a folder")

@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 
 from sandbox_plugin.fake.kubelet import AdmissionError, FakeKubelet
 from sandbox_plugin.fake.node import FakeNode
+from sandbox_plugin.model import PciFunction
 
 PATIENCE = 10.0
 """Seconds for one step; every one of them takes a fraction of that."""
 POD = "default/training-vm"
+_GPUS, _NVSWITCH = (0x030000, 0x030200), 0x068000
+"""Class codes."""
 
 
 class StoryError(Exception):
@@ -32,6 +35,30 @@ class Told:
     result: str
     seconds: float | None
     """From the cause to the kubelet's seeing it; None for what the kubelet itself did."""
+
+
+def _numbered(node: FakeNode) -> list[tuple[int, PciFunction]]:
+    """GPUs and NVSwitches that a vfio driver has, each with the number that makes its device ID."""
+    return [
+        (function.vfio.number if node.kernel.cdevs else function.iommu_group or 0, function)
+        for function in node.functions()
+        if function.vfio is not None and function.class_code in (*_GPUS, _NVSWITCH)
+    ]
+
+
+def where_ids_begin(node: FakeNode) -> tuple[str, str]:
+    """Why the IDs of the GPUs begin where they do: in a few words, and in full."""
+    gpus = [number for number, function in _numbered(node) if function.class_code in _GPUS]
+    switches = [number for number, function in _numbered(node) if function.class_code == _NVSWITCH]
+    if not node.kernel.cdevs:
+        groups = f"This kernel has no VFIO cdevs: an ID is the number of an IOMMU group. The GPUs begin at {min(gpus)}"
+        return "IDs are IOMMU groups", f"{groups} because functions before them on the bus have groups too."
+    nodes = "An ID is the N of a VFIO node, /dev/vfio/devices/vfioN."
+    if not switches:
+        return "", nodes
+    few = f"{min(switches)} to {max(switches)}"
+    full = f"The NVSwitches come first on the bus and have {few}, so the GPUs begin at {min(gpus)}."
+    return f"GPUs from {min(gpus)}: NVSwitches have {few}", f"{nodes} {full}"
 
 
 @dataclass(kw_only=True)
@@ -178,13 +205,7 @@ class Story:
 
     def _bound(self) -> dict[str, str]:
         """Device ID -> PCI address of what is bound to a vfio driver and is a device of its own."""
-        bound = {}
-        for function in self.node.functions():
-            if function.vfio is None or function.class_code not in (0x030000, 0x030200, 0x068000):
-                continue
-            number = function.vfio.number if self.node.kernel.cdevs else function.iommu_group
-            bound[str(number)] = function.address
-        return bound
+        return {str(number): function.address for number, function in _numbered(self.node)}
 
     def _free(self) -> list[str]:
         """GPUs that no pod holds."""
