@@ -290,7 +290,8 @@ def once(what):
     return (time.perf_counter() - began) * 1000 / len(sys.argv[1:])
 SCANNED = ("vendor", "device", "class", "subsystem_vendor", "subsystem_device", "numa_node", "max_link_speed",
     "max_link_width", "d3cold_allowed", "resource", "aer_dev_fatal", "aer_dev_nonfatal", "aer_dev_correctable",
-    "boot_vga", "reset_method", "../max_link_speed", "../max_link_width", "../vendor", "../device", "../class", "../subsystem_vendor")
+    "boot_vga", "reset_method", "../max_link_speed", "../max_link_width", "../vendor", "../device", "../class",
+    "../subsystem_vendor")
 print(*(statistics.median(once(what) for _ in range(20)) for what in (look, scan)), memory)
 """
 """The reads of `read_again` and of a first scan, with system calls alone. Folders of GPUs are its arguments."""

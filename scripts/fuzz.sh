@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-60}
 python3 scripts/dev.py fuzz-setup
-for target in sysfs config messages uevent cdi; do
+for target in sysfs config messages uevent cdi http; do
   mkdir -p ".cache/fuzz/$target"
   log=".cache/fuzz/$target.log"
   echo "fuzz: $target for $seconds s"

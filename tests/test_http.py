@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from http import HTTPStatus
+from typing import Any
 
 import pytest
 import structlog
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from loop import in_loop, run, until
 
 from sandbox_plugin.config.parsers import host_port
-from sandbox_plugin.outputs import http
+from sandbox_plugin.outputs import clients, http
 from sandbox_plugin.outputs.http import Answer, HttpServer
 
 LOCAL = "127.0.0.1"
@@ -146,6 +148,28 @@ async def test_clients_that_say_nothing_keep_no_probe_out_and_the_oldest_are_hun
         assert (await silent[-1][0].read()).startswith(b"HTTP/1.1 200"), "it is among the last sixteen"
         for _, writer in silent:
             writer.close()
+
+
+@in_loop
+async def test_where_no_descriptor_is_left_accepting_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = 0
+
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            nonlocal refused
+            refused += 1
+            if refused < 3:
+                raise OSError(errno.EMFILE, "too many open files")
+            return super().accept()
+
+    monkeypatch.setattr(clients, "_RETRY", 0.01)
+    with Listener() as listener, socket.socket() as client:
+        listener.bind((LOCAL, 0))
+        listener.listen()
+        client.connect(listener.getsockname())
+        with await clients.accepted(listener) as served:
+            assert served.getpeername() == client.getsockname()
+    assert refused == 3
 
 
 @in_loop

@@ -339,6 +339,9 @@ def test_an_end_of_the_link_that_says_nothing_is_no_limit(bench: Bench) -> None:
     assert bench.of(catalogue.LINK_MAX_SPEED) == 2.5e9
     assert bench.of(catalogue.LINK_MAX_WIDTH) == 16
     assert bench.of(catalogue.AER, severity="fatal") is None, "a function without counters"
+    bench.see(gpu(A, vfio=3, link_limits=(LinkLimit("2.5 GT/s PCIe", None),)))
+    assert bench.of(catalogue.LINK_MAX_SPEED) == 2.5e9
+    assert bench.of(catalogue.LINK_MAX_WIDTH) is None
 
 
 def test_every_function_of_a_device_has_its_own_link(bench: Bench) -> None:

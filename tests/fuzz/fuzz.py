@@ -1,8 +1,9 @@
-"""Coverage-guided fuzzing of what reads foreign input: sysfs, the config file, messages, kernel events, CDI specs.
+"""Coverage-guided fuzzing of what reads foreign input: sysfs, the config file, messages, kernel events, CDI specs,
+HTTP.
 
     python tests/fuzz/fuzz.py TARGET [libFuzzer arguments] CORPUS...
 
-Targets: sysfs, config, messages, uevent, cdi. A target fails on any exception that the code under it does not
+Targets: sysfs, config, messages, uevent, cdi, http. A target fails on any exception that the code under it does not
 promise. Apart from the tests because atheris takes over the process; `just fuzz` runs all targets for a while each.
 FUZZ_PLANT=TARGET plants an exception, which must be found: it shows that a failure is seen at all.
 """
@@ -37,6 +38,7 @@ with atheris.instrument_imports(include=["sandbox_plugin", "yaml"]):
     from sandbox_plugin.kubelet.podresources import holdings
     from sandbox_plugin.kubelet.servicer import DevicePluginServicer
     from sandbox_plugin.model import Device, HostFacts, IommuGroup, Objection, PciFunction, VfioDev
+    from sandbox_plugin.outputs.http import Answer, HttpServer
     from sandbox_plugin.registry import Registry
     from sandbox_plugin.rpc.codec import MalformedMessage, MessageCodec, RequestCodec
 
@@ -58,6 +60,10 @@ ATTRIBUTES = (
     "sriov_numvfs",
     "aer_dev_fatal",
     "vfio-dev/vfio3/dev",
+    "aer_dev_nonfatal",
+    "aer_dev_correctable",
+    "max_link_speed",
+    "max_link_width",
 )
 SENSIBLE = {"vendor": "0x10de", "device": "0x2330", "class": "0x030200", "vfio-dev/vfio3/dev": "511:3"}
 
@@ -133,6 +139,22 @@ def cdi(_: Path) -> Callable[[bytes], object]:
     return lambda data: (read_spec(data), read_stale("nvidia.com-pgpu.yaml", data, lambda _: True))
 
 
+def http(_: Path) -> Callable[[bytes], None]:
+    """Requests to the metrics' address. The bytes up to the first empty line are the head."""
+
+    async def page(_: str) -> Answer:
+        return Answer(b"")
+
+    server = HttpServer(address=("", 0), pages={"/metrics": page})
+
+    def one(data: bytes) -> None:
+        with suppress(StopIteration):  # it waits for nothing, so it ends at once
+            server._answer(data).send(None)
+            raise AssertionError("it waits")
+
+    return one
+
+
 async def _servicer() -> DevicePluginServicer:
     gpus = {
         f"0000:{n:02x}:00.0": PciFunction(
@@ -170,6 +192,7 @@ TARGETS: dict[str, Callable[[Path], Callable[[bytes], object]]] = {
     "messages": messages,
     "uevent": uevent,
     "cdi": cdi,
+    "http": http,
 }
 
 
