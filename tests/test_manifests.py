@@ -27,6 +27,8 @@ from sandbox_plugin.inventory.naming import type_name
 
 ROOT = Path(__file__).parent.parent
 OVERLAYS = sorted(f"manifests/overlays/{path.name}" for path in (ROOT / "manifests/overlays").iterdir())
+CONSUMERS = ["manifests/overlays/kata", "manifests/overlays/kubevirt"]
+"""Overlays that components are put on."""
 ADMINISTRATORS = "examples/overlay"
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.yaml"))
 OLDEST_KUBERNETES, NEWEST_KUBERNETES = "1.34", "1.37"  # Kata's cold plug needs 1.34
@@ -189,7 +191,7 @@ def test_the_example_of_an_overlay_is_one_for_kubevirt_when_the_two_lines_that_s
     assert overlay.container["args"] == ["run", "--consumer", "kubevirt"]
 
 
-@pytest.mark.parametrize("base", OVERLAYS)
+@pytest.mark.parametrize("base", CONSUMERS)
 def test_the_component_for_labels_mounts_nfds_folder_and_names_it_and_adds_no_power(tmp_path: Path, base: str) -> None:
     shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
     (tmp_path / "own").mkdir()
@@ -243,7 +245,7 @@ def test_the_example_pods_ask_kata_for_one_gpu_by_the_default_resource_name(name
     assert container["resources"]["limits"][f"nvidia.com/{Settings().gpu_alias}"] == 1
 
 
-@pytest.mark.parametrize("base", OVERLAYS)
+@pytest.mark.parametrize("base", CONSUMERS)
 def test_the_component_for_the_prometheus_operator_finds_the_pods_and_brings_the_alerts_and_the_dashboard(
     tmp_path: Path, base: str
 ) -> None:
@@ -273,7 +275,7 @@ def test_the_component_for_the_prometheus_operator_finds_the_pods_and_brings_the
     assert json.loads(dashboard["data"]["sandbox-plugin.json"])["panels"]
 
 
-@pytest.mark.parametrize("base", OVERLAYS)
+@pytest.mark.parametrize("base", CONSUMERS)
 def test_the_component_for_node_events_gives_the_right_to_create_events_and_no_other(tmp_path: Path, base: str) -> None:
     shutil.copytree(ROOT / "manifests", tmp_path / "manifests")
     (tmp_path / "own").mkdir()
@@ -289,7 +291,8 @@ def test_the_component_for_node_events_gives_the_right_to_create_events_and_no_o
     assert telling.by_kind.keys() - plain.by_kind.keys() == {"ClusterRole", "ClusterRoleBinding"}
     role, binding = telling.by_kind["ClusterRole"], telling.by_kind["ClusterRoleBinding"]
     assert role["rules"] == [{"apiGroups": [""], "resources": ["events"], "verbs": ["create"]}]
-    assert role["metadata"]["name"] == binding["metadata"]["name"] == binding["roleRef"]["name"] == namespace
+    name = f"sandbox-plugin-events:{namespace}"
+    assert role["metadata"]["name"] == binding["metadata"]["name"] == binding["roleRef"]["name"] == name
     account = telling.by_kind["ServiceAccount"]["metadata"]
     (subject,) = binding["subjects"]
     assert (subject["name"], subject["namespace"]) == (account["name"], account["namespace"])
