@@ -209,13 +209,18 @@ class Bench:
 
     def memory(self) -> None:
         for gpus in (16, 1024):
-            with self.daemon(gpus) as (kubelet, daemon, _):
+            with self.daemon(gpus) as (kubelet, daemon, node):
                 plugin = kubelet.plugin(PGPU)
                 for _ in range(100):
                     plugin.options()
                 memory = psutil.Process(daemon.pid).memory_full_info()
                 self.note(f"resident memory, {gpus} GPUs", memory.rss / 2**20, "MiB")
                 self.note(f"its share (PSS), {gpus} GPUs", memory.pss / 2**20, "MiB")
+                self.note(f"the most it ever was, {gpus} GPUs", _peak(daemon.pid), "MiB")
+                self.note(f"CPU time until here, {gpus} GPUs", _cpu(daemon.pid), "s")
+                peak, cpu = _used_by(self.python, "-m", "sandbox_plugin", "status", "--probe", _socket_of(node))
+                self.note(f"a probe's process, {gpus} GPUs: most memory", peak, "MiB")
+                self.note(f"a probe's process, {gpus} GPUs: CPU time", cpu * 1000, "ms")
 
     def scrape(self) -> None:
         """The page of metrics, of a node whose devices are all held."""
@@ -346,6 +351,34 @@ def _allocates(plugin: Plugin, ids: Sequence[str], size: int, repeat: int) -> li
 
 def _wait_until_healthy(kubelet: GrpcKubelet, gpus: int) -> None:
     kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == gpus, timeout=120)
+
+
+def _peak(pid: int) -> float:
+    """The most memory that a process ever had, in MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def _used_by(*command: str) -> tuple[float, float]:
+    """The most memory of a command of Python, in MiB, and its CPU time, in seconds.
+
+    A small process starts it, because what its parent has counts until the exec.
+    """
+    starter = """
+import os, sys
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, 2, 1)])
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss / 1024, usage.ru_utime + usage.ru_stime)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    run = [command[0], "-S", "-c", starter, *command]
+    said = subprocess.run(run, cwd=ROOT, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    peak, cpu = map(float, said.stdout.split())
+    return peak, cpu
+
+
+def _socket_of(node: FakeNode) -> str:
+    return f"--status-socket={node.root}/run/sandbox-plugin/status.sock"
 
 
 def _p99(times: Sequence[float]) -> float:

@@ -16,7 +16,8 @@ from sandbox_plugin.config.settings import OPTIONS, Option, Settings
 from sandbox_plugin.model import Reason
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *(ROOT / each / "README.md" for each in ("manifests", "examples"))]
+DOCS += sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_operations_tells_what_every_reason_means_and_what_to_do_and_knows_no_other_reason() -> None:
@@ -81,7 +82,7 @@ def test_the_architecture_page_names_files_that_there_are() -> None:
         assert (ROOT / "sandbox_plugin" / name).exists() or (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_to_files_and_headings_that_there_are(document: Path) -> None:
     for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
         target = document.parent / name if name else document

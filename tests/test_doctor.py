@@ -667,6 +667,13 @@ def test_kubevirt_needs_neither_cdi_nor_kata_nor_get(machine: Machine, examine: 
     assert troubles(examine(machine, "--consumer=kubevirt")) == ["kubelet/pod-resources warn"]
 
 
+def test_the_drop_in_of_the_examples_mends_a_kata_that_plugs_nothing(machine: Machine, examine: Examine) -> None:
+    machine.write(KATA, '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\n\n[runtime]\npod_resource_api_sock = ""\n')
+    assert troubles(examine(machine)) == ["kata/cold-plug fail", "kata/pod-resources-socket fail"]
+    machine.write(f"{Path(KATA).parent}/config.d/50-gpu.toml", (ROOT / "examples/node/kata.toml").read_text())
+    assert troubles(examine(machine)) == []
+
+
 def test_iommufd_in_kata_needs_cdevs(machine_of: Callable[[str], Machine], examine: Examine) -> None:
     machine = machine_of("hgx-h100-group")
     machine.edit_kata("rootless = false", "enable_iommufd = true")

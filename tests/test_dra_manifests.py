@@ -10,8 +10,8 @@ import kubernetes_validate
 import pytest
 import yaml
 from daemon import run_command
+from deployed import build
 from slices import TERMS, facts_of, registry_of
-from test_manifests import build
 
 from sandbox_plugin.config.load import load_settings
 from sandbox_plugin.config.settings import Settings

@@ -50,7 +50,6 @@ def test_over_two_upgrades_in_a_row_a_pod_finds_its_devices_at_every_moment_and_
             agree()
             running = new
     assert not faults
-    assert not [event for event in running.events("device changed") if event["device"] in HELD]
     free = sorted(GPU_NODES.keys() - set(HELD))
     assert_allocates(kubelet.plugin(PGPU), [free], GPU_NODES)
     running.close()  # before those that it came after, which are judged by what they left

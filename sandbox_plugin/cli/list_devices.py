@@ -32,6 +32,7 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     add_options(parser, "gpu_alias", "nvswitch_alias", "require_iommufd")
     parser.add_argument(
         "--output",
+        type=str.lower,
         choices=("table", "wide", "json"),
         default="table",
         help="table: as wide as the terminal, or 80 columns (default); wide: all columns, each device in one line; "
