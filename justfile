@@ -62,6 +62,17 @@ pci-names *file: setup
 consumers: setup
     python scripts/show-consumers.py
 
+# print the alerts as Prometheus' rule_files take them; --runbooks ADDRESS comes before each runbook's path
+alerts *arguments: setup
+    @python scripts/plain-alerts.py "$@"
+
+# alerts and dashboard by promtool; then metrics, and each alert as it fires and resolves, in a real Prometheus
+test-monitoring: setup
+    scripts/install-prometheus.sh
+    PROMTOOL=required pytest tests/test_alerts.py tests/test_dashboard.py
+    python scripts/try-metrics.py
+    python scripts/try-alerts.py
+
 # make the reference of docs/monitoring.md from the code
 metrics-reference: setup
     python scripts/metrics-reference.py

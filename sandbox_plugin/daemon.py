@@ -176,8 +176,45 @@ class Daemon:
                 shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
+            if self._settings.features_folder is not None:
+                shutdown.watch(group.create_task(self._label(self._settings.features_folder)))
             if self._settings.dra:
                 shutdown.watch(group.create_task(self._serve_claims(shutdown, prepared)))
+            if self._settings.node_events:
+                shutdown.watch(group.create_task(self._tell_of_changes()))
+
+    async def _label(self, folder: Path) -> None:
+        """Keeps the labels of this node current."""
+        from sandbox_plugin.outputs.feature_writer import FeatureWriter
+
+        await FeatureWriter(
+            folder=folder,
+            registry=self._registry,
+            paths=self._paths,
+            names=self._rules.names,
+            gpu_features=self._settings.gpu_feature_labels,
+            makes_folder=self._settings.node_features is not None,
+        ).run()
+
+    async def _tell_of_changes(self) -> None:
+        """Events on the node, for as long as this plugin serves."""
+        from sandbox_plugin.dra.api_server import ApiServer, in_cluster_url
+        from sandbox_plugin.dra.client import ApiError
+        from sandbox_plugin.outputs.events import NodeEvents
+
+        url, node = self._settings.api_server or in_cluster_url(os.environ), self._settings.node_name
+        assert url is not None  # `load_settings` has seen to both
+        assert node is not None
+        async with ApiServer(url=url) as api:
+
+            async def tell(event: dict[str, Any]) -> str | None:
+                try:
+                    await api.create_event(event)
+                except ApiError as error:
+                    return str(error)
+                return None
+
+            await NodeEvents(node=node, registry=self._registry, tell=tell).run()
 
     async def _serve_claims(self, shutdown: Shutdown, prepared: Mapping[str, Prepared]) -> None:
         """Dynamic Resource Allocation, for as long as this plugin serves."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sandbox_plugin.config.load import load_settings
 from sandbox_plugin.config.settings import OPTIONS, Consumer, Policy, ResourceRule, Settings, UsageError
+from sandbox_plugin.model import Reason
 
 KEYS = {option.flag.removeprefix("--") for option in OPTIONS}
 EVERY_KEY = ", ".join(sorted([*KEYS, "names", "resources"]))
@@ -61,6 +62,17 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         fabric-partitions = "/f.json"
         whole-node = "nvidia.com/pgpu=8"
         status-socket = "/s.sock"
+        node-features = "/features.d"
+        gpu-feature-labels = true
+        metrics-address = "127.0.0.1:9400"
+        metrics-pod-labels = false
+        device-plugin = "off"
+        dra = true
+        dra-driver-name = "gpus.example.com"
+        dra-evict = "off-the-bus"
+        node-name = "gpu-1"
+        api-server = "https://10.0.0.1:6443"
+        node-events = true
         health-interval = 2.5
         log-format = "json"
         log-level = "debug"
@@ -78,6 +90,17 @@ def test_every_setting_may_stand_in_the_file_by_its_flags_name(tmp_path: Path) -
         fabric_partitions=Path("/f.json"),
         whole_node=("nvidia.com/pgpu", 8),
         status_socket=Path("/s.sock"),
+        node_features=Path("/features.d"),
+        gpu_feature_labels=True,
+        metrics_address=("127.0.0.1", 9400),
+        metrics_pod_labels=False,
+        device_plugin="off",
+        dra=True,
+        dra_driver_name="gpus.example.com",
+        dra_evict=frozenset({Reason.OFF_THE_BUS}),
+        node_name="gpu-1",
+        api_server="https://10.0.0.1:6443",
+        node_events=True,
         health_interval=2.5,
         log_format="json",
         log_level="debug",

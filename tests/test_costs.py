@@ -45,6 +45,7 @@ def loaded_by(module: str) -> set[str]:
 
 LATER = {"yaml", "tomllib", "difflib", "watchfiles", "anyio", "sandbox_plugin.host.watch", "sandbox_plugin.cdi.foreign"}
 LATER |= {"prometheus_client", "sandbox_plugin.outputs.http", "sandbox_plugin.outputs.metrics"}
+LATER |= {"sandbox_plugin.outputs.events", "sandbox_plugin.outputs.feature_writer"}
 """What the daemon needs only after its devices are served, or seldom."""
 OF_CLAIMS = {"aiohttp", "sandbox_plugin.dra"}
 """What nobody has without `--dra`."""

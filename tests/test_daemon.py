@@ -438,16 +438,15 @@ def test_after_sigkill_it_starts_over_what_was_left_behind(serve: Serve, kubelet
 
 
 def test_what_the_environment_says_in_vain_is_named(daemon: Callable[..., Daemon]) -> None:
-    plugin = daemon("empty", SANDBOX_PLUGIN_HEALTH_INTERVALL="9", ENABLE_GFD="true")
+    plugin = daemon("empty", SANDBOX_PLUGIN_HEALTH_INTERVALL="9")
     unknown = plugin.wait_for("unknown variable", name="SANDBOX_PLUGIN_HEALTH_INTERVALL")
     assert "did you mean 'SANDBOX_PLUGIN_HEALTH_INTERVAL'?" in unknown["reason"]
-    plugin.wait_for("variable ignored", name="ENABLE_GFD", level="warning", reason="does not label the node")
 
 
 def test_who_wants_no_labels_is_told_nothing_of_them(daemon: Callable[..., Daemon]) -> None:
     plugin = daemon("empty", ENABLE_GFD="false")
     plugin.wait_for("no device to offer yet")
-    assert not plugin.events("variable ignored")
+    assert not plugin.events("labels of GPU Feature Discovery")
 
 
 @pytest.mark.parametrize(

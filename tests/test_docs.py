@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from markdown import anchors
 
 from sandbox_plugin.cli.main import main
 from sandbox_plugin.config.load import load_settings
@@ -86,10 +87,4 @@ def test_links_lead_to_files_and_headings_that_there_are(document: Path) -> None
     for name, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
         target = document.parent / name if name else document
         assert target.exists(), name
-        assert not anchor or anchor in _anchors(target), f"{name}#{anchor}"
-
-
-def _anchors(document: Path) -> set[str]:
-    """Of each heading, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in anchors(target), f"{name}#{anchor}"

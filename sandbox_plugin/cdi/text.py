@@ -75,7 +75,7 @@ def load(content: bytes) -> Any:
 
     Raises NotYaml and NotRead.
     """
-    if len(content) > LARGEST:
+    if len(content) > LARGEST:  # to parse it would take seconds
         raise NotRead(f"it has more than {LARGEST} bytes")
     import yaml
 

@@ -20,10 +20,7 @@ from sandbox_plugin.daemon import Daemon
 from sandbox_plugin.hints import did_you_mean
 from sandbox_plugin.shutdown import Shutdown
 
-_NO_LABELS = (
-    "this plugin does not label the node, as the reference plugin does from within a Kata VM: what selects nodes by "
-    "those labels needs them from elsewhere"
-)
+_NO_VM = "they follow from what sysfs shows, and Node Feature Discovery labels the node: no VM is started for them"
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -40,8 +37,11 @@ def set_up(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as long as there are no tasks to log
     with settings_from(args) as settings:
-        if settings.dra and find_spec("aiohttp") is None:
-            raise UsageError("--dra: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]")
+        asking = [flag for flag, is_on in (("--dra", settings.dra), ("--node-events", settings.node_events)) if is_on]
+        if asking and find_spec("aiohttp") is None:
+            raise UsageError(
+                f"{asking[0]}: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]"
+            )
         configure_logs(settings.log_format, settings.log_level, sys.stderr)
         return _run_daemon(settings)
 
@@ -56,8 +56,8 @@ def _run_daemon(settings: Settings) -> int:
         for name in unknown_variables(os.environ):
             hint = did_you_mean(name, known_variables())
             log.warning("unknown variable", name=name, reason=f"no setting has this name{hint}; it is ignored")
-        if os.environ.get("ENABLE_GFD", "").lower() in ("1", "t", "true"):
-            log.warning("variable ignored", name="ENABLE_GFD", reason=_NO_LABELS)
+        if settings.gpu_feature_labels:
+            log.info("labels of GPU Feature Discovery", path=str(settings.features_folder), reason=_NO_VM)
         await daemon.run(shutdown)
 
     try:

@@ -41,10 +41,11 @@ def load_settings(flags: Mapping[str, str], environment: Mapping[str, str]) -> S
         for model in config.model_names.values():
             for alias in aliases:
                 _refuse_the_same(model, alias)
-    if given["dra"].value and given["node_name"].value is None:
-        raise UsageError(f"{given['dra'].where}: needs the name of this node, as {_NODE_NAME} or --node-name")
-    if given["dra"].value and given["api_server"].value is None and not environment.get("KUBERNETES_SERVICE_HOST"):
-        raise UsageError(f"{given['dra'].where}: this is no pod, so --api-server must say where the API server is")
+    for needing in [each for each in (given["dra"], given["node_events"]) if each.value]:
+        if given["node_name"].value is None:
+            raise UsageError(f"{needing.where}: needs the name of this node, as {_NODE_NAME} or --node-name")
+        if given["api_server"].value is None and not environment.get("KUBERNETES_SERVICE_HOST"):
+            raise UsageError(f"{needing.where}: this is no pod, so --api-server must say where the API server is")
     if given["device_plugin"].value == "off" and not given["dra"].value:
         raise UsageError(f"{given['device_plugin'].where}: without --dra nothing would be offered")
     return Settings(

@@ -159,3 +159,8 @@ def switch(text: str) -> bool:
     """`true` or `false`, or what else people write for these."""
     word = OneOf("true", "false", "yes", "no", "on", "off", "1", "0")(text)
     return word in ("true", "yes", "on", "1")
+
+
+def go_switch(text: str) -> bool:
+    """The same, and what else the reference plugin takes (ParseBool in Go's strconv); empty is false."""
+    return switch({"": "false", "t": "true", "f": "false"}.get(text.lower(), text))

@@ -21,6 +21,8 @@ from sandbox_plugin.model import Reason
 VARIABLE_PREFIX = "SANDBOX_PLUGIN_"
 STATUS_SOCKET = Path("/run/sandbox-plugin/status.sock")
 """Not in the kubelet's folder: the kubelet deletes sockets there."""
+FEATURES_FOLDER = Path("/etc/kubernetes/node-feature-discovery/features.d")
+"""Where nfd-worker looks for feature files (source/local/local.go of Node Feature Discovery)."""
 
 BROKEN = (
     Reason.GONE,
@@ -236,6 +238,19 @@ class Settings:
         STATUS_SOCKET, parsers.socket_path, "PATH", "where `sandbox-plugin status` asks the daemon"
     )
     """With a fake host the default is below its root."""
+    node_features: Path | None = option(
+        None,
+        parsers.or_off(parsers.path),
+        "DIR",
+        "Node Feature Discovery's features.d: label the node with what it has",
+    )
+    gpu_feature_labels: bool = option(
+        False,
+        parsers.go_switch,
+        "BOOL",
+        "also nvidia.com/gpu.product, .family, .count and .memory, as GPU Feature Discovery labels nodes",
+        reference_variable="ENABLE_GFD",
+    )
     device_plugin: str = option(
         "on",
         parsers.OneOf("on", "off"),
@@ -259,14 +274,14 @@ class Settings:
         None,
         parsers.or_off(parsers.node_name),
         "NAME",
-        "the name of this node in the cluster; --dra needs it",
+        "the name of this node in the cluster; --dra and --node-events need it",
         variable="NODE_NAME",
     )
     api_server: str | None = option(
         None,
         parsers.or_off(parsers.url),
         "URL",
-        "the API server for --dra; off: the one that the pod's environment names",
+        "the API server for --dra and --node-events; off: the one that the pod's environment names",
     )
     metrics_address: tuple[str, int] | None = option(
         None,
@@ -275,6 +290,12 @@ class Settings:
         "serve /metrics, /healthz and /readyz there; HOST may be empty",
     )
     metrics_pod_labels: bool = option(True, parsers.switch, "BOOL", "name the pod that holds a device in the metrics")
+    node_events: bool = option(
+        False,
+        parsers.switch,
+        "BOOL",
+        "a Kubernetes Event on the node when a device becomes Unhealthy or recovers",
+    )
     health_interval: float = option(5.0, parsers.seconds, "SECONDS", "seconds between periodic rescans")
     log_format: str | None = option(None, parsers.OneOf("json", "console"), "FORMAT", "json or console")
     """None: console on a terminal, else json."""
@@ -291,6 +312,14 @@ class Settings:
     """(vendor, device) -> last part of the resource name, for models with a name of the user's own."""
     type_names: Mapping[tuple[int, int, int], str] = field(default_factory=dict)
     """(vendor, device, number of the type) -> the same for types of vGPU whose names were not seen."""
+
+    @property
+    def features_folder(self) -> Path | None:
+        """Where the feature file goes; None: nowhere. Who only asks for GPU Feature Discovery's labels, as the
+        reference's users do, gets them where NFD looks for them by default."""
+        if self.node_features is None and self.gpu_feature_labels:
+            return self.host_root / FEATURES_FOLDER.relative_to("/")
+        return self.node_features
 
     def on_fake_host(self, root: Path) -> Settings:
         """The same settings for a fake host below `root`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sandbox_plugin.doctor.node import Displays, Kernel, KubeletFolder, Limits, Peer, Screen
 from sandbox_plugin.host import sysfs
+from sandbox_plugin.host.confidential import read_confidential
 from sandbox_plugin.host.modules import read_drivers
 from sandbox_plugin.host.namespaces import is_the_hosts
 from sandbox_plugin.host.paths import HostPaths
@@ -45,7 +46,7 @@ def read_kernel(paths: HostPaths) -> Kernel:
     """Raises `sysfs.OutOfResources`."""
     root = paths.root
     tables = sysfs.listed(root / "sys/firmware/acpi/tables")
-    modules = f"{root}/sys/module"
+    modules, confidential = f"{root}/sys/module", read_confidential(paths)
     return Kernel(
         command_line=tuple((sysfs.text_or_none(f"{root}/proc/cmdline") or "").split()),
         # A container has an empty folder in place of /sys/firmware.
@@ -54,17 +55,12 @@ def read_kernel(paths: HostPaths) -> Kernel:
         groups=len(sysfs.listed(paths.iommu_groups)),
         irq_chips=_irq_chips(root),
         has_kvm=os.path.exists(root / "sys/class/misc/kvm"),
-        snp=_is_on(f"{modules}/kvm_amd/parameters/sev_snp"),
-        tdx=_is_on(f"{modules}/kvm_intel/parameters/tdx"),
+        snp=confidential.snp,
+        tdx=confidential.tdx,
         drivers=tuple(sorted(read_drivers(paths))),
-        unsafe_interrupts=_is_on(f"{modules}/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
-        unsafe_noiommu=_is_on(f"{modules}/vfio/parameters/enable_unsafe_noiommu_mode"),
+        unsafe_interrupts=sysfs.is_on(f"{modules}/vfio_iommu_type1/parameters/allow_unsafe_interrupts"),
+        unsafe_noiommu=sysfs.is_on(f"{modules}/vfio/parameters/enable_unsafe_noiommu_mode"),
     )
-
-
-def _is_on(parameter: str) -> bool:
-    """Of a module's boolean parameter."""
-    return sysfs.text_or_none(parameter) in ("Y", "1")
 
 
 def _irq_chips(root: Path) -> frozenset[str]:

@@ -134,6 +134,10 @@ class ApiServer:
             while line := await answer.content.readline():
                 yield _event(_object(line))
 
+    async def create_event(self, event: JsonObject) -> None:
+        """An Event of core/v1, in the namespace that it names."""
+        await self._ask("POST", f"/api/v1/namespaces/{event['metadata']['namespace']}/events", body=event)
+
     # How it is asked
 
     async def _get(self, path: str) -> JsonObject | None:

@@ -1,6 +1,6 @@
 """Small files: read again only when they have changed, replaced whole.
 
-What CDI specs and the files of claims need. A call may hang on a dead mount: these run on threads.
+What CDI specs, the files of claims and feature files need. A call may hang on a dead mount: these run on threads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LARGEST = 1 << 18
 NO_RESOURCES = (*OUT_OF_RESOURCES, errno.EAGAIN)
 """Errors that say what this process lacks (EAGAIN: a thread), and nothing about the file."""
 _TEMPORARY = ".sandbox-plugin.tmp"
-"""Not .yaml and not .json: readers of a CDI folder do not look at it."""
+"""Not .yaml and not .json: readers of a CDI folder do not look at it. NFD reads no name that begins with a dot."""
 PATIENCE = 5.0
 """Seconds after which it is said that a folder does not answer."""
 _LAST_PATIENCE = 0.3

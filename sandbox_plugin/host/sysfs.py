@@ -48,6 +48,11 @@ def text_or_none(file: str, limit: int = _ATTRIBUTE_LIMIT) -> str | None:
         return None
 
 
+def is_on(parameter: str) -> bool:
+    """Of a module's boolean parameter. Raises `OutOfResources`."""
+    return text_or_none(parameter) in ("Y", "1")
+
+
 def target_name(link: str) -> str | None:
     """The last part of what a symbolic link leads to; None if there is no link. Raises OSError."""
     try:

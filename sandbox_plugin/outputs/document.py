@@ -17,7 +17,7 @@ from sandbox_plugin.model import Device, Reason, key_order
 SCHEMA = 1
 """Rises when a key goes or changes its meaning; new keys may come without that."""
 SERVING, STANDING_BY, WAITING = "serving", "standing by", "waiting"
-_ORDERLY = frozenset(
+ORDERLY = frozenset(
     {
         Reason.GROUP_TAKEN,
         Reason.HELD_AS_ANOTHER,
@@ -136,7 +136,7 @@ def device_remarks(inventory: Inventory) -> list[str]:
         f"{resource}={device.id} ({device.address}) is Unhealthy: {device.health}"
         for resource, devices in inventory.resources.items()
         for device in devices
-        if device.health.reason is not None and device.health.reason not in _ORDERLY
+        if device.health.reason is not None and device.health.reason not in ORDERLY
     ]
 
 
