@@ -179,6 +179,23 @@ def test_virtual_functions_are_not_given_while_a_pod_holds_their_physical_functi
     assert world.give(virtual, ids[0]) is None
 
 
+@pytest.mark.parametrize("cdevs", [True, False])
+def test_virtual_functions_are_not_given_before_it_is_known_who_holds_their_physical_function(cdevs: bool) -> None:
+    """The kubelet keeps that one's ID from other pods, and theirs are new."""
+    virtual = "nvidia.com/GH100_H100_SXM5_80GB_VF"
+    for seed in range(10):  # a young kubelet names some of its pods
+        world = serving("virtual", cdevs=cdevs)
+        world.dice.seed(seed)
+        assert world.give(PGPU, "1" if cdevs else "2")
+        world.kernel.carry(world.kernel.functions[SECOND], world.now)
+        world.restart_kubelet()
+        restart(world)
+        world.wait(20)
+        ids = [d.id for d in world.current.resources[virtual]]
+        assert len(ids) == 2
+        assert world.give(virtual, ids[0]) is None
+
+
 # A VM that outlives its pod
 
 

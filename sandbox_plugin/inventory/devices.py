@@ -42,10 +42,12 @@ class Group:
     """Its number, the addresses of its functions, and the nodes of those and of its devices."""
     has_unbound: bool
     """A function that a rule wants is in it, and no vfio driver has that: a pod may have it from before."""
+    has_virtual: bool
+    """A virtual function is in it whose physical one a pod may have: the node of that says nothing of this one."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether a pod may have the group through something else than the one device."""
+        """Whether a pod may have the group through something else in it than the one device."""
         return self.has_unbound or len(self.devices) > 1
 
 
@@ -364,4 +366,5 @@ def _group(
     # in drivers/vfio/pci/vfio_pci_core.c).
     places += [f.physical_function for f in functions if f.physical_function is not None]
     has_unbound = any(offer.resource is not None and not is_vfio_bound(f, facts) for f, offer in offered)
-    return Group(devices=tuple(devices), places=tuple(places), has_unbound=has_unbound)
+    has_virtual = any(f.physical_function is not None and not f.is_vendors_vgpu for f in functions)
+    return Group(devices=tuple(devices), places=tuple(places), has_unbound=has_unbound, has_virtual=has_virtual)

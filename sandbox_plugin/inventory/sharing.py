@@ -52,7 +52,8 @@ def withheld(
                 is_unheard
                 # The kubelet keeps an ID that it has given from other pods, but not from claims.
                 or (is_awaited and from_claims)
-                or (is_awaited and (group.is_shared or without_specs or _may_have_another_name(device, signals)))
+                or (is_awaited and (group.is_shared or group.has_virtual or without_specs))
+                or (is_awaited and _may_have_another_name(device, signals))
                 # What was Healthy stays so: another scan will tell in a moment.
                 or (own is None and not was_healthy(device.key) and any(is_undecided(a, u, ledger) for a, u in used))
             ):
