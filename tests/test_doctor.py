@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,10 @@ class Machine:
 
 
 @pytest.fixture
-def machine_of(places: Places, kubelet: GrpcKubelet, pods: PodResources) -> Callable[[str | Preset], Machine]:
-    """Makes a machine of a preset."""
+def machine_of(
+    places: Places, kubelet: GrpcKubelet, pods: PodResources
+) -> Iterator[Callable[[str | Preset], Machine]]:
+    """Makes a machine of a preset. Who hangs in one of its files has an answer at the end."""
     pods.get_error = NOT_FOUND
     pods.start(age=3600)
 
@@ -107,7 +109,11 @@ def machine_of(places: Places, kubelet: GrpcKubelet, pods: PodResources) -> Call
         machine.write(SOCKET.lstrip("/"), "")
         return machine
 
-    return make
+    yield make
+    for fifo in [path for path in places.top.rglob("*") if path.is_fifo()]:
+        with fifo.open("r+b", buffering=0) as answer:  # to read and write: so it waits for nobody
+            fifo.unlink()
+            answer.write(b"\n")
 
 
 @pytest.fixture
