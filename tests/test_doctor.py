@@ -96,9 +96,7 @@ class Machine:
 
 
 @pytest.fixture
-def machine_of(
-    places: Places, kubelet: GrpcKubelet, pods: PodResources
-) -> Iterator[Callable[[str | Preset], Machine]]:
+def machine_of(places: Places, kubelet: GrpcKubelet, pods: PodResources) -> Iterator[Callable[[str | Preset], Machine]]:
     """Makes a machine of a preset. Who hangs in one of its files has an answer at the end."""
     pods.get_error = NOT_FOUND
     pods.start(age=3600)
