@@ -66,6 +66,7 @@ def architecture() -> str:
         ("kubelet/", "ListAndWatch, Allocate", "the kubelet"),
         ("cdi/", "specs in /var/run/cdi", "Kata, runtimes"),
         ("outputs/", "status, metrics, labels", "people, monitors"),
+        ("dra/", "slices, claims (--dra)", "the API server"),
     ]
     parts = ["<defs>", _MARKERS, "</defs>"]
     parts.append(text(20, 34, "The path of a GPU: facts go one way, what readers learn comes back", size=18, bold=True))
@@ -78,20 +79,20 @@ def architecture() -> str:
         arrow("M530 205H588"),
     ]
     for n, (room, what, outside) in enumerate(readers):
-        y = 106 + 72 * n
+        y = 70 + 72 * n
         boxes += [Box(760, y, 160, 54, room, (what,), IO), Box(980, y, 130, 54, outside, (), OUTSIDE)]
         parts += [arrow(f"M700 205H730V{y + 27}H758"), arrow(f"M920 {y + 27}H978")]
     parts += [
-        arrow("M840 304V354H460V262", signal=True),
-        *notes(650, 346, "signals: what was given, PodResources, what is in a spec"),
+        arrow("M840 340V384H460V262", signal=True),
+        *notes(650, 376, "signals: what was given, PodResources, what is in a spec"),
     ]
     for n, (colour, meaning) in enumerate(
         ((PURE, "pure: no I/O, no clock"), (IO, "I/O on the one loop, or on threads"), (OUTSIDE, "not ours"))
     ):
         x = 20 + 230 * n
-        parts.append(f'<rect x="{x}" y="380" width="16" height="16" rx="3" fill="{colour}" stroke="{LINE}"/>')
-        parts.append(text(x + 24, 392, meaning, size=11))
-    return document(1130, 412, [*parts, *(line for box in boxes for line in box.draw())])
+        parts.append(f'<rect x="{x}" y="410" width="16" height="16" rx="3" fill="{colour}" stroke="{LINE}"/>')
+        parts.append(text(x + 24, 422, meaning, size=11))
+    return document(1130, 444, [*parts, *(line for box in boxes for line in box.draw())])
 
 
 def endpoint() -> str:
