@@ -121,9 +121,12 @@ class Checkout:
 
     def dev(self, *arguments: str, python: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
         command = [python, self.root / "scripts/dev.py", *arguments]
-        # The stand-in is found because `python -m` looks into the folder it runs in first.
-        env = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
-        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, env=env)
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, env=self.environment)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """In which the stand-in is found: `python -m` looks into the folder it runs in first."""
+        return {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
 
     def calls(self) -> list[list[str]]:
         """What pip has been asked for since the last time."""
@@ -197,7 +200,8 @@ def test_a_long_installation_says_how_far_it_is(checkout: Checkout) -> None:
     slow = [checkout.root / f"slow to {what}" for what in ("fetch", "unpack")]
     for lock in slow:
         lock.touch()
-    with subprocess.Popen([sys.executable, script, "setup"], stderr=subprocess.PIPE, text=True) as setup:
+    command = [sys.executable, script, "setup"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=checkout.environment) as setup:
         assert setup.stderr is not None
         for lock, said in zip(slow, ("fetching: 1 of 1 packages", "unpacking: 0 packages are in .venv"), strict=True):
             assert any(said in line for line in setup.stderr)
