@@ -200,7 +200,7 @@ def test_a_long_installation_says_how_far_it_is(checkout: Checkout) -> None:
     slow = [checkout.root / f"slow to {what}" for what in ("fetch", "unpack")]
     for lock in slow:
         lock.touch()
-    command = [sys.executable, script, "setup"]
+    command: list[str | Path] = [sys.executable, script, "setup"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=checkout.environment) as setup:
         assert setup.stderr is not None
         for lock, said in zip(slow, ("fetching: 1 of 1 packages", "unpacking: 0 packages are in .venv"), strict=True):
