@@ -334,5 +334,5 @@ def test_the_search_finds_that_the_daemon_forgets(rule: str, monkeypatch: pytest
     """What CDI specs of earlier runs say, and which addresses a pod has, are too seldom all that tells: test_ledger.py
     has stories of those."""
     FORGOTTEN[rule](monkeypatch)
-    outcome = search(60_000, first_seed=3_000_000)
+    outcome = search(200_000, first_seed=4_000_000)
     assert isinstance(outcome.error, AssertionError), f"nothing found in {outcome.steps} steps"
