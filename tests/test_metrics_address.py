@@ -96,7 +96,7 @@ def test_what_happens_to_devices_and_pods_is_counted(serve: Serve, kubelet: Grpc
     assert {reason: pages.value("refusals_total", reason=reason) for reason in reasons} == reasons
     pages.wait_for(lambda: pages.value("device_holder_info", device="11", pod="vm", namespace="default") == 1)
     assert pages.value("device_unhealthy_info", pci_address=T4, reason="off-the-bus") == 1
-    assert pages.value("scan_triggers_total", trigger="timer") >= 1
+    pages.wait_for(lambda: pages.value("scan_triggers_total", trigger="timer") >= 1)
     assert pages.value("event_source_up", source="pod-resources") == 1
     assert pages.value("cdi_writes_total") == 1
 
