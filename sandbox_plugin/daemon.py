@@ -132,7 +132,7 @@ class Daemon:
             if self._settings.fabric_partitions is not None:
                 start(FabricFile(self._settings.fabric_partitions, self._registry).run())
             # The rest can wait until pods can have devices: a watch that begins makes everybody look.
-            if self._settings.device_plugin == "on":
+            if self._settings.offers_resources:
                 await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
             await self._watch_folders(start, step=_UNHURRIED if is_real else _QUICK)
 
@@ -172,7 +172,7 @@ class Daemon:
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
         async with asyncio.TaskGroup() as group:
-            if self._settings.device_plugin == "on":
+            if self._settings.offers_resources:
                 shutdown.watch(group.create_task(self._endpoints.run(shutdown)))
             if self._needs_cdi:
                 shutdown.watch(group.create_task(self._cdi_writer.run()))
@@ -218,7 +218,7 @@ class Daemon:
 
     async def _serve_claims(self, shutdown: Shutdown, prepared: Mapping[str, Prepared]) -> None:
         """Dynamic Resource Allocation, for as long as this plugin serves."""
-        if self._settings.device_plugin == "on":
+        if self._settings.offers_resources:
             await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
         # Here and now, because importing it takes longer than all that comes before.
         from sandbox_plugin.dra.run import run
@@ -302,7 +302,7 @@ class Daemon:
                 "count": self._rescans.scans.total(),
                 "trouble": self._rescans.trouble,
             },
-            offers_resources=self._settings.device_plugin == "on",
+            offers_resources=self._settings.offers_resources,
             cdi_files=files if self._needs_cdi else None,
             foreign_specs=[
                 {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles

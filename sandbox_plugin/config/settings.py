@@ -314,6 +314,11 @@ class Settings:
     """(vendor, device, number of the type) -> the same for types of vGPU whose names were not seen."""
 
     @property
+    def offers_resources(self) -> bool:
+        """Whether devices are offered by the device plugin API."""
+        return self.device_plugin == "on"
+
+    @property
     def features_folder(self) -> Path | None:
         """Where the feature file goes; None: nowhere. Who only asks for GPU Feature Discovery's labels, as the
         reference's users do, gets them where NFD looks for them by default."""

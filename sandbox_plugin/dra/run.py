@@ -40,7 +40,7 @@ async def run(
             shutdown.watch(group.create_task(part))
 
         driver, pool = settings.dra_driver_name, Pool(driver=settings.dra_driver_name, node=settings.node_name)
-        offered_twice = settings.device_plugin == "on"
+        offered_twice = settings.offers_resources
         terms = Terms(driver=driver, evict=settings.dra_evict or frozenset(), device_plugin=offered_twice)
         claims = Driver(settings=settings, registry=registry, api=api, last_look=last_look, prepared=prepared)
         start(claims.run())

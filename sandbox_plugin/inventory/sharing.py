@@ -34,7 +34,6 @@ def withheld(
     is_awaited = signals.pod_resources and not ledger.is_told
     # Then any node may be held under another name, or its number have been another function's.
     is_unheard = signals.pod_resources and not ledger.is_heard
-    without_specs = signals.in_cdi is None  # then nothing but PodResources tells of former names
     for number, group in groups.items():
         holders = ledger.touching(group.places)
         if group.has_unbound:
@@ -51,9 +50,7 @@ def withheld(
             elif (
                 is_unheard
                 # The kubelet keeps an ID that it has given from other pods, but not from claims.
-                or (is_awaited and from_claims)
-                or (is_awaited and (group.is_shared or group.has_virtual or without_specs))
-                or (is_awaited and _may_have_another_name(device, signals))
+                or (is_awaited and (from_claims or _may_be_held_by_another_id(device, group, signals)))
                 # What was Healthy stays so: another scan will tell in a moment.
                 or (own is None and not was_healthy(device.key) and any(is_undecided(a, u, ledger) for a, u in used))
             ):
@@ -132,8 +129,11 @@ def _in_use(
     return None
 
 
-def _may_have_another_name(device: Device, signals: Signals) -> bool:
-    """Whether a pod may hold its node under a name that is not served any more, as CDI specs of such names tell."""
+def _may_be_held_by_another_id(device: Device, group: Group, signals: Signals) -> bool:
+    """Whether a pod may have it by something else than its ID: through its group, its physical function, or its node
+    under a name that is not served any more."""
+    if group.is_shared or group.has_virtual or signals.in_cdi is None:  # without specs nothing tells of former names
+        return True
     return any(node == device.node and key != device.key for key, node in signals.former.items())
 
 
