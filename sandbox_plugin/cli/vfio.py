@@ -33,7 +33,6 @@ _STATUSES = """\
 exit status: 0 all is as asked for, also when there was nothing to do; 1 something was refused, failed, or takes
 longer than --timeout; 2 a wrong flag, address or value
 """
-_Plan = Callable[[Situation, Rules, Selection], list[GroupPlan]]
 
 
 def set_up(parser: argparse.ArgumentParser) -> None:
