@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def serve(manager: DraManager, fake_node: MakeNode, daemon: StartDaemon) -> Serv
 
 def specs(places: Places) -> dict[str, Any]:
     """The CDI specs of claims, as they lie there; Kata takes all of them."""
-    paths = sorted(places.cdi.glob(f"{DRIVER}_*"))
-    readings = {path: read_spec(path.read_bytes()) for path in paths}
-    assert lint(readings) == {}
-    return {path.name: json.loads(path.read_text()) for path in paths}
+    found = {}
+    for path in sorted(places.cdi.glob(f"{DRIVER}_*")):
+        with suppress(FileNotFoundError):  # it went between the listing and the look, as it may while a plugin works
+            found[path] = path.read_bytes()
+    assert lint({path: read_spec(content) for path, content in found.items()}) == {}
+    return {path.name: json.loads(content) for path, content in found.items()}
 
 
 def devices_in_spec(places: Places) -> int:
