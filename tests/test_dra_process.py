@@ -302,7 +302,7 @@ def test_what_was_bound_again_is_given_by_its_new_node_and_what_went_to_a_host_d
     wait_until(lambda: prepared(manager, "pod", "gpus"), "the new node is seen")
     assert nodes_of(places, manager.prepare("pod", "gpus")[0]) == [node_of(node, FIRST)]
     node.bind(SECOND, "nvidia")
-    plugin.wait_for("not offered", pci_address=SECOND)
+    plugin.wait_for("not offered", pci_address=SECOND, reason="bound to nvidia")
     api.put("resourceclaims", claim_object("host", name_of(SECOND)))
     with pytest.raises(NotPrepared, match="bound to nvidia, not to"):
         manager.prepare("host", "host")
