@@ -251,6 +251,7 @@ def test_a_gpu_that_is_bound_to_another_driver_is_unhealthy_and_leaves_the_cdi_s
     since = plugin.mark()
     node.bind("0000:1b:00.0", "nvidia")
     kubelet.wait_for(lambda: kubelet.unhealthy(PGPU) == {"4"})
+    plugin.wait_for("device changed", since=since, device="4", reason="bound to nvidia")  # first it has no driver
     plugin.wait_for("cdi spec written", since=since, resource=PGPU)
     rest = {device_id: path for device_id, path in GPU_NODES.items() if device_id != "4"}
     assert read_cdi(places.cdi) == cdi_of(PGPU, rest) | cdi_of(NVSWITCH, SWITCH_NODES)
