@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,30 +158,49 @@ async def test_a_claim_whose_files_cannot_be_removed_stays_held_and_known_to_the
     assert node.held() == {"1"}
 
 
-@in_loop
-async def test_a_call_that_is_given_up_leaves_the_claim_held_and_the_next_one_ends_it_well(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kubelet gives a call 45 s, and a dead mount none of its time."""
-    driver = await node.driver()
-    hangs, goes_on = threading.Event(), threading.Event()
-    record = ClaimFiles.record
+@dataclass
+class DeadMount:
+    """The checkpoint of a claim is written when the mount answers again."""
+
+    hangs: threading.Event = field(default_factory=threading.Event)
+    answers: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def mount(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeadMount]:
+    mount, record = DeadMount(), ClaimFiles.record
 
     def hang(self: ClaimFiles, *args: Any) -> None:
-        hangs.set()
-        goes_on.wait()
+        mount.hangs.set()
+        mount.answers.wait()
         record(self, *args)
 
     monkeypatch.setattr(ClaimFiles, "record", hang)
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    yield mount
+    mount.answers.set()
+
+
+@pytest.mark.parametrize("then", ["prepare", "unprepare"])
+@in_loop
+async def test_what_follows_a_call_that_was_given_up_waits_until_its_files_are_written(
+    node: Node, mount: DeadMount, then: str
+) -> None:
+    """The kubelet gives a call 45 s, and a dead mount none of its time. What the thread of that call writes at last
+    would else replace what came after it: the checkpoint of a claim that was given back."""
+    driver = await node.driver()
     call = asyncio.create_task(driver.prepare(GPUS))
-    await until(hangs.is_set)
+    await until(mount.hangs.is_set)
     call.cancel()
     await asyncio.wait([call])
     assert node.held() == {"1"}
-    goes_on.set()
-    await driver.prepare(GPUS)
-    await driver.unprepare(GPUS)
-    assert (node.held(), node.written) == (set(), [])
+    driver._trouble.update(None)
+    follows = asyncio.create_task(getattr(driver, then)(GPUS))
+    await until(lambda: follows.done() or driver._trouble.now)
+    assert not follows.done()
+    mount.answers.set()
+    await follows
+    assert (node.held(), node.written) == (({"1"}, FILES) if then == "prepare" else (set(), []))
 
 
 @in_loop

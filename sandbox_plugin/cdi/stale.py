@@ -23,7 +23,7 @@ import structlog
 
 from sandbox_plugin.cdi.lint import read_spec
 from sandbox_plugin.host import files
-from sandbox_plugin.host.files import Known
+from sandbox_plugin.host.files import FileWork, Known
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings
 from sandbox_plugin.inventory.state import Inventory
@@ -62,8 +62,8 @@ class StaleSpecs:
     registry: Registry
     is_ours: Callable[[str], bool]
     """Whether we may serve a resource of this name."""
-    on_silence: Callable[[], None]
-    """Called when the folder does not answer."""
+    work: FileWork
+    """That of the specs of resources too."""
     _unwanted: Unwanted = field(default_factory=dict)
     _free_since: Mapping[str, float] = field(default_factory=dict)
     """As in `free_since`."""
@@ -83,14 +83,14 @@ class StaleSpecs:
         trouble: dict[Path, str] = {}
         look = partial(find_unwanted, self.folder, wanted, self.is_ours, self._unwanted)
         try:
-            self._unwanted = await files.finish(look, self.on_silence)
+            self._unwanted = await self.work.finish(look)
         except OSError as error:
             trouble[self.folder] = f"stale CDI specs cannot be looked for: {error.strerror}"
         else:
             for name in self._choose(inventory):
                 file = self.folder / name
                 try:
-                    if await files.finish(partial(files.remove, file, self._unwanted[name].stamp), self.on_silence):
+                    if await self.work.finish(partial(files.remove, file, self._unwanted[name].stamp)):
                         log.info("stale cdi spec removed", path=str(file))
                 except OSError as error:
                     trouble[file] = f"this stale CDI spec cannot be removed: {error.strerror}"

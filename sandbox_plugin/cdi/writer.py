@@ -20,7 +20,7 @@ from sandbox_plugin.cdi.owner import Ownership, ownership
 from sandbox_plugin.cdi.render import ids_in_spec, is_marked, render_specs
 from sandbox_plugin.cdi.stale import StaleSpecs
 from sandbox_plugin.host import files
-from sandbox_plugin.host.files import Known
+from sandbox_plugin.host.files import FileWork, Known
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.names import cdi_file_name
 from sandbox_plugin.registry import Registry
@@ -67,9 +67,8 @@ class CdiWriter:
     """How often somebody else's spec was replaced: two writers are named once, not each time."""
 
     def __post_init__(self) -> None:
-        self._stale = StaleSpecs(
-            folder=self.folder, registry=self.registry, is_ours=self.is_ours, on_silence=self._tell_of_silence
-        )
+        self._work = FileWork(self._tell_of_silence)
+        self._stale = StaleSpecs(folder=self.folder, registry=self.registry, is_ours=self.is_ours, work=self._work)
 
     def look(self) -> None:
         """Something changed in the folder. The writer looks at it now, or after the pause."""
@@ -139,11 +138,11 @@ class CdiWriter:
             return False
         replaced: Ownership | None = None
         if found is not None and not is_marked(found):
-            replaced = await files.finish(partial(ownership, found, resource), self._tell_of_silence)
+            replaced = await self._work.finish(partial(ownership, found, resource))
             if not replaced.may_replace:
                 why = f"{file} belongs to another program ({replaced.why}): move it away or choose another alias"
                 raise _NotOurs(why)
-        self._on_disk[resource] = await files.finish(partial(files.replace, file, wanted), self._tell_of_silence)
+        self._on_disk[resource] = await self._work.finish(partial(files.replace, file, wanted))
         self.writes[resource] += 1
         return replaced is None or self._tell_of_other_writer(resource, file, replaced)
 
@@ -151,9 +150,7 @@ class CdiWriter:
         """What is in the file of a resource; None: there is no file. Raises OSError when that cannot be seen."""
         before = self._on_disk.get(resource)
         try:
-            self._on_disk[resource] = await files.finish(
-                partial(files.read, file, before, bytes), self._tell_of_silence
-            )
+            self._on_disk[resource] = await self._work.finish(partial(files.read, file, before, bytes))
         except OSError as error:
             if error.errno not in files.NO_RESOURCES:
                 self._on_disk.pop(resource, None)

@@ -18,7 +18,6 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import structlog
 
@@ -29,7 +28,7 @@ from sandbox_plugin.dra.claim_specs import Terms, cdi_ids, nodes_for, render_fil
 from sandbox_plugin.dra.claims import Asked, ClaimId, Given, Prepared, Refused, Wanted, choose, give, read_claim, usable
 from sandbox_plugin.dra.client import ApiError, Claims
 from sandbox_plugin.dra.names import devices_by_name, pool_name
-from sandbox_plugin.host import files
+from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.host.paths import boot_id
 from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.model import Device, Objection, PciFunction
@@ -42,8 +41,6 @@ _INTERVAL = 5.0
 """Seconds after which it is seen to that all files are there, although nothing has changed."""
 _RETRY = 1.0
 """Seconds between attempts to read the checkpoint."""
-
-_T = TypeVar("_T")
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
@@ -111,6 +108,7 @@ class Driver:
         self._files = ClaimFiles(self._terms, boot_id(settings.host_root))
         self._writing = asyncio.Lock()
         """Held by whoever changes files, so that for one claim nothing is written and removed at once."""
+        self._work = FileWork(lambda: self._complain(f"{self._terms.folder} or {self._terms.cdi_dir} hangs"))
         self._trouble = Trouble()
         self._refused: dict[str, str] = {}
         """Why each claim was refused last, by UID."""
@@ -190,8 +188,8 @@ class Driver:
         prepared = self._move(self._prepared[uid], devices)
         wanted = render_files(prepared, devices, self._terms, self.registry.egm_gpus)
         try:
-            await self._finish(partial(self._files.record, prepared))
-            await self._finish(partial(self._files.write, prepared, wanted))
+            await self._work.finish(partial(self._files.record, prepared))
+            await self._work.finish(partial(self._files.write, prepared, wanted))
         except OSError as error:
             raise Refused(f"its files cannot be written: {_words(error)}") from None
         return prepared
@@ -216,7 +214,7 @@ class Driver:
             if prepared is None:
                 return
             try:
-                await self._finish(partial(self._files.clear, prepared))
+                await self._work.finish(partial(self._files.clear, prepared))
             except OSError as error:
                 raise Refused(f"its files cannot be removed: {_words(error)}") from None
             del self._prepared[claim.uid], self._holds[claim.uid]
@@ -248,7 +246,7 @@ class Driver:
                 self._trouble.update(None)
 
     async def _clean(self) -> None:
-        for path in await self._finish(partial(self._files.clean, list(self._prepared.values()))):
+        for path in await self._work.finish(partial(self._files.clean, list(self._prepared.values()))):
             log.info("file of no claim removed", path=str(path))
 
     async def _sync(self) -> None:
@@ -257,14 +255,11 @@ class Driver:
             named = devices_by_name(inventory)
             devices = [usable(prepared, given, named, inventory) for given in prepared.devices]
             moved = self._move(prepared, devices)
-            await self._finish(partial(self._files.record, moved))
+            await self._work.finish(partial(self._files.record, moved))
             wanted = render_files(moved, devices, self._terms, self.registry.egm_gpus)
-            await self._finish(partial(self._files.write, moved, wanted))
+            await self._work.finish(partial(self._files.write, moved, wanted))
 
     # Files
-
-    async def _finish(self, work: Callable[[], _T]) -> _T:
-        return await files.finish(work, lambda: self._complain(f"{self._terms.folder} or {self._terms.cdi_dir} hangs"))
 
     def _complain(self, why: str) -> None:
         if self._trouble.update(why):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
 from sandbox_plugin.host.threads import on_thread
@@ -94,23 +94,46 @@ def remove(file: Path, stamp: Stamp | None) -> bool:
     return True
 
 
-async def finish(work: Callable[[], _T], on_silence: Callable[[], None]) -> _T:
-    """Does file work on a thread and waits for its end, however long that takes; tells when the folder is silent.
+class FileWork:
+    """What one part of the daemon does with its files: one call after the other, each on a thread.
 
-    A thread cannot be stopped. Whoever is cancelled here waits a moment, so that nothing half-done is left behind, and
-    then leaves the thread to itself. Raises what `work` raises, and OSError where no thread can be had.
+    A thread cannot be stopped. Whoever is cancelled while it works waits a moment, so that nothing half-done is left
+    behind, and then leaves it to itself. The next call begins when it has ended: two would write through one temporary
+    file, and what the older one writes would come after the newer.
+
+    Usage:
+
+        work = FileWork(on_silence)        # called when the folder does not answer
+        content = await work.finish(partial(files.read, file, None, bytes))
     """
-    task = asyncio.ensure_future(on_thread(work)())
-    try:
+
+    def __init__(self, on_silence: Callable[[], None]) -> None:
+        self._on_silence = on_silence
+        self._at_work: asyncio.Future[Any] | None = None
+
+    async def finish(self, call: Callable[[], _T]) -> _T:
+        """Waits for the end of the call, however long that takes. To be called by one task at a time.
+
+        Raises what the call raises, and OSError where no thread can be had.
+        """
+        if self._at_work is not None:
+            await self._end_of(self._at_work)
+        task = asyncio.ensure_future(on_thread(call)())
+        self._at_work = task
+        try:
+            await self._end_of(task)
+        except asyncio.CancelledError:
+            await asyncio.wait([task], timeout=_LAST_PATIENCE)
+            task.add_done_callback(_ignore)
+            raise
+        self._at_work = None
+        return task.result()
+
+    async def _end_of(self, task: asyncio.Future[Any]) -> None:
         done, _ = await asyncio.wait([task], timeout=PATIENCE)
         if not done:
-            on_silence()
+            self._on_silence()
             await asyncio.wait([task])
-        return task.result()
-    except asyncio.CancelledError:
-        task.add_done_callback(_ignore)
-        await asyncio.wait([task], timeout=_LAST_PATIENCE)
-        raise
 
 
 def _stamp_of(status: os.stat_result) -> Stamp:

@@ -19,7 +19,7 @@ import structlog
 
 from sandbox_plugin.host import files
 from sandbox_plugin.host.confidential import Confidential, read_confidential
-from sandbox_plugin.host.files import Known
+from sandbox_plugin.host.files import FileWork, Known
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.sysfs import OutOfResources
 from sandbox_plugin.inventory.naming import ModelNames
@@ -65,6 +65,9 @@ class FeatureWriter:
     _on_disk: Known[bytes] | None = None
     _trouble: Trouble = field(default_factory=Trouble)
 
+    def __post_init__(self) -> None:
+        self._work = FileWork(self._tell_of_silence)
+
     @property
     def file(self) -> Path:
         return self.folder / FILE_NAME
@@ -85,7 +88,7 @@ class FeatureWriter:
 
     async def _sync(self) -> None:
         try:
-            confidential, self._on_disk = await files.finish(self._look, self._tell_of_silence)
+            confidential, self._on_disk = await self._work.finish(self._look)
             wanted = labels(self._seen, confidential, self.names, gpu_features=self.gpu_features)
             if wanted:
                 await self._write(wanted)
@@ -114,14 +117,14 @@ class FeatureWriter:
         if is_there and wanted == self._says and now < self._renew_at:
             return
         text = feature_file(wanted, datetime.fromtimestamp(now + _LIFE, UTC)).encode()
-        self._on_disk = await files.finish(partial(files.replace, self.file, text), self._tell_of_silence)
+        self._on_disk = await self._work.finish(partial(files.replace, self.file, text))
         is_news = not is_there or wanted != self._says
         self._written, self._says, self._renew_at = text, wanted, now + _RENEW
         if is_news:
             log.info("node labels written", path=str(self.file), labels=len(wanted))
 
     async def _remove(self, found: Known[bytes]) -> None:
-        if await files.finish(partial(files.remove, self.file, found.stamp), self._tell_of_silence):
+        if await self._work.finish(partial(files.remove, self.file, found.stamp)):
             log.info("node labels removed", path=str(self.file), reason="this node has no device to offer any more")
         self._written, self._on_disk = None, None
 
