@@ -735,7 +735,6 @@ def test_the_plugin_that_has_our_lock_is_found_by_the_kernels_list_of_locks(
 ) -> None:
     plugin = daemon(machine.node)
     plugin.wait_for("registered", resource=PGPU)
-    machine.write("proc/locks", Path("/proc/locks").read_text())
     findings = examine(machine, f"--cdi-dir={machine.places.cdi}")
     assert troubles(findings) == []
     assert f"one plugin has the lock (process {plugin.pid})" in [finding["seen"] for finding in findings]
@@ -746,6 +745,7 @@ def test_a_lock_of_a_process_that_cannot_be_seen_is_a_lock(machine: Machine, exa
     lock = machine.places.kubelet / LOCK_NAME
     lock.touch()
     line = f"2: FLOCK  ADVISORY  WRITE {owner} 00:01:{lock.stat().st_ino} 0 EOF"
+    (machine.root / "proc/locks").unlink()
     machine.write("proc/locks", f"1: POSIX  ADVISORY  READ 5 00:01:2 0 EOF\n{line}\n")
     with listen(machine.places.kubelet / "sandbox-pgpu.sock"):
         findings = examine(machine)

@@ -74,6 +74,8 @@ def assert_consistent(node: FakeNode) -> None:
     root = node.root.resolve()
     for path in root.rglob("*"):
         if path.is_symlink():
+            if path == root / "proc/locks":
+                continue  # this machine's own
             assert not os.readlink(path).startswith("/"), path
             assert path.exists(), path
             assert path.resolve().is_relative_to(root), path

@@ -28,7 +28,6 @@ def create_platform(root: Path, kernel: Kernel) -> None:
     table, iommus, command_line, chip = _IOMMUS[kernel.iommu]
     files = {
         "proc/cmdline": f"{command_line}\n",
-        "proc/locks": "",
         "proc/self/limits": _LIMITS,
         "proc/sys/fs/file-nr": "4096\t0\t9223372036854775807\n",
         "proc/sys/fs/inotify/max_user_instances": "8192\n",
@@ -42,3 +41,5 @@ def create_platform(root: Path, kernel: Kernel) -> None:
         (root / name).write_text(text)
     for folder in ("sys/class/misc/kvm", "sys/bus/platform/devices", *(f"sys/class/iommu/{name}" for name in iommus)):
         (root / folder).mkdir(parents=True)
+    # The kubelet's folder is this machine's own, on a fake host too: so are the locks in it.
+    (root / "proc/locks").symlink_to("/proc/locks")
