@@ -671,6 +671,18 @@ def test_kubevirt_needs_neither_cdi_nor_kata_nor_get(machine: Machine, examine: 
     assert troubles(examine(machine, "--consumer=kubevirt")) == ["kubelet/pod-resources warn"]
 
 
+def test_claims_need_pod_resources_whoever_consumes_them(
+    machine: Machine, examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SANDBOX_PLUGIN_DRA", "true")  # as in the pod
+    monkeypatch.setenv("SANDBOX_PLUGIN_API_SERVER", "http://127.0.0.1:1")
+    monkeypatch.setenv("NODE_NAME", "node-1")
+    no_pod_resources(machine)
+    findings = examine(machine, "--consumer=kubevirt")
+    assert troubles(findings) == ["kubelet/pod-resources fail"]
+    assert "without it no claim is prepared" in words(findings)
+
+
 def test_the_drop_in_of_the_examples_mends_a_kata_that_plugs_nothing(machine: Machine, examine: Examine) -> None:
     machine.write(KATA, '[hypervisor.qemu]\ncold_plug_vfio = "no-port"\n\n[runtime]\npod_resource_api_sock = ""\n')
     assert troubles(examine(machine)) == ["kata/cold-plug fail", "kata/pod-resources-socket fail"]

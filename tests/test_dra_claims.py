@@ -48,9 +48,9 @@ CONFIG = {"apiVersion": API_VERSION, "kind": "VfioDeviceConfig"}
 
 
 def registry_of(facts: HostFacts | None, settings: Settings | None = None) -> Registry:
-    """One that serves claims, without PodResources."""
+    """One that serves claims, and knows from PodResources that no pod holds anything."""
     registry = Registry(Rules(settings or Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: 1000.0)
-    registry.learn(claims={})
+    registry.learn(claims={}, holdings=Holdings(asked_at=0.0))
     if facts is not None:
         registry.observe(facts)
     return registry
@@ -291,9 +291,11 @@ def test_an_answer_from_before_unprepare_does_not_hold_the_device_after_it() -> 
     assert registry.current.by_key[(PGPU, "3")].health.healthy
 
 
-def test_claims_get_nothing_new_before_pod_resources_has_told_all_and_keep_what_they_have() -> None:
-    registry = registry_of(None)
-    registry.learn(pod_resources=True)
+@pytest.mark.parametrize("is_there", [True, False])
+def test_claims_get_nothing_new_before_pod_resources_has_told_all_and_keep_what_they_have(is_there: bool) -> None:
+    """Also where there is none: pods may hold what the plugin gave in an earlier run."""
+    registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False)
+    registry.learn(pod_resources=is_there)
     first = registry_of(three_gpus())
     registry.learn(claims={GPUS.uid: prepare(first, GPUS, NAMES[2]).for_ledger()})
     registry.observe(three_gpus())
@@ -320,7 +322,8 @@ def test_while_a_young_kubelet_names_some_pods_the_device_plugin_goes_on_and_cla
 def test_what_a_scan_saw_in_use_before_the_look_is_not_held_against_a_claim() -> None:
     now = [1000.0]
     registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: now[0])
-    registry.learn(claims={})
+    registry.learn(claims={}, holdings=Holdings(asked_at=0.0))
+    registry.observe(host(gpu(C, vfio=3, group=51), began_at=998.0))
     registry.observe(host(gpu(C, vfio=3, group=51, enable=1), began_at=999.0))
     now[0] += 1  # the VM has ended, which no scan has seen yet, and the look sees
     prepare(registry, GPUS, NAMES[2])

@@ -11,6 +11,7 @@ from daemon import Places, run_command
 from dra_manager import api_server
 from kubelet import GrpcKubelet
 from names import PGPU
+from pods import PodResources
 from slices import NODE, seen_by_scheduler
 from trials import wait_until
 
@@ -27,6 +28,12 @@ NAME = "pci-0000-1b-00-0"
 def api() -> Iterator[FakeApiServer]:
     with api_server() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def told_by_pod_resources(pods: PodResources) -> None:
+    """Before that no device is well for claims."""
+    pods.start(age=3600)
 
 
 def flags(api: FakeApiServer) -> list[str]:

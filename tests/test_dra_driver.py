@@ -29,6 +29,7 @@ from sandbox_plugin.dra.client import ApiError, JsonObject
 from sandbox_plugin.dra.driver import Driver, LastLook, load_claims
 from sandbox_plugin.dra.services import DraHealthServicer, DraPluginServicer, health_of
 from sandbox_plugin.host import files
+from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import Device, Objection, PciFunction
@@ -74,6 +75,7 @@ class Node:
         self.registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False)
         prepared = await load_claims(self.settings, self.registry)
         self.registry.observe(FACTS)
+        self.registry.learn(holdings=Holdings(asked_at=self.registry.now()))
         return Driver(
             settings=self.settings, registry=self.registry, api=self.claims, last_look=last_look, prepared=prepared
         )

@@ -40,8 +40,9 @@ def api() -> Iterator[FakeApiServer]:
 
 
 @pytest.fixture
-def manager(places: Places, api: FakeApiServer) -> Iterator[DraManager]:
+def manager(places: Places, api: FakeApiServer, pods: PodResources) -> Iterator[DraManager]:
     places.kubelet.mkdir()
+    pods.start(age=HOUR)
     with DraManager(places.top, api) as made:
         yield made
 
@@ -134,9 +135,10 @@ def test_a_claim_goes_its_whole_way_and_leaves_nothing_behind(
 
 
 def test_older_kubelets_are_served_by_the_older_names_of_the_services(
-    places: Places, api: FakeApiServer, fake_node: MakeNode, daemon: StartDaemon
+    places: Places, api: FakeApiServer, pods: PodResources, fake_node: MakeNode, daemon: StartDaemon
 ) -> None:
     places.kubelet.mkdir()
+    pods.start(age=HOUR)
     with DraManager(places.top, api, services=("v1beta1.DRAPlugin", "v1alpha1.DRAResourceHealth")) as manager:
         daemon(fake_node("hgx-h100"), *manager.flags)
         manager.wait_for(lambda: manager.health(name_of(FIRST)) == ("HEALTHY", ""))
@@ -352,7 +354,6 @@ def test_group_mates_go_to_one_claim_and_no_other(
 def test_what_one_api_has_given_the_other_does_not_give_and_both_see_it_at_once(
     serve: Serve, kubelet_of_both: GrpcKubelet, manager: DraManager, api: FakeApiServer, pods: PodResources
 ) -> None:
-    pods.start(age=HOUR)
     node, _ = serve("hgx-h100", "--health-interval=0.2")
     kubelet = kubelet_of_both
     kubelet.wait_for(lambda: len(kubelet.healthy(PGPU)) == 8)
@@ -392,7 +393,6 @@ def test_a_claim_whose_checkpoint_is_lost_is_known_from_pod_resources(
     pods: PodResources,
     places: Places,
 ) -> None:
-    pods.start(age=HOUR)
     node, plugin = serve()
     api.put("resourceclaims", claim_object("gpus", name_of(FIRST)))
     manager.prepare("pod", "gpus")

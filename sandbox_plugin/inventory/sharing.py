@@ -50,11 +50,13 @@ def withheld(
             elif (
                 is_unheard
                 # The kubelet keeps an ID that it has given from other pods, but not from claims.
-                or (is_awaited and (from_claims or _may_be_held_by_another_id(device, group, signals)))
+                or (from_claims and not ledger.is_told)
+                or (is_awaited and _may_be_held_by_another_id(device, group, signals))
                 # What was Healthy stays so: another scan will tell in a moment.
                 or (own is None and not was_healthy(device.key) and any(is_undecided(a, u, ledger) for a, u in used))
             ):
-                detail = f"PodResources has not told yet which pods hold {device.node}, or others of its IOMMU group"
+                who = "PodResources has not told yet" if signals.pod_resources else "there is no PodResources to tell"
+                detail = f"{who} which pods hold {device.node}, or others of its IOMMU group"
                 found[device.key] = Fault(reason=Reason.HOLDERS_UNKNOWN, detail=detail)
     return found
 

@@ -12,6 +12,7 @@ from sandbox_plugin.dra.slices import Terms
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.sweep import Remembered, Sweep
+from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import HostFacts
@@ -28,9 +29,9 @@ def facts_of(node: FakeNode) -> HostFacts:
 
 
 def registry_of(facts: HostFacts, settings: Settings | None = None) -> Registry:
-    """A registry that has seen this, of a consumer that needs no CDI specs."""
+    """A registry that has seen this, of a consumer that needs no CDI specs; PodResources says that no pod holds any."""
     made = Registry(Rules(settings or Settings(), ModelNames.load()), requires_cdi=False)
-    made.learn(claims={})
+    made.learn(claims={}, holdings=Holdings(asked_at=made.now()))
     made.observe(facts)
     return made
 

@@ -869,7 +869,9 @@ class World:
         """Every device that is bound, viable and answers is Healthy, whatever it is called."""
         assert self.plugin is not None
         listed = [d for devices in self.plugin.registry.current.resources.values() for d in devices]
-        offered = {d.node for d in listed if d.health.healthy and d.for_claims.healthy}
+        # Claims get nothing before PodResources has told once which pods hold what.
+        are_told = self.pod_resources != "absent"
+        offered = {d.node for d in listed if d.health.healthy and (d.for_claims.healthy or not are_told)}
         if missing := self.offerable() - offered:
             why = {d.node: f"{d.resource}={d.id} {d.health}, {d.for_claims}" for d in listed if d.node in missing}
             raise NotOffered("; ".join(why.get(node, f"{node} is not listed") for node in sorted(missing)))

@@ -72,9 +72,13 @@ def _pod_resources(node: Node, pods: PodResources) -> Iterator[Finding]:
     kata = node.settings.consumer.reads_cdi
     if pods.trouble is not None:
         action = "Mount its folder into the pod." if node.in_container else f"{_START} It makes this socket itself."
-        make = _tell.fail if kata else _tell.warn
-        why = ": Kata asks it which GPUs a pod has" if kata else ""
-        yield make("pod-resources", f"{pods.path}: {pods.trouble}{why}", action)
+        seen = f"{pods.path}: {pods.trouble}"
+        if kata:
+            yield _tell.fail("pod-resources", f"{seen}: Kata asks it which GPUs a pod has", action)
+        elif node.settings.dra:
+            yield _tell.fail("pod-resources", f"{seen}: without it no claim is prepared", action)
+        else:
+            yield _tell.warn("pod-resources", seen, action)
         return
     yield _tell.passed("pod-resources", "List answers")
     if not kata:
