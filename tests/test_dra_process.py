@@ -106,10 +106,11 @@ def checkpoints(places: Places) -> list[Path]:
     return sorted((places.top / "plugins" / DRIVER / "claims").glob("*"))
 
 
-def taints(api: FakeApiServer, address: str) -> list[str]:
-    """What the scheduler reads of a device."""
-    (device,) = [d for s in api.slices() for d in s["spec"]["devices"] if d["name"] == name_of(address)]
-    return [taint["value"] for taint in device.get("taints", ())]
+def taints(api: FakeApiServer, address: str) -> list[str] | None:
+    """What the scheduler reads of a device; None: it knows no such device."""
+    devices = {device["name"]: device for one in api.slices() for device in one["spec"]["devices"]}
+    device = devices.get(name_of(address))
+    return None if device is None else [taint["value"] for taint in device.get("taints", ())]
 
 
 # One claim
