@@ -31,7 +31,7 @@ from urllib.request import urlopen
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sandbox_plugin.cli.demo import running_daemon  # noqa: E402
+from sandbox_plugin.cli.demo_stage import running_daemon  # noqa: E402
 from sandbox_plugin.fake.kubelet import FakeKubelet  # noqa: E402
 from sandbox_plugin.fake.node import FakeNode  # noqa: E402
 from sandbox_plugin.fake.story import POD, Story  # noqa: E402

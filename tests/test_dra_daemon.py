@@ -187,9 +187,9 @@ def test_nobody_is_evicted_for_what_somebody_else_holds() -> None:
 def test_where_aiohttp_is_not_installed_the_extra_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sandbox_plugin.cli import run
+    from sandbox_plugin.cli import options
     from sandbox_plugin.cli.main import main
 
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     assert main(["run", "--dra", "--node-name=n", "--api-server=http://127.0.0.1:1", "--fake-sysfs=gh200"]) == 2
     assert "sandbox-plugin[dra]" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from sandbox_plugin.config import parsers
@@ -43,6 +44,12 @@ def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
                 default=argparse.SUPPRESS,
                 help=f"{option.help} [{option.environment}; default: {option.default_text}]",
             )
+
+
+def require_aiohttp(flag: str) -> None:
+    """Raises `UsageError` where what this flag needs is not installed."""
+    if find_spec("aiohttp") is None:
+        raise UsageError(f"{flag}: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]")
 
 
 def pci_address(text: str) -> str:

@@ -6,16 +6,15 @@ import argparse
 import os
 import signal
 import sys
-from importlib.util import find_spec
 
 import structlog
 
 from sandbox_plugin import __version__
 from sandbox_plugin.cli.logs import configure_logs
-from sandbox_plugin.cli.options import add_options, settings_from
+from sandbox_plugin.cli.options import add_options, require_aiohttp, settings_from
 from sandbox_plugin.cli.signals import run_until_signal
 from sandbox_plugin.config.load import known_variables, unknown_variables
-from sandbox_plugin.config.settings import OPTIONS, Settings, UsageError
+from sandbox_plugin.config.settings import OPTIONS, Settings
 from sandbox_plugin.daemon import Daemon
 from sandbox_plugin.hints import did_you_mean
 from sandbox_plugin.shutdown import Shutdown
@@ -37,11 +36,9 @@ def set_up(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as long as there are no tasks to log
     with settings_from(args) as settings:
-        asking = [flag for flag, is_on in (("--dra", settings.dra), ("--node-events", settings.node_events)) if is_on]
-        if asking and find_spec("aiohttp") is None:
-            raise UsageError(
-                f"{asking[0]}: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]"
-            )
+        for flag, is_on in (("--dra", settings.dra), ("--node-events", settings.node_events)):
+            if is_on:
+                require_aiohttp(flag)
         configure_logs(settings.log_format, settings.log_level, sys.stderr)
         return _run_daemon(settings)
 

@@ -183,6 +183,20 @@ class FakeApiServer:
         """What is stored, by name."""
         return [each for (kind, _, _), each in sorted(self._objects.items()) if kind == SLICES]
 
+    def claims(self) -> list[Object]:
+        """What is stored, by namespace and name."""
+        return [each for (kind, _, _), each in sorted(self._objects.items()) if kind == CLAIMS]
+
+    def find(self, resource: str, name: str, namespace: str = "") -> Object | None:
+        """One object; None: there is none of this name."""
+        return self._objects.get((resource, namespace, name))
+
+    async def wait_for(self, predicate: Callable[[], bool], seconds: float) -> None:
+        """Waits until `predicate` holds, looking at every change. Raises TimeoutError."""
+        async with asyncio.timeout(seconds):
+            while not predicate():
+                await self._changed.wait()
+
     def history_of_devices(self) -> list[set[str]]:
         """The names of the devices of each slice that there ever was, since `forget`."""
         return [

@@ -37,7 +37,7 @@ class Told:
     """From the cause to the kubelet's seeing it; None for what the kubelet itself did."""
 
 
-def _numbered(node: FakeNode) -> list[tuple[int, PciFunction]]:
+def numbered(node: FakeNode) -> list[tuple[int, PciFunction]]:
     """GPUs and NVSwitches that a vfio driver has, each with the number that makes its device ID."""
     return [
         (function.vfio.number if node.kernel.cdevs else function.iommu_group or 0, function)
@@ -48,8 +48,8 @@ def _numbered(node: FakeNode) -> list[tuple[int, PciFunction]]:
 
 def where_ids_begin(node: FakeNode) -> tuple[str, str]:
     """Why the IDs of the GPUs begin where they do: in a few words, and in full."""
-    gpus = [number for number, function in _numbered(node) if function.class_code in _GPUS]
-    switches = [number for number, function in _numbered(node) if function.class_code == _NVSWITCH]
+    gpus = [number for number, function in numbered(node) if function.class_code in _GPUS]
+    switches = [number for number, function in numbered(node) if function.class_code == _NVSWITCH]
     if not node.kernel.cdevs:
         groups = f"This kernel has no VFIO cdevs: an ID is the number of an IOMMU group. The GPUs begin at {min(gpus)}"
         return "IDs are IOMMU groups", f"{groups} because functions before them on the bus have groups too."
@@ -205,7 +205,7 @@ class Story:
 
     def _bound(self) -> dict[str, str]:
         """Device ID -> PCI address of what is bound to a vfio driver and is a device of its own."""
-        return {str(number): function.address for number, function in _numbered(self.node)}
+        return {str(number): function.address for number, function in numbered(self.node)}
 
     def _free(self) -> list[str]:
         """GPUs that no pod holds."""
