@@ -47,6 +47,8 @@ CASES = {
     "sandbox-plugin vfio bind --dr": ["--dry-run"],
     "sandbox-plugin fake-node create ": list(PRESETS),
     "sandbox-plugin demo --preset work": ["workstation"],
+    "sandbox-plugin demo --d": ["--dra"],
+    "sandbox-plugin demo --dra ": [],
     "sandbox-plugin run --consumer ": ["kata", "kubevirt"],
     "sandbox-plugin run --log-level wa": ["warning"],
     "sandbox-plugin status --output ": ["table", "json"],

@@ -60,9 +60,10 @@ OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
         ("sandbox_plugin.cli.run", LATER | OF_CLAIMS | OF_PEOPLE),
         ("sandbox_plugin.cli.status", LATER | OF_PEOPLE - {"sandbox_plugin.cli.status"} | OF_THE_DAEMON),
         ("sandbox_plugin.cli.list_devices", LATER | OF_PEOPLE | OF_THE_DAEMON - {"asyncio", "aiofiles"} | {"json"}),
+        ("sandbox_plugin.cli.demo", OF_CLAIMS | {"prometheus_client", "sandbox_plugin.daemon"}),
         ("sandbox_plugin.cli.commands", LATER | OF_PEOPLE | OF_THE_DAEMON),
     ],
-    ids=["the daemon", "the probe", "list", "--version"],
+    ids=["the daemon", "the probe", "list", "the demo", "--version"],
 )
 def test_a_start_imports_nothing_that_it_does_not_need_yet(module: str, without: set[str]) -> None:
     assert loaded_by(module) & without == set()

@@ -22,6 +22,9 @@ from daemon import ROOT, Places, clean_environment, run_command
 from kubelet import TIMEOUT
 from trials import wait_until
 
+from sandbox_plugin.cli import options
+from sandbox_plugin.cli.main import main
+
 STEPS = 8
 TIMED = 7
 """The pod's end is the kubelet's own."""
@@ -159,6 +162,115 @@ def test_it_says_first_what_an_id_is_and_why_those_of_the_gpus_begin_where_they_
     process.terminate()
     process.communicate(timeout=TIMEOUT)
     assert IDS[preset] in " ".join(said.split())
+
+
+CLAIMED = "[1b-00-0] [43-00-0] [52-00-0] [61-00-0]"
+SLICES = "{} in 1 slice of generation {}; the driver is registered"
+REFUSED = "request gpu1: device pci-{} (nvidia.com/pgpu={}) cannot be given: claim default/training-gpus holds it"
+LOST = (
+    "taint unhealthy=off-the-bus:NoSchedule; the kubelet hears: {} does not answer on the PCI bus (link speed Unknown, "
+    "width 63)"
+)
+GIVEN_BACK, WELL = "{} CDI specs of the claim removed, none is left", "pci-{} has no taint any more, and is Healthy"
+TO_NVIDIA = "taint unhealthy=not-bound:NoSchedule; the kubelet hears: {} is bound to nvidia, not to a vfio driver"
+FOUR = (
+    "it gets 1b:00.0, 43:00.0, 52:00.0, 61:00.0 on NUMA node 0; nodes of 1b:00.0: /dev/vfio/devices/vfio4, /dev/iommu,"
+)
+OUTCOMES_OF_CLAIMS = {
+    "hgx-h100": [
+        SLICES.format("12 devices", 1),
+        f"{FOUR} /dev/vfio/59, /dev/vfio/vfio",
+        REFUSED.format("0000-1b-00-0", 4),
+        SLICES.format("12 devices", 2),
+        LOST.format("0000:1b:00.0"),
+        GIVEN_BACK.format(5),
+        WELL.format("0000-1b-00-0"),
+        TO_NVIDIA.format("0000:df:00.0"),
+        WELL.format("0000-df-00-0"),
+    ],
+    "workstation": [
+        SLICES.format("2 devices", 1),
+        "it gets 01:00.0; nodes of 01:00.0: /dev/vfio/11, /dev/vfio/vfio",
+        REFUSED.format("0000-01-00-0", 11),
+        SLICES.format("2 devices", 2),
+        LOST.format("0000:01:00.0"),
+        GIVEN_BACK.format(2),
+        WELL.format("0000-01-00-0"),
+        TO_NVIDIA.format("0000:02:00.0"),
+        WELL.format("0000-02-00-0"),
+    ],
+}
+
+
+@pytest.mark.parametrize("preset", OUTCOMES_OF_CLAIMS)
+def test_with_dra_the_story_is_one_of_claims_and_their_slices(preset: str, places: Places) -> None:
+    process = demo(places.top, "--dra", "--preset", preset)
+    told, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert max(map(len, told.splitlines())) <= 80
+    chapter = r"^ *\d+\. .+\n(?: {4}\S.+\n)+ {4} *\d\S* m?s {2}((?:.+\n)+)"
+    outcomes = [" ".join(outcome.split()) for outcome in re.findall(chapter, told, re.MULTILINE)]
+    assert outcomes == OUTCOMES_OF_CLAIMS[preset]
+    summary = " ".join(told.partition("That is all.")[2].split())
+    assert "9 things happened, and the API server and the kubelet saw 9 of them after " in summary
+    assert "That took 2 registrations, " in summary  # the kubelet restarts once
+    assert "about health, and 1 claim prepared. What to try next: " in summary
+    assert_nothing_is_left(places)
+
+
+@pytest.mark.parametrize(("lines", "columns"), [(24, 80), (40, 120)])
+def test_with_dra_the_terminal_shows_slices_claims_taints_the_story_and_the_log(
+    places: Places, lines: int, columns: int
+) -> None:
+    with on_terminal(places.top, "--dra", lines=lines, columns=columns) as terminal:
+        prepared = (
+            "hgx-h100-vfio.sandbox-plugin-0  generation 1, 12 devices, 0 tainted",
+            f"gpu, NUMA 0: {CLAIMED}",
+            f"training-gpus of training-vm: prepared {CLAIMED}",
+            "A pod asks by a claim for 4 GPUs",
+        )
+        refused = ("same-gpu-again of other-vm: refused [1b-00-0]", "A second claim names 1b:00.0", "claim refused: ")
+        lost = ("12 devices, 1 tainted", "prepared [!1b-00-0] [43-00-0]", "GPU 1b:00.0 falls off the PCI bus")
+        given_back = ("ResourceClaims: what pods have been given", "none", "The pod ends.")
+        for parts in (prepared, refused, lost, given_back):
+            shown = next(screen for screen in terminal.screens if all(part in screen for part in parts))
+            drawn = shown.split("\r\n")
+            assert len(drawn) <= lines, "the screen is longer than the terminal"
+            assert max(map(len, drawn)) <= columns, "a line is wider than the terminal"
+        terminal.process.send_signal(signal.SIGINT)
+        *_, last = terminal.screens
+        assert "That is all." in last
+        assert terminal.process.wait(timeout=TIMEOUT) == 0
+    assert_nothing_is_left(places)
+
+
+def test_with_dra_a_daemon_that_ends_ends_the_demo_with_its_reason(places: Places) -> None:
+    process = demo(places.top, "--dra", SANDBOX_PLUGIN_DRA_EVICT="whim")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the daemon ended" in errors
+    assert "SANDBOX_PLUGIN_DRA_EVICT" in errors
+    assert errors.count("\n") == 1
+    assert_nothing_is_left(places)
+
+
+def test_with_dra_the_settings_of_whoever_starts_it_do_not_lead_the_daemon_elsewhere(places: Places) -> None:
+    elsewhere = {"SANDBOX_PLUGIN_API_SERVER": "http://127.0.0.1:1", "SANDBOX_PLUGIN_DRA_DRIVER_NAME": "a.driver"}
+    process = demo(places.top, "--dra", "--preset=gh200", SANDBOX_PLUGIN_DRA="off", NODE_NAME="another", **elsewhere)
+    told, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert "That is all." in told
+
+
+def test_with_dra_where_aiohttp_is_not_installed_one_line_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options, "find_spec", lambda _: None)
+    assert main(["demo", "--dra"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert "--dra: aiohttp is not installed: install the package with its extra, sandbox-plugin[dra]" in said.err
 
 
 def test_on_a_terminal_that_cannot_draw_the_story_is_told_in_plain_lines(places: Places) -> None:

@@ -46,7 +46,7 @@ def set_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dra",
         action="store_true",
-        help="show Dynamic Resource Allocation: with a fake API server too, ResourceSlices, and claims on them",
+        help="show Dynamic Resource Allocation instead: ResourceSlices and claims, with a fake API server, too",
     )
     parser.set_defaults(run=run)
 
@@ -115,7 +115,7 @@ class _DevicesPlay:
 
     subject = "what happened, and how long until the kubelet saw it"
     seen_by = "the kubelet"
-    log_lines = LOG_LINES
+    fewest_log_lines = LOG_LINES
 
     def __init__(self, preset: str, node: FakeNode, folder: Path) -> None:
         self.title = f"The fake node {preset}, a fake kubelet, the real daemon. Ctrl-C ends it."

@@ -37,7 +37,7 @@ class ClaimsPlay:
 
     subject = "what happened, and how long until it was seen"
     seen_by = "the API server and the kubelet"
-    log_lines = 4
+    fewest_log_lines = 4
 
     def __init__(self, preset: str, node: FakeNode, folder: Path) -> None:
         self.title = f"Fake node {preset}, kubelet, API server; the real daemon. Ctrl-C ends it."

@@ -28,6 +28,8 @@ _PAUSE = 3.0
 _REFRESH = 1 / 8
 """Seconds between two screens."""
 LOG_LINES = 6
+_HIGH = 30
+"""Lines of a terminal that has room for everything."""
 _CHAPTERS = 8
 """What is remembered of the story; so much of it is shown as fits."""
 
@@ -50,8 +52,8 @@ class Play(Protocol):
     """The paragraphs before a story in plain lines."""
     seen_by: str
     """Who sees what happens, in words."""
-    log_lines: int
-    """How many lines of the daemon's log are shown: at most `LOG_LINES`."""
+    fewest_log_lines: int
+    """How many lines of the daemon's log are shown on a low terminal; on others `LOG_LINES`."""
 
     def surroundings(self) -> AbstractAsyncContextManager[Sequence[str]]:
         """What the daemon talks to. The context gives the flags by which the daemon finds it."""
@@ -203,9 +205,10 @@ async def _show_live(play: Play, story: Chapters, daemon: _Daemon, told: list[To
 def _screen(play: Play, told: Sequence[Told], said: Iterable[str], columns: int, height: int) -> list[Line]:
     """The newest chapters get the lines that are left, so many of them as fit."""
     above: list[Line] = [[play.title], *play.panel(columns), heading(play.subject, columns)]
+    log_lines = LOG_LINES if height >= _HIGH else play.fewest_log_lines
     log = [line for entry in said for line in textwrap.wrap(entry, columns, subsequent_indent="  ")]
-    below: list[Line] = [heading("the daemon says", columns), *([line] for line in log[-play.log_lines :])]
-    room = height - len(above) - play.log_lines - 1
+    below: list[Line] = [heading("the daemon says", columns), *([line] for line in log[-log_lines:])]
+    room = height - len(above) - log_lines - 1
     story: list[Line] = []
     for chapter in reversed(told):
         lines = _chapter(chapter, columns)

@@ -12,16 +12,18 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from grpclib import GRPCError
 from grpclib.client import Channel
 from grpclib.exceptions import StreamTerminatedError
 from grpclib.server import Server
 from watchfiles import awatch
+from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.api import dra_v1, pluginregistration, v1, v1alpha1
 from sandbox_plugin.fake.api_server import CLAIMS, FakeApiServer
@@ -38,7 +40,8 @@ _STEP_MS = 20
 _OLD = 3600.0
 """Seconds for which the kubelet has run when it is entered: a young one may not know its pods, and the plugin waits."""
 _Entry = TypeVar("_Entry", dra_v1.NodePrepareResourceResponse, dra_v1.NodeUnprepareResourceResponse)
-_FAILURES = (GRPCError, OSError, StreamTerminatedError, TimeoutError)
+_FAILURES = (GRPCError, OSError, StreamTerminatedError, TimeoutError, AttributeError)
+"""Of calls. The last is how grpclib tells of a connection that is lost as soon as it is made."""
 
 
 class NotPreparedError(Exception):
@@ -91,7 +94,7 @@ class DraKubelet:
         self.registry = folder / "plugins_registry"
         self.claims: dict[str, ClaimInfo] = {}
         """By UID. It outlives a restart, as the real one's checkpoint does."""
-        self.registrations = self.prepares = self.unprepares = self.lists = 0
+        self.registrations = self.prepares = self.lists = 0
         """How many there were, since it was made."""
         self._pod_resources = pod_resources
         self._api = api
@@ -159,8 +162,12 @@ class DraKubelet:
 
     async def _watch(self) -> None:
         await self._look()
-        changes = awatch(self.registry, recursive=False, step=_STEP_MS, rust_timeout=_LOOK_MS, yield_on_timeout=True)
-        async for _ in changes:
+        how: dict[str, Any] = {"recursive": False, "step": _STEP_MS, "rust_timeout": _LOOK_MS, "yield_on_timeout": True}
+        with suppress(OSError, WatchfilesRustInternalError):  # the host has no watches left
+            async for _ in awatch(self.registry, **how):
+                await self._look()
+        while True:
+            await asyncio.sleep(_LOOK_MS / 1000)
             await self._look()
 
     async def _look(self) -> None:
@@ -177,7 +184,7 @@ class DraKubelet:
             stub = pluginregistration.RegistrationStub(channel)
             info = await stub.get_info(pluginregistration.InfoRequest(), timeout=_GREETING)
             missing = [service for service in _SERVICES if service not in info.supported_versions]
-            why = f"it does not serve {', '.join(missing)}" if missing or info.type != "DRAPlugin" else ""
+            why = f"it does not serve {', '.join(missing)}" if missing else ""
             if not why:
                 driver = _Driver(name=info.name, channel=Channel(path=info.endpoint))
                 driver.watching = self._group.create_task(self._watch_health(driver), name=f"health {info.name}")
@@ -256,7 +263,6 @@ class DraKubelet:
                 name = info.claim.name
                 raise NotPreparedError(f"NodeUnprepareResources failed for ResourceClaim {name}: {error}") from None
             del self.claims[info.claim.uid]
-            self.unprepares += 1
 
     def _stub(self) -> dra_v1.DraPluginStub:
         for driver in self._drivers.values():

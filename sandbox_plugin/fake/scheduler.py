@@ -68,7 +68,7 @@ def allocate(claim: Object, slices: Sequence[Object], claims: Iterable[Object], 
     matched = [constraint["matchAttribute"] for constraint in spec.get("constraints") or ()]
     chosen = next((some for some in _alike(candidates, matched) if len(some) >= len(requests)), None)
     if chosen is None:
-        raise Unschedulable(f"cannot allocate all claims: {len(requests)} devices wanted, {len(candidates)} are free")
+        raise Unschedulable(f"cannot allocate all claims: {len(requests)} wanted, {len(candidates)} are free")
     of_pool = {"driver": pool[0]["spec"]["driver"], "pool": pool[0]["spec"]["pool"]["name"]}
     results = [
         {"request": request["name"], **of_pool, "device": device["name"]}
