@@ -53,10 +53,10 @@ def test_what_another_claim_has_and_what_is_of_another_class_is_left_alone() -> 
 
 
 def test_devices_that_must_match_are_of_one_value_and_none_lacks_the_attribute() -> None:
-    devices = a_slice(gpu("a", 0), gpu("b"), gpu("c", 1), gpu("d", 1), gpu("e", 0), gpu("f", 1))
+    devices = a_slice(gpu("a", 0), gpu("b"), gpu("g"), gpu("h"), gpu("c", 1), gpu("d", 1), gpu("e", 0), gpu("f", 1))
     assert given(2, devices, match=NUMA) == ["a", "e"]
     assert given(3, devices, match=NUMA) == ["c", "d", "f"]
-    with pytest.raises(Unschedulable, match="cannot allocate all claims: 4 wanted, 6 are free"):
+    with pytest.raises(Unschedulable, match="cannot allocate all claims: 4 wanted, 8 are free"):
         given(4, devices, match=NUMA)
 
 

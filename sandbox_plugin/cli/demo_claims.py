@@ -18,7 +18,6 @@ from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.scheduler import Object, allocated, attribute, devices_of, is_kept_back
 
-_DRIVER = "vfio.sandbox-plugin"
 _FREE, _CLAIMED, _TAINTED = "green", "yellow", "bold red"
 """As the devices of the other demo."""
 _LEGEND = (
@@ -60,7 +59,7 @@ class ClaimsPlay:
         self._api.put(NODES, {"apiVersion": "v1", "kind": "Node", "metadata": {"name": self._preset}})
         async with self._api, self._kubelet:
             yield (
-                *("--dra", "on", "--dra-driver-name", _DRIVER, "--device-plugin", "off", "--consumer", "kubevirt"),
+                *("--dra", "on", "--device-plugin", "off", "--consumer", "kubevirt"),
                 *("--node-name", self._preset, "--api-server", self._api.url),
             )
 

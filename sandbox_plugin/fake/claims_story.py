@@ -123,7 +123,7 @@ class ClaimsStory:
         await self.kubelet.start()
         told = await self._all_is_well(
             title="The kubelet restarts, and deletes the slices of its node.",
-            why="The plugin publishes them again, and the kubelet finds its socket; the VM keeps its GPUs.",
+            why="The plugin publishes them again, and the kubelet finds the driver again; the VM keeps its GPUs.",
             began=began,
         )
         self._nodes(self._prepared())
