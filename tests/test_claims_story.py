@@ -69,7 +69,8 @@ class Plugin(ScriptedDriver):
     """Device -> UID of the claim that has it."""
     publishes = tells = True
     gives_twice = leaves_specs = writes_no_spec = gives_no_node = False
-    refuses: str = ""
+    refuses = ""
+    why_held = "claim default/training-gpus holds it"
 
     def publish(self) -> None:
         """What it knows of the node, to both sides."""
@@ -101,7 +102,7 @@ class Plugin(ScriptedDriver):
         assert found is not None
         names = sorted(allocated([found]))
         if self.refuses or (any(name in self.holds for name in names) and not self.gives_twice):
-            return dra_v1.NodePrepareResourceResponse(error=self.refuses or "claim default/training-gpus holds it")
+            return dra_v1.NodePrepareResourceResponse(error=self.refuses or self.why_held)
         self.holds |= dict.fromkeys(names, claim.uid)
         node = "/dev/vfio/none" if self.gives_no_node else "/dev/vfio/vfio"
         edits = {"deviceNodes": [{"path": node}]}
@@ -175,6 +176,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "writes no spec": ({"writes_no_spec": True}, "no CDI spec has a/claim=pci-0009-01-00-0"),
     "gives no node": ({"gives_no_node": True}, "was given nodes that there are not: /dev/vfio/none"),
     "gives a GPU twice": ({"gives_twice": True}, "two claims have pci-0009-01-00-0"),
+    "refuses for another reason": ({"why_held": "it is Monday"}, "not refused because of the first: it is Monday"),
     "leaves specs": ({"leaves_specs": True}, r"CDI specs of the claim are left: .*\.json"),
 }
 

@@ -302,9 +302,12 @@ def test_on_a_terminal_it_shows_the_devices_the_story_and_the_log_until_ctrl_c(
     assert_nothing_is_left(places)
 
 
-def test_a_terminal_that_is_closed_ends_it_and_leaves_nothing(places: Places) -> None:
-    with on_terminal(places.top) as terminal:
-        next(screen for screen in terminal.screens if "nvidia.com/pgpu" in screen)
+@pytest.mark.parametrize(("flags", "shown"), [((), "nvidia.com/pgpu"), (("--dra",), "generation 1")])
+def test_a_terminal_that_is_closed_ends_it_and_leaves_nothing(
+    places: Places, flags: tuple[str, ...], shown: str
+) -> None:
+    with on_terminal(places.top, *flags) as terminal:
+        next(screen for screen in terminal.screens if shown in screen)
         terminal.shown.close()
         assert terminal.process.wait(timeout=TIMEOUT) in (0, 1)  # 1 if writing fails before the signal comes
     assert_nothing_is_left(places)

@@ -114,6 +114,7 @@ class _Cells:
     """What all names begin with."""
 
     def of(self, name: str) -> Styled:
+        """One of them."""
         shown, style = name.removeprefix(self.prefix), _FREE
         if name in self.devices and is_kept_back(self.devices[name]):
             shown, style = f"!{shown}", _TAINTED

@@ -108,13 +108,17 @@ class ClaimsStory:
         try:
             await self.kubelet.prepare(f"{NAMESPACE}/{OTHER_VM}", OTHER_CLAIM)
         except NotPreparedError as error:
-            return Told(
-                title=f"A second claim names {_short(first)} too, as if the scheduler had gone wrong.",
-                why="A GPU has one holder: the plugin refuses, and the pod's events say why.",
-                result=str(error).partition(f"{OTHER_CLAIM}: ")[2],
-                seconds=self.clock() - began,
-            )
-        raise StoryError(f"two claims have {first['name']}")
+            refusal = str(error).partition(f"{OTHER_CLAIM}: ")[2]
+        else:
+            raise StoryError(f"two claims have {first['name']}")
+        if f"{NAMESPACE}/{CLAIM}" not in refusal:
+            raise StoryError(f"the second claim was not refused because of the first: {refusal}")
+        return Told(
+            title=f"A second claim names {_short(first)} too, as if the scheduler had gone wrong.",
+            why="A GPU has one holder: the plugin refuses, and the pod's events say why.",
+            result=refusal,
+            seconds=self.clock() - began,
+        )
 
     async def kubelet_restarts(self) -> Told:
         await self._give_back(OTHER_VM, OTHER_CLAIM)
