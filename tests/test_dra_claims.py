@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Callable, Mapping
@@ -331,6 +332,55 @@ def test_what_a_scan_saw_in_use_before_the_look_is_not_held_against_a_claim() ->
     now[0] += 1
     registry.observe(host(gpu(C, vfio=3, group=51, enable=1), began_at=1002.0))
     assert registry.current.by_key[(PGPU, "3")].for_claims.healthy, "this is the claim's own VM"
+
+
+def test_what_a_claims_vm_had_in_use_is_held_against_nobody_before_it_was_looked_for_after_unprepare() -> None:
+    """The VM has ended by then, and the latest scan is older than that."""
+    now = [1000.0]
+    registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: now[0])
+    registry.learn(claims={}, holdings=Holdings(asked_at=now[0]))
+
+    def scan(enable: int) -> None:
+        now[0] += 1
+        registry.observe(host(gpu(C, vfio=3, group=51, enable=enable), began_at=now[0]))
+
+    def ask(*claims: tuple[str, str]) -> None:
+        now[0] += 1
+        registry.learn(holdings=Holdings(asked_at=now[0], claims=frozenset(claims)))
+
+    def states() -> tuple[str, str]:
+        device = registry.current.by_key[(PGPU, "3")]
+        return device.health.reason or "", device.for_claims.reason or ""
+
+    def let_a_vm_run_and_end() -> None:
+        prepare(registry, GPUS, NAMES[2])
+        scan(1)
+        ask(("default/gpus", C))
+        scan(1)
+        assert states() == ("held-by-other-api", "")
+        now[0] += 1
+        registry.learn(claims={})
+        assert states() == ("holders-unknown", ""), "and what was well for claims stays so"
+
+    async def is_due() -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await registry.look_is_due()
+                return True
+        return False
+
+    scan(0)
+    let_a_vm_run_and_end()
+    assert asyncio.run(is_due())
+    scan(0)
+    assert states() == ("", "")
+    let_a_vm_run_and_end()
+    scan(1)
+    assert not asyncio.run(is_due()), "another scan leads no further before PodResources has been asked again"
+    assert states() == ("holders-unknown", "")
+    ask()
+    scan(1)
+    assert states() == ("in-use-elsewhere", "in-use-elsewhere"), "the VM runs on without its pod"
 
 
 # Bound again

@@ -137,6 +137,8 @@ class Use:
     """As `first_seen_at`; -inf where no earlier scan showed the function: it may have been in use for any time."""
     seen_at: float
     """When the latest scan that saw it so began."""
+    left_at: float = -math.inf
+    """When the claim that had its group was given back."""
     elsewhere: bool = False
     """It is proven that none of the pods that are known to hold its group uses it."""
 
@@ -333,7 +335,9 @@ def found_busy(
 # Prepare
 
 
-def claim(ledger: Ledger, prepared: Mapping[str, PreparedClaim], places_by_address: Callable[[str], Places]) -> Ledger:
+def claim(
+    ledger: Ledger, prepared: Mapping[str, PreparedClaim], places_by_address: Callable[[str], Places], now: float
+) -> Ledger:
     """What claims hold: those that are prepared, by UID, and those that PodResources names beside them.
 
     `places_by_address` tells what goes with the device of an address now. What earlier scans saw in use in the groups
@@ -355,7 +359,12 @@ def claim(ledger: Ledger, prepared: Mapping[str, PreparedClaim], places_by_addre
         places = places_by_address(address)
         key = (_CLAIM + name, places.node)
         claimed[key] = Grant(key=key, places=places, claim=name)
-    uses = {a: use for a, use in ledger.uses.items() if use.seen_at > idle.get(use.group, -math.inf)}
+    left = {grant.places.group for key, grant in ledger.claimed.items() if key not in claimed}
+    uses = {
+        address: replace(use, left_at=now) if use.group in left else use
+        for address, use in ledger.uses.items()
+        if use.seen_at > idle.get(use.group, -math.inf)
+    }
     return changed(ledger, claimed=claimed, named_claims=named_claims, uses=uses)
 
 
