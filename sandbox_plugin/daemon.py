@@ -15,7 +15,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -334,4 +333,4 @@ class Daemon:
         log.info("lock", held=self._lock.is_held)
         log.info("held", nodes=self._registry.holders)
         for status in self._endpoints.status():
-            log.info("endpoint", **asdict(status))
+            log.info("endpoint", **status._asdict())

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 NVIDIA = 0x10DE
 """PCI vendor ID of NVIDIA."""
@@ -61,8 +62,7 @@ class VfioDev:
     (kernfs_new_node in fs/kernfs/dir.c never uses one twice), so another number means: bound again since."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinkLimit:
+class LinkLimit(NamedTuple):
     """The best that one end of a PCIe link can do, as `max_link_speed` and `max_link_width` word it."""
 
     speed: str | None
@@ -251,8 +251,7 @@ class Reason(StrEnum):
     SETTLING = "settling"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
+class Fault(NamedTuple):
     """One thing that speaks against giving a device to a pod."""
 
     reason: Reason
@@ -260,8 +259,7 @@ class Fault:
     """For people."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Health:
+class Health(NamedTuple):
     """What is listed of one device: healthy when `reason` is None, else the fault that matters most."""
 
     reason: Reason | None = None
@@ -352,8 +350,7 @@ class Device:
         return tuple(sorted({p.numa_node for p in self.placements if p.numa_node is not None}))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Objection:
+class Objection(NamedTuple):
     """What a last look found against giving a device away."""
 
     why: str

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from sandbox_plugin.cdi.render import is_marked
 from sandbox_plugin.cdi.text import NotRead, NotYaml, load
@@ -40,13 +40,12 @@ class _Wrong(Exception):
     """What is wrong with one spec, in words."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class Reading(NamedTuple):
     """What one spec says, or what is wrong with it for Kata."""
 
     kind: str | None = None
     """Whatever else is wrong. None: it has none, or cannot be read."""
-    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    devices: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     """Qualified name -> the paths of its nodes."""
     wrong: str | None = None
     unread: str | None = None

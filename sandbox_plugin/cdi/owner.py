@@ -7,14 +7,13 @@ else belongs to another program and stays.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox_plugin.cdi.render import is_marked
 from sandbox_plugin.cdi.text import NotRead, NotYaml, load
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ownership:
+class Ownership(NamedTuple):
     """Whether this plugin may replace a file, and why."""
 
     may_replace: bool

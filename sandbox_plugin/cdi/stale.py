@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 import structlog
 
@@ -40,13 +42,12 @@ _VFIO_NODE = re.compile(r"/dev/vfio/(devices/vfio)?[0-9]+")
 """A device's own node: the reference plugin puts /dev/vfio/vfio beside it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaleSpec:
+class StaleSpec(NamedTuple):
     """What a stale spec says."""
 
     kind: str | None = None
     """None: it is of no use to any pod."""
-    nodes: Mapping[str, str] = field(default_factory=dict)
+    nodes: Mapping[str, str] = MappingProxyType({})
     """Device name -> its VFIO node."""
 
 

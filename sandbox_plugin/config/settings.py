@@ -61,8 +61,7 @@ class Given(NamedTuple):
     where: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
+class Option(NamedTuple):
     """A setting as the user gives it."""
 
     name: str
@@ -143,8 +142,7 @@ class Policy(StrEnum):
     """As far apart as can be: for many small VMs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResourceRule:
+class ResourceRule(NamedTuple):
     """One `[[resources]]` entry of the config file. Empty conditions hold for every function."""
 
     label: str

@@ -11,9 +11,8 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from sandbox_plugin.host.sysfs import OUT_OF_RESOURCES
 from sandbox_plugin.host.threads import on_thread
@@ -35,8 +34,7 @@ Stamp = tuple[int, int, int, int]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class Known(Generic[_T]):
+class Known(NamedTuple, Generic[_T]):
     """A file as it was when it was read."""
 
     stamp: Stamp | None

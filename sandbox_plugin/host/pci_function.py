@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from sandbox_plugin.host import sysfs
 from sandbox_plugin.host.paths import HostPaths
@@ -88,8 +88,7 @@ def read_function(paths: HostPaths, address: str, before: PciFunction | None = N
         raise FunctionUnreadable(str(error)) from None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FunctionNow:
+class FunctionNow(NamedTuple):
     """What decides whether a VM can open a function: as in `PciFunction`."""
 
     driver: str | None

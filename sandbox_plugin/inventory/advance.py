@@ -8,8 +8,9 @@ was found, damping, who holds what, AER recoveries, who leaves when) is a value 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from sandbox_plugin.inventory import ledger as ledgers
 from sandbox_plugin.inventory import symptoms, uses
@@ -40,7 +41,7 @@ def advance(
     ledger = _who_holds_what(memory, tracks, moment, rules)
     if _is_steady(previous, found, tracks, ledger, signals):
         nodes = previous.nodes if facts is memory.facts else vfio_nodes(facts)
-        unchanged = replace(previous, nodes=nodes, memory=replace(memory, facts=facts))
+        unchanged = previous._replace(nodes=nodes, memory=memory._replace(facts=facts))
         return unchanged, _wake_at(tracks.values(), ledger, facts, now)
     tracks |= held_but_unknown(ledger, rules.may_be_ours, tracks, moment)
     against = _against(found.groups, ledger, signals, previous)
@@ -58,7 +59,7 @@ def advance(
         memory=Memory(tracks=tracks, ledger=ledger, facts=facts, found=found, signals=signals),
     )
     if not previous.version or _shown(inventory) != _shown(previous):
-        inventory = replace(inventory, version=previous.version + 1)
+        inventory = inventory._replace(version=previous.version + 1)
     return inventory, _wake_at(tracks.values(), ledger, facts, now)
 
 
@@ -86,19 +87,18 @@ def allocate(previous: Inventory, allocation: Allocation, signals: Signals, now:
         tracks[key], device = _listed(tracks[key], against, signals, now)
         if device != previous.by_key[key]:
             changed[key] = device
-    inventory = replace(previous, waits_for_holdings=True, memory=replace(memory, tracks=tracks, ledger=ledger))
+    inventory = previous._replace(waits_for_holdings=True, memory=memory._replace(tracks=tracks, ledger=ledger))
     if changed:
         devices = {**previous.by_key, **changed}
         resources = dict(previous.resources)
         for resource in {resource for resource, _ in changed}:
             resources[resource] = tuple([devices[device.key] for device in resources[resource]])
-        inventory = replace(inventory, resources=MappingProxyType(resources), by_key=MappingProxyType(devices))
+        inventory = inventory._replace(resources=MappingProxyType(resources), by_key=MappingProxyType(devices))
     is_news = bool(changed) or not previous.waits_for_holdings
-    return replace(inventory, version=previous.version + 1) if is_news else inventory
+    return inventory._replace(version=previous.version + 1) if is_news else inventory
 
 
-@dataclass(frozen=True, slots=True)
-class _Against:
+class _Against(NamedTuple):
     """What is withheld from whom: from pods by the device plugin API, and from claims."""
 
     pods: Mapping[DeviceKey, Fault]

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from sandbox_plugin.inventory.functions import is_vfio_bound, what_they_carry
 from sandbox_plugin.inventory.ledger import Place
@@ -33,8 +34,7 @@ from sandbox_plugin.model import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(NamedTuple):
     """One IOMMU group: the devices in it, and all that its one holder has."""
 
     devices: tuple[Device, ...]
@@ -90,8 +90,7 @@ class Found:
         return self.cdevs or bool(self.groups)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
+class _Seen(NamedTuple):
     """All of the facts that the devices of one group, and what speaks against them, follow from."""
 
     functions: tuple[PciFunction, ...]
@@ -116,8 +115,7 @@ class _Seen:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _Part(NamedTuple):
     """What one group amounts to."""
 
     seen: _Seen

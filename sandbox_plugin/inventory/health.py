@@ -10,8 +10,6 @@ who holds what, and here if the device itself is fine.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from sandbox_plugin.inventory.state import Signals, Track
 from sandbox_plugin.inventory.symptoms import remembered_fault
 from sandbox_plugin.model import HEALTHY, Fault, Health, Reason
@@ -46,11 +44,11 @@ def damp(track: Track, fault: Fault | None, withheld: Fault | None, now: float) 
     if fault is not None and fault.reason not in _OTHERS_TO_TELL:
         is_anothers = withheld is not None and withheld.reason not in _OTHERS_TO_TELL
         is_arriving = not track.been_well and now - track.arrived_at < ARRIVAL and not is_anothers
-        return replace(track, ill=track.ill or not is_arriving, well_since=None)
+        return track._replace(ill=track.ill or not is_arriving, well_since=None)
     if not track.ill:
-        return track if track.been_well else replace(track, been_well=True)
+        return track if track.been_well else track._replace(been_well=True)
     well_since = now if track.well_since is None else track.well_since
-    return replace(track, been_well=True, well_since=well_since, ill=now < well_since + SETTLE)
+    return track._replace(been_well=True, well_since=well_since, ill=now < well_since + SETTLE)
 
 
 def is_changing(track: Track) -> bool:

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from sandbox_plugin.model import Device
 
@@ -86,8 +86,7 @@ class Places:
         return [self.node, *self.addresses] + ([] if self.group is None else [self.group])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Grant(NamedTuple):
     """One ID that a pod has."""
 
     key: DeviceKey
@@ -110,8 +109,7 @@ class Grant:
         return self.key[0] == _CLAIM + uid
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedClaim:
+class PreparedClaim(NamedTuple):
     """The devices of one ResourceClaim that is prepared, or about to be."""
 
     name: str
@@ -124,8 +122,7 @@ class PreparedClaim:
     """When the look at its devices began that found nothing against them; -inf as above."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
+class Use(NamedTuple):
     """A function that is enabled and that no host driver has: a VM has it, also while it is being unbound."""
 
     group: int | None
@@ -235,8 +232,7 @@ class Ledger:
 # Allocate
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allocation:
+class Allocation(NamedTuple):
     """One Allocate that is being answered."""
 
     devices: Sequence[Device]
@@ -261,7 +257,7 @@ def give(ledger: Ledger, allocation: Allocation, now: float) -> Ledger:
             for other in ledger.touching(old.places.all):
                 is_old_pods = ledger.are_one_pods(other, old) or is_heir(old, other)
                 if is_old_pods and grants.get(other.key) is other:
-                    grants[other.key] = replace(other, heir=number)
+                    grants[other.key] = other._replace(heir=number)
         grants[device.key] = Grant(key=device.key, places=places_of(device), at=now, allocation=number)
     given = replace(ledger, grants=grants, uses=uses, allocations=number)
     # Brought along, and not made anew from all grants of the node: all pod admission waits for an Allocate.
@@ -303,7 +299,7 @@ def serve_since(ledger: Ledger, since: float) -> Ledger:
     if since == ledger.serving_since:
         return ledger
     told_at = ledger.told_at if ledger.told_at >= since else -math.inf
-    grants = {key: replace(grant, allocation=0, heir=0) for key, grant in ledger.grants.items()}
+    grants = {key: grant._replace(allocation=0, heir=0) for key, grant in ledger.grants.items()}
     return replace(ledger, grants=grants, told_at=told_at, serving_since=since)
 
 
@@ -361,7 +357,7 @@ def claim(
         claimed[key] = Grant(key=key, places=places, claim=name)
     left = {grant.places.group for key, grant in ledger.claimed.items() if key not in claimed}
     uses = {
-        address: replace(use, left_at=now) if use.group in left else use
+        address: use._replace(left_at=now) if use.group in left else use
         for address, use in ledger.uses.items()
         if use.seen_at > idle.get(use.group, -math.inf)
     }
@@ -409,7 +405,7 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
 def place_again(ledger: Ledger, places_by_id: Callable[[DeviceKey], Places | None]) -> Ledger:
     """The grants of other runs, now that it is known what kind of nodes this kernel has."""
     grants = {
-        key: grant if grant.allocation else replace(grant, places=places_by_id(key) or grant.places)
+        key: grant if grant.allocation else grant._replace(places=places_by_id(key) or grant.places)
         for key, grant in ledger.grants.items()
     }
     return replace(ledger, grants=grants)

@@ -11,9 +11,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 from sandbox_plugin.config.settings import Policy
 from sandbox_plugin.inventory.topology import link, places_by_id
@@ -32,8 +31,7 @@ _HOPPER = 0x23
 """The upper half of the device IDs of all GH100."""
 
 
-@dataclass(frozen=True, slots=True)
-class Board:
+class Board(NamedTuple):
     """One board with its partitions. Sets of its GPUs are bit masks: bit 0 is the lowest module."""
 
     bits: Mapping[str, int]

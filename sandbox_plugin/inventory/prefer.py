@@ -143,8 +143,7 @@ class _Member(NamedTuple):
     """What it costs wherever it is: its nearness to the devices in use, less its place in the number of a set."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weights:
+class _Weights(NamedTuple):
     """What makes a set worse, as numbers so far apart that no amount of one outweighs a single one of the one before.
 
     What a set costs is the sum of these, less the set's own number, which thereby can be read from the cost. In that

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from sandbox_plugin.config.settings import ResourceRule, Settings
 from sandbox_plugin.inventory.naming import ModelNames, type_name
@@ -26,8 +27,7 @@ _NVSWITCH_CLASS = 0x068000
 NOTHING_TO_OFFER = "no GPU, NVSwitch or other device that a resource rule takes is bound to a vfio driver"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(NamedTuple):
     """What a rule says of one function. Of two offers for one device the one with the lower rank wins."""
 
     rank: int

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from sandbox_plugin.inventory.devices import Found
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, Ledger, PreparedClaim
@@ -45,8 +46,7 @@ class Signals:
     """Claims that are prepared, by UID. None: claims are not served."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FatalError:
+class FatalError(NamedTuple):
     """A fatal PCIe error (AER) of one function."""
 
     words: str
@@ -54,8 +54,7 @@ class FatalError:
     """When it began, in monotonic seconds. None: its recovery failed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Track:
+class Track(NamedTuple):
     """What is remembered about one device."""
 
     device: Device
@@ -72,13 +71,13 @@ class Track:
     """Since when it has not been there; None: it is there."""
     free_since: float | None = None
     """While it is gone: since when PodResources has shown that no pod holds it."""
-    unanswered: Mapping[Bound, float] = field(default_factory=dict)
+    unanswered: Mapping[Bound, float] = MappingProxyType({})
     """Functions that did not answer on the bus, or may be dead in D3cold, and when the first such scan began."""
     silent: frozenset[Bound] = frozenset()
     """Those that have not answered for so long that they count as dead, also while they sleep and are not asked."""
-    fatal_counts: Mapping[Bound, int] = field(default_factory=dict)
+    fatal_counts: Mapping[Bound, int] = MappingProxyType({})
     """The counts of fatal errors that are old news."""
-    fatal_errors: Mapping[Bound, FatalError] = field(default_factory=dict)
+    fatal_errors: Mapping[Bound, FatalError] = MappingProxyType({})
     """The fatal errors that have not been recovered from."""
 
     @property
@@ -86,12 +85,11 @@ class Track:
         return self.device.key
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class Memory(NamedTuple):
     """What the next step needs to know of this one."""
 
-    tracks: Mapping[DeviceKey, Track] = field(default_factory=dict)
-    ledger: Ledger = field(default_factory=Ledger)
+    tracks: Mapping[DeviceKey, Track] = MappingProxyType({})
+    ledger: Ledger = Ledger()
     facts: HostFacts | None = None
     """The latest scan."""
     found: Found | None = None
@@ -100,17 +98,16 @@ class Memory:
     """Those of this step."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
+class Inventory(NamedTuple):
     """What this node offers: one immutable snapshot."""
 
     version: int = 0
     """Rises by one with every change; 0 is the empty inventory before the first scan."""
-    resources: Mapping[str, tuple[Device, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    resources: Mapping[str, tuple[Device, ...]] = MappingProxyType({})
     """Resource name -> its devices, in order of their IDs, with those that left but may still be held."""
-    by_key: Mapping[DeviceKey, Device] = field(default_factory=lambda: MappingProxyType({}))
+    by_key: Mapping[DeviceKey, Device] = MappingProxyType({})
     """The same devices."""
-    unoffered: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    unoffered: Mapping[str, str] = MappingProxyType({})
     """PCI address -> why a function that a rule wants is not a device, or could not be read."""
     without_spec: frozenset[str] = frozenset()
     """Resources whose devices should be in a CDI spec on disk, while none of them is."""

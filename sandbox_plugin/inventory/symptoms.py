@@ -6,7 +6,6 @@ It holds for one binding: a function that was bound again starts afresh.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TypeVar
 
 from sandbox_plugin.inventory.functions import may_be_dead
@@ -68,13 +67,13 @@ def examine(track: Track, facts: HostFacts, events: Sequence[tuple[str, str]], n
     """Takes in what a scan shows of the functions of a device that is there, and AER uevents."""
     unanswered, silent = _silence(track, facts)
     errors, counts = _fatal_errors(track, facts, events, now)
-    return replace(track, unanswered=unanswered, silent=silent, fatal_errors=errors, fatal_counts=counts)
+    return track._replace(unanswered=unanswered, silent=silent, fatal_errors=errors, fatal_counts=counts)
 
 
 def listen(track: Track, facts: HostFacts, events: Sequence[tuple[str, str]], now: float) -> Track:
     """As `examine`, for a device that cannot be read: only of errors there may be news."""
     errors, counts = _fatal_errors(track, facts, events, now)
-    return replace(track, fatal_errors=errors, fatal_counts=counts)
+    return track._replace(fatal_errors=errors, fatal_counts=counts)
 
 
 def _silence(track: Track, facts: HostFacts) -> tuple[dict[Bound, float], frozenset[Bound]]:

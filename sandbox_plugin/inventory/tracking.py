@@ -10,7 +10,8 @@ path for as long as a pod may hold the ID: the kubelet keeps Allocate's answers 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 from sandbox_plugin.inventory.devices import Found
 from sandbox_plugin.inventory.faults import assess, why_lost
@@ -24,8 +25,7 @@ RETIRE = 60.0
 """Seconds for which PodResources must show a lost device free before it is dropped."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moment:
+class Moment(NamedTuple):
     """All that one step goes by."""
 
     found: Found
@@ -76,20 +76,20 @@ def _arrived(device: Device, moment: Moment) -> Track:
 def _stayed(track: Track, device: Device, moment: Moment) -> Track:
     if device is track.device and not (moment.signals.aer or track.fatal_errors or track.unanswered):
         return track  # no scan has shown anything else of its group, and time alone changes nothing
-    track = replace(track, device=device, fault=moment.assess(device))
+    track = track._replace(device=device, fault=moment.assess(device))
     return examine(track, moment.facts, moment.signals.aer, moment.now)
 
 
 def _missing(track: Track, moment: Moment) -> Track:
     if not track.device.placements:
         gone = _gone(track, track.fault, moment)
-        return replace(gone, device=replace(gone.device, node_exists=_has_unknown_node(track.device.node, moment)))
+        return gone._replace(device=replace(gone.device, node_exists=_has_unknown_node(track.device.node, moment)))
     fault = why_lost(track.device, moment.facts)
     if fault.reason is not Reason.UNREADABLE or track.gone_since is not None:
         return _gone(track, fault, moment)
     # Silence does not prove that it left: it is still the same device when it answers again.
     device = replace(track.device, node_exists=_may_have_node(track.device, moment))
-    return listen(replace(track, device=device, fault=fault), moment.facts, moment.signals.aer, moment.now)
+    return listen(track._replace(device=device, fault=fault), moment.facts, moment.signals.aer, moment.now)
 
 
 def _gone(track: Track, fault: Fault | None, moment: Moment) -> Track:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import replace
 
 from sandbox_plugin.inventory.functions import is_vfio_bound
 from sandbox_plugin.inventory.ledger import Grant, Ledger, Place, Use, changed
@@ -29,7 +28,7 @@ def observe(ledger: Ledger, before: HostFacts | None, facts: HostFacts, now: flo
         if facts.unreachable is not None or address in facts.unreadable or is_newer:
             uses.setdefault(address, use)
     grants = {
-        key: replace(grant, was_used=True) if _has_begun(grant, uses) else grant for key, grant in ledger.grants.items()
+        key: grant._replace(was_used=True) if _has_begun(grant, uses) else grant for key, grant in ledger.grants.items()
     }
     return changed(ledger, grants=grants, uses=uses)
 
@@ -71,7 +70,7 @@ def attribute(ledger: Ledger, among: Container[str] | None = None) -> Ledger:
     seen yet. So it is of a claim that was given back: only what PodResources was asked after that counts.
     """
     uses = {
-        address: replace(use, elsewhere=_is_elsewhere(address, use, ledger))
+        address: use._replace(elsewhere=_is_elsewhere(address, use, ledger))
         if among is None or address in among
         else use
         for address, use in ledger.uses.items()

@@ -8,7 +8,7 @@ needs the nodes that libvirt opens: those of the device, and VFIO's own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer
@@ -20,8 +20,7 @@ _PERMISSIONS = b"mrw"
 """A VM needs the node whole: read, write, and mknod for runtimes that make it again in the sandbox."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What one container gets."""
 
     variables: Mapping[str, str]

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from grpclib import GRPCError
@@ -74,8 +75,7 @@ class State(StrEnum):
     """The registration does not count any more."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndpointStatus:
+class EndpointStatus(NamedTuple):
     """How one resource stands with the kubelet, for whoever wants to show it."""
 
     resource: str

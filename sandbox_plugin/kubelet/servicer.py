@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import structlog
@@ -142,7 +142,7 @@ class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
         """One line for all devices of a call: they are one pod's."""
         ids, addresses = ",".join(d.id for d in devices), ",".join(d.address for d in devices)
         log.info("allocated", resource=self.resource, device=ids, pci_address=addresses)
-        log.debug("allocate answered", resource=self.resource, answer=[asdict(answer) for answer in answers])
+        log.debug("allocate answered", resource=self.resource, answer=[answer._asdict() for answer in answers])
 
     def _choose(self, asked: Sequence[Sequence[str]]) -> list[Device]:
         """The devices that these containers ask for, if all of them can be had now. Raises `Refusal`."""

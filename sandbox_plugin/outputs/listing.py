@@ -152,7 +152,7 @@ def _facts(function: PciFunction) -> Mapping[str, Any]:
         "has_power": function.has_power,
         "link_speed": function.link_speed,
         "link_width": function.link_width,
-        "link_limits": None if function.link_limits is None else [asdict(end) for end in function.link_limits],
+        "link_limits": None if function.link_limits is None else [end._asdict() for end in function.link_limits],
         "fatal_errors": function.fatal_errors,
         "nonfatal_errors": function.nonfatal_errors,
         "correctable_errors": function.correctable_errors,
