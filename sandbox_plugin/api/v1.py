@@ -32,18 +32,6 @@ class ListPodResourcesResponse(betterproto.Message):
 
 
 @dataclass(eq=False, repr=False)
-class AllocatableResourcesRequest(betterproto.Message):
-    pass
-
-
-@dataclass(eq=False, repr=False)
-class AllocatableResourcesResponse(betterproto.Message):
-    devices: List["ContainerDevices"] = betterproto.message_field(1)
-    cpu_ids: List[int] = betterproto.int64_field(2)
-    memory: List["ContainerMemory"] = betterproto.message_field(3)
-
-
-@dataclass(eq=False, repr=False)
 class GetPodResourcesRequest(betterproto.Message):
     pod_name: str = betterproto.string_field(1)
     pod_namespace: str = betterproto.string_field(2)
@@ -65,8 +53,6 @@ class PodResources(betterproto.Message):
 class ContainerResources(betterproto.Message):
     name: str = betterproto.string_field(1)
     devices: List["ContainerDevices"] = betterproto.message_field(2)
-    cpu_ids: List[int] = betterproto.int64_field(3)
-    memory: List["ContainerMemory"] = betterproto.message_field(4)
     dynamic_resources: List["DynamicResource"] = betterproto.message_field(5)
 
 
@@ -74,26 +60,6 @@ class ContainerResources(betterproto.Message):
 class ContainerDevices(betterproto.Message):
     resource_name: str = betterproto.string_field(1)
     device_ids: List[str] = betterproto.string_field(2)
-    topology: "TopologyInfo" = betterproto.message_field(3)
-
-
-@dataclass(eq=False, repr=False)
-class ContainerMemory(betterproto.Message):
-    memory_type: str = betterproto.string_field(1)
-    size: int = betterproto.uint64_field(2)
-    """Bytes."""
-
-    topology: "TopologyInfo" = betterproto.message_field(3)
-
-
-@dataclass(eq=False, repr=False)
-class TopologyInfo(betterproto.Message):
-    nodes: List["NumaNode"] = betterproto.message_field(1)
-
-
-@dataclass(eq=False, repr=False)
-class NumaNode(betterproto.Message):
-    id: int = betterproto.int64_field(1)
 
 
 @dataclass(eq=False, repr=False)
@@ -135,23 +101,6 @@ class PodResourcesListerStub(betterproto.ServiceStub):
             metadata=metadata,
         )
 
-    async def get_allocatable_resources(
-        self,
-        allocatable_resources_request: "AllocatableResourcesRequest",
-        *,
-        timeout: Optional[float] = None,
-        deadline: Optional["Deadline"] = None,
-        metadata: Optional["MetadataLike"] = None
-    ) -> "AllocatableResourcesResponse":
-        return await self._unary_unary(
-            "/v1.PodResourcesLister/GetAllocatableResources",
-            allocatable_resources_request,
-            AllocatableResourcesResponse,
-            timeout=timeout,
-            deadline=deadline,
-            metadata=metadata,
-        )
-
     async def get(
         self,
         get_pod_resources_request: "GetPodResourcesRequest",
@@ -177,11 +126,6 @@ class PodResourcesListerBase(ServiceBase):
     ) -> "ListPodResourcesResponse":
         raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
 
-    async def get_allocatable_resources(
-        self, allocatable_resources_request: "AllocatableResourcesRequest"
-    ) -> "AllocatableResourcesResponse":
-        raise grpclib.GRPCError(grpclib.const.Status.UNIMPLEMENTED)
-
     async def get(
         self, get_pod_resources_request: "GetPodResourcesRequest"
     ) -> "GetPodResourcesResponse":
@@ -193,14 +137,6 @@ class PodResourcesListerBase(ServiceBase):
     ) -> None:
         request = await stream.recv_message()
         response = await self.list(request)
-        await stream.send_message(response)
-
-    async def __rpc_get_allocatable_resources(
-        self,
-        stream: "grpclib.server.Stream[AllocatableResourcesRequest, AllocatableResourcesResponse]",
-    ) -> None:
-        request = await stream.recv_message()
-        response = await self.get_allocatable_resources(request)
         await stream.send_message(response)
 
     async def __rpc_get(
@@ -218,12 +154,6 @@ class PodResourcesListerBase(ServiceBase):
                 grpclib.const.Cardinality.UNARY_UNARY,
                 ListPodResourcesRequest,
                 ListPodResourcesResponse,
-            ),
-            "/v1.PodResourcesLister/GetAllocatableResources": grpclib.const.Handler(
-                self.__rpc_get_allocatable_resources,
-                grpclib.const.Cardinality.UNARY_UNARY,
-                AllocatableResourcesRequest,
-                AllocatableResourcesResponse,
             ),
             "/v1.PodResourcesLister/Get": grpclib.const.Handler(
                 self.__rpc_get,
