@@ -188,8 +188,7 @@ class PciFunction:
         return silence(self.link_speed, self.link_width, self.power_state, self.runtime_status)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IommuGroup:
+class IommuGroup(NamedTuple):
     """An IOMMU group that holds at least one function bound to a vfio driver."""
 
     number: int
@@ -289,8 +288,7 @@ class Placement:
     """As in `VfioDev.binding`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
+class Device(NamedTuple):
     """The unit that a pod requests: a GPU or NVSwitch function, or a whole IOMMU group on kernels without cdevs."""
 
     id: str

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 from sandbox_plugin.inventory.advance import advance, allocate
 from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Allocation, DeviceKey, Holdings, PreparedClaim
@@ -77,7 +76,7 @@ class Registry:
         if facts.unreachable is not None and self._facts is None:
             return self._inventory  # nothing was seen yet: that is not a host without devices
         self._facts = facts
-        return self._step(replace(self._signals, aer=tuple(aer)))
+        return self._step(self._signals._replace(aer=tuple(aer)))
 
     @property
     def functions(self) -> Mapping[str, PciFunction]:
@@ -131,7 +130,7 @@ class Registry:
 
     def serve(self, since: float | None = None) -> Inventory:
         """Takes in that this plugin serves since then, or now, and that another one may have done so until then."""
-        self._signals = replace(self._signals, serving_since=self._clock() if since is None else since)
+        self._signals = self._signals._replace(serving_since=self._clock() if since is None else since)
         return self._step(self._signals)
 
     def learn(
@@ -148,18 +147,18 @@ class Registry:
         """Takes in what readers found out; what is not given stays as it was known."""
         known = self._signals.holdings
         if holdings is not None and (known is None or holdings.asked_at >= known.asked_at):  # else it comes late
-            self._signals = replace(self._signals, holdings=holdings, pod_resources=True)
+            self._signals = self._signals._replace(holdings=holdings, pod_resources=True)
         if in_cdi is not None:
-            self._signals = replace(self._signals, in_cdi=in_cdi)
+            self._signals = self._signals._replace(in_cdi=in_cdi)
         if cdi_trouble is not None:
-            self._signals = replace(self._signals, cdi_trouble=cdi_trouble)
+            self._signals = self._signals._replace(cdi_trouble=cdi_trouble)
         if pod_resources is not None:
-            self._signals = replace(self._signals, pod_resources=pod_resources)
+            self._signals = self._signals._replace(pod_resources=pod_resources)
         if former is not None:
-            self._signals = replace(self._signals, former=former)
+            self._signals = self._signals._replace(former=former)
         if claims is not None:
-            self._signals = replace(self._signals, claims=claims)
-        return self._step(replace(self._signals, busy=busy or {}))
+            self._signals = self._signals._replace(claims=claims)
+        return self._step(self._signals._replace(busy=busy or {}))
 
     def _step(self, signals: Signals) -> Inventory:
         if self._facts is None:

@@ -16,7 +16,6 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from random import Random
 from statistics import median
 from types import SimpleNamespace
@@ -138,7 +137,7 @@ def with_mates(devices: Sequence[Device]) -> dict[str, Device]:
     groups: dict[int, list[str]] = {}
     for d in devices:
         groups.setdefault(d.iommu_group, []).append(d.id)
-    return {d.id: replace(d, mates=tuple(m for m in groups[d.iommu_group] if m != d.id)) for d in devices}
+    return {d.id: d._replace(mates=tuple(m for m in groups[d.iommu_group] if m != d.id)) for d in devices}
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Node:
         self.now += after
         if facts is not None:
             self.facts = replace(facts, began_at=self.now)
-        signals = replace(self.signals, **news)
+        signals = self.signals._replace(**news)
         self.inventory, self.wake_at = advance(self.inventory, self.facts, signals, self.now, Rules(self.settings))
         if allocated:
             devices = [self.inventory.by_key[key] for key in allocated if key in self.inventory.by_key]
@@ -65,8 +65,7 @@ class Node:
         """PodResources answers: these IDs are held by pods."""
         self.now += after
         pods: dict[DeviceKey, str] = {(PGPU, number): f"default/pod-{number}" for number in held}
-        self.signals = replace(
-            self.signals,
+        self.signals = self.signals._replace(
             holdings=Holdings(asked_at=self.now if asked is None else asked, pods=pods, complete=complete),
         )
         return self.look()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from devices import device
@@ -18,7 +17,7 @@ GPU, OTHER, AUDIO = "0000:01:00.0", "0000:02:00.0", "0000:01:00.1"
 
 def on_group(device_id: str, address: str, *held: str) -> Device:
     """A device in group 7, of which a VM may have these functions."""
-    return replace(device(device_id, placement(address), group=7), group_functions=(address, *held))
+    return device(device_id, placement(address), group=7)._replace(group_functions=(address, *held))
 
 
 def ties(devices: Iterable[Device], *functions: PciFunction) -> dict[str, str]:

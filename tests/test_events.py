@@ -56,7 +56,7 @@ def check(made: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("reason", [reason for reason in Reason if reason not in ORDERLY])
 def test_an_event_says_which_device_why_and_what_to_do(reason: Reason) -> None:
-    ill = replace(device("4", function(FIRST_GPU)), health=Health(reason=reason, detail="words about it"))
+    ill = device("4", function(FIRST_GPU))._replace(health=Health(reason=reason, detail="words about it"))
     made = event(ill, NODE, AT)
     check(made)
     said = f"{ill.resource}=4 ({FIRST_GPU}) is Unhealthy: {reason}: words about it. "
@@ -65,14 +65,14 @@ def test_an_event_says_which_device_why_and_what_to_do(reason: Reason) -> None:
 
 
 def test_the_event_of_a_recovery_is_normal() -> None:
-    made = event(replace(device("4", function(FIRST_GPU)), health=HEALTHY), NODE, AT)
+    made = event(device("4", function(FIRST_GPU))._replace(health=HEALTHY), NODE, AT)
     check(made)
     assert made["message"].endswith(f"=4 ({FIRST_GPU}) is Healthy again")
     assert made["type"] == "Normal"
 
 
 def test_long_words_and_long_names_keep_within_what_kubernetes_takes() -> None:
-    ill = replace(device("4", function(FIRST_GPU)), health=Health(reason=Reason.NO_NODE, detail="x" * 2000))
+    ill = device("4", function(FIRST_GPU))._replace(health=Health(reason=Reason.NO_NODE, detail="x" * 2000))
     made = event(ill, "n" * 229 + "." + "n" * 20, AT)
     check(made)
     assert made["message"].endswith("x Bind it again, or restart udev.")
@@ -179,7 +179,7 @@ async def test_no_more_than_so_many_are_told_at_once() -> None:
 
 def test_after_a_pause_there_may_be_as_many_again_and_no_more() -> None:
     part = NodeEvents(node=NODE, registry=Registry(Rules()), tell=lambda _: asyncio.sleep(0), clock=lambda: now)
-    ill = replace(device("4", function(FIRST_GPU)), health=Health(reason=Reason.GONE, detail="it is gone"))
+    ill = device("4", function(FIRST_GPU))._replace(health=Health(reason=Reason.GONE, detail="it is gone"))
 
     async def burst() -> int:
         """How many go out until it is told to wait."""
@@ -248,7 +248,7 @@ class EventServer:
 async def test_the_api_server_is_asked_to_create_it_and_says_why_not() -> None:
     server = EventServer()
     runner = await server.start()
-    made = event(replace(device("4", function(FIRST_GPU)), health=HEALTHY), NODE, AT)
+    made = event(device("4", function(FIRST_GPU))._replace(health=HEALTHY), NODE, AT)
     async with ApiServer(url=server.url) as api:
         await api.create_event(made)
         assert server.received == [made]

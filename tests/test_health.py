@@ -165,7 +165,7 @@ def test_a_sibling_that_cannot_be_read_may_be_anything_and_one_that_left_meanwhi
 @pytest.mark.parametrize("cdev", [True, False])
 def test_a_group_in_which_the_firmware_maps_memory_cannot_be_given_to_a_vm(cdev: bool) -> None:
     facts = host(gpu(A, cdev=cdev), sound("snd_hda_intel"))
-    group = replace(facts.groups[50], firmware_mappings=("0x7e000000-0x7e0fffff",))
+    group = facts.groups[50]._replace(firmware_mappings=("0x7e000000-0x7e0fffff",))
     found = fault(replace(facts, groups={50: group}))
     assert found is not None
     assert found.reason is Reason.FIRMWARE_MAPPING, "whatever else is wrong can be put right, and does not help"

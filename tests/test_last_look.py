@@ -101,7 +101,7 @@ def test_a_device_that_a_vm_could_not_open_now_may_not_be_given_away(
 
 
 def test_every_function_of_the_device_counts(workstation: FakeNode, seen: Seen, geforce: Device, t4: Device) -> None:
-    both = replace(geforce, placements=(*geforce.placements, *t4.placements))
+    both = geforce._replace(placements=(*geforce.placements, *t4.placements))
     workstation.bind(T4, "nvidia")
     assert seen.against(both) == f"{T4} is bound to nvidia now"
 
@@ -111,10 +111,10 @@ def test_a_cdev_counts_only_as_it_was_seen(fake_node: MakeNode) -> None:
     seen = Seen(grace)
     device = seen.device(GRACE_GPU)
     assert (device.node, seen.against(device)) == ("/dev/vfio/devices/vfio0", None)
-    other = replace(device, node="/dev/vfio/devices/vfio3")
+    other = device._replace(node="/dev/vfio/devices/vfio3")
     assert seen.against(other) == "/dev/vfio/devices/vfio3 is gone"
     (was,) = device.placements
-    before = replace(device, placements=(replace(was, binding=(was.binding or 0) + 1),))
+    before = device._replace(placements=(replace(was, binding=(was.binding or 0) + 1),))
     assert seen.against(before) == f"{GRACE_GPU} was bound again, or made again with another type"
     (grace.folder(GRACE_GPU) / "vfio-dev/vfio0/dev").unlink()
     assert seen.against(device) == "/dev/vfio/devices/vfio0 is gone"
@@ -201,7 +201,7 @@ async def test_a_device_that_hangs_is_refused_and_costs_one_thread_however_often
     assert again.result() == {"13": SILENCE}
     await asyncio.to_thread(wait_until, lambda: threads() == 1, "one thread for the device that hangs")
     # The number may be another device's by now: that one is looked at.
-    assert await look(replace(geforce, id=t4.id, node=t4.node)) == {}
+    assert await look(geforce._replace(id=t4.id, node=t4.node)) == {}
     trap.release()
     await asyncio.to_thread(wait_until, lambda: threads() == 0, "the look that hung has ended")
     workstation.bind(T4, "nvidia")

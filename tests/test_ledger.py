@@ -221,7 +221,7 @@ def test_a_held_id_of_which_the_kind_of_kernel_tells_the_node_is_placed_when_tha
 
 def test_a_held_function_that_hangs_after_a_restart_is_found_by_its_vfio_device_and_stays_in_the_spec() -> None:
     facts = host(gpu(B, vfio=1, group=9))
-    group = replace(facts.groups[9], members=(A, B))
+    group = facts.groups[9]._replace(members=(A, B))
     plugin = Plugin().hears(held(P="0"))
     plugin.now += 1
     plugin.registry.observe(

@@ -104,7 +104,7 @@ def test_of_two_boards_the_whole_one_stays_whole(size: int, policy: Policy) -> N
 
 def test_mates_of_one_iommu_group_stay_together_although_that_is_no_partition() -> None:
     nodes = eight_over_two_sockets()
-    grouped = with_mates(*(replace(d, iommu_group=7 if d.id in "02" else d.iommu_group) for d in nodes.values()))
+    grouped = with_mates(*(d._replace(iommu_group=7 if d.id in "02" else d.iommu_group) for d in nodes.values()))
     free = ids("56")
     assert take(2, free | ids("7"), on=board(), node=grouped) == free
     assert take(2, "01234567", on=board(), node=grouped) in partitions(H100, 2)

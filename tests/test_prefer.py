@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 
 import pytest
@@ -133,7 +133,7 @@ def test_an_unhealthy_device_does_not_count_as_in_use() -> None:
     node = uneven()
     assert take(node, 1, of=[5, 6], policy=SPREAD) == ["6"]  # 5 is on a switch with 3 and 4
     for dead in ("3", "4"):
-        node[dead] = replace(node[dead], health=DEAD)
+        node[dead] = node[dead]._replace(health=DEAD)
     assert take(node, 1, of=[5, 6], policy=SPREAD) == ["5"]  # 6 is on a host bridge with 7
 
 
@@ -180,9 +180,9 @@ def test_no_distance_is_worth_a_split_group() -> None:
 
 def test_a_mate_of_another_resource_or_one_that_is_not_available_holds_nobody_up() -> None:
     node = eight_over_two_sockets()
-    node["0"] = replace(node["0"], mates=("40",))
-    node["2"] = replace(node["2"], mates=("3",), iommu_group=9)
-    node["3"] = replace(node["3"], mates=("2",), iommu_group=9)
+    node["0"] = node["0"]._replace(mates=("40",))
+    node["2"] = node["2"]._replace(mates=("3",), iommu_group=9)
+    node["3"] = node["3"]._replace(mates=("2",), iommu_group=9)
     assert take(node, 1, of=[0, 4, 5]) == ["0"]
     assert take(node, 1, of=[3, 4, 5]) == ["3"]
 
@@ -199,7 +199,7 @@ def test_numbers_are_compared_as_numbers() -> None:
 def test_sick_and_unknown_devices_are_the_last_resort_sick_ones_first(policy: Policy) -> None:
     node = eight_over_two_sockets()
     for dead in ("0", "1"):
-        node[dead] = replace(node[dead], health=DEAD)
+        node[dead] = node[dead]._replace(health=DEAD)
     assert take(node, 2, of=["ghost", "00", 0, 1, 2, 7], policy=policy) == ["2", "7"]
     assert take(node, 3, of=["ghost", "00", 0, 1, 2, 7], policy=policy) == ["2", "7", "0"]
     assert take(node, 6, of=["ghost", "00", 0, 1, 2, 7], policy=policy) == ["2", "7", "0", "1", "00", "ghost"]
@@ -209,7 +209,7 @@ def test_sick_and_unknown_devices_are_the_last_resort_sick_ones_first(policy: Po
 @policies
 def test_what_must_be_included_is_included_sick_unknown_or_not_available(policy: Policy) -> None:
     node = eight_over_two_sockets()
-    node["1"] = replace(node["1"], health=DEAD)
+    node["1"] = node["1"]._replace(health=DEAD)
     assert take(node, 4, of=[2, 3], must=["ghost", 1, 3], policy=policy) == ["1", "3", "ghost", "2"]
     assert take(node, 3, of=[0, 2, 3, 4], must=[1, "ghost"], policy=PACKED) == ["1", "ghost", "0"]
 
@@ -387,7 +387,7 @@ def requests(draw: st.DrawFn) -> Request:
     """A host with some sick devices; what is available, what must be included, how many are wanted."""
     devices = draw(hosts(largest=draw(st.sampled_from([8, 8, 12]))))
     for sick in draw(st.sets(st.sampled_from(sorted(devices)), max_size=2)):
-        devices[sick] = replace(devices[sick], health=DEAD)
+        devices[sick] = devices[sick]._replace(health=DEAD)
     available = draw(st.permutations(sorted(draw(st.sets(st.sampled_from([*devices, "70", "71"]), min_size=1)))))
     must = draw(st.lists(st.sampled_from(available), unique=True, max_size=2))
     size = draw(st.integers(len(must), len(available)))

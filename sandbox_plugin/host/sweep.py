@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from sandbox_plugin.host import bus, pci_function
@@ -145,7 +145,7 @@ class Sweep:
             mappings = bus.read_firmware_mappings(self.paths, group.number)
             self.memory.firmware_mappings[group.number] = (depend_on, mappings)
             self._at(BUS)
-        return replace(group, firmware_mappings=mappings)
+        return group._replace(firmware_mappings=mappings)
 
     def _changed_meanwhile(self) -> list[str]:
         """Functions that have been unbound since they were read: their nodes, read later, do not fit to that."""

@@ -8,7 +8,6 @@ was found, damping, who holds what, AER recoveries, who leaves when) is a value 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -117,10 +116,10 @@ def _listed(track: Track, against: _Against, signals: Signals, now: float) -> tu
     withheld = against.pods.get(track.key)
     fault = fault_of(track, withheld)
     damped = damp(track, fault, withheld, now)
-    device = replace(damped.device, health=health_of(damped, fault, signals))
+    device = damped.device._replace(health=health_of(damped, fault, signals))
     if signals.claims is not None:
         for_claims = health_for_claims(damped, fault_of(track, against.claims.get(track.key)))
-        device = replace(device, for_claims=for_claims)
+        device = device._replace(for_claims=for_claims)
     return damped, device
 
 

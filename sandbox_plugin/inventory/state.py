@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,13 +19,12 @@ Bound = tuple[str, int | None]
 """PCI address and `VfioDev.binding`: one function for as long as it stays bound. None before Linux 6.1."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Signals:
+class Signals(NamedTuple):
     """What sysfs cannot say. `aer` and `busy` are news since the last step; the others are standing facts."""
 
     aer: tuple[tuple[str, str], ...] = ()
     """(PCI address, ERROR_EVENT) of AER uevents, in order."""
-    busy: Mapping[DeviceKey, frozenset[str]] = field(default_factory=dict)
+    busy: Mapping[DeviceKey, frozenset[str]] = MappingProxyType({})
     """Devices that an Allocate asked for -> functions of their groups that a look just then saw in use."""
     holdings: Holdings | None = None
     """The latest answer of PodResources, if it ever gave one."""
@@ -37,9 +35,9 @@ class Signals:
     another plugin gave until then."""
     in_cdi: Mapping[str, frozenset[str]] | None = None
     """Resource -> IDs that are in a CDI spec on disk. None: this consumer needs no spec."""
-    cdi_trouble: Mapping[str, str] = field(default_factory=dict)
+    cdi_trouble: Mapping[str, str] = MappingProxyType({})
     """Resource -> why its spec could not be written."""
-    former: Mapping[DeviceKey, str] = field(default_factory=dict)
+    former: Mapping[DeviceKey, str] = MappingProxyType({})
     """Device -> its node, by the specs that an earlier run left for resources which no device needs any more. Pods
     may hold such devices."""
     claims: Mapping[str, PreparedClaim] | None = None

@@ -10,7 +10,6 @@ path for as long as a pod may hold the ID: the kubelet keeps Allocate's answers 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from sandbox_plugin.inventory.devices import Found
@@ -83,19 +82,19 @@ def _stayed(track: Track, device: Device, moment: Moment) -> Track:
 def _missing(track: Track, moment: Moment) -> Track:
     if not track.device.placements:
         gone = _gone(track, track.fault, moment)
-        return gone._replace(device=replace(gone.device, node_exists=_has_unknown_node(track.device.node, moment)))
+        return gone._replace(device=gone.device._replace(node_exists=_has_unknown_node(track.device.node, moment)))
     fault = why_lost(track.device, moment.facts)
     if fault.reason is not Reason.UNREADABLE or track.gone_since is not None:
         return _gone(track, fault, moment)
     # Silence does not prove that it left: it is still the same device when it answers again.
-    device = replace(track.device, node_exists=_may_have_node(track.device, moment))
+    device = track.device._replace(node_exists=_may_have_node(track.device, moment))
     return listen(track._replace(device=device, fault=fault), moment.facts, moment.signals.aer, moment.now)
 
 
 def _gone(track: Track, fault: Fault | None, moment: Moment) -> Track:
     gone_since = moment.now if track.gone_since is None else track.gone_since
     return Track(
-        device=replace(track.device, node_exists=False, mates=()),
+        device=track.device._replace(node_exists=False, mates=()),
         fault=fault,
         gone_since=gone_since,
         free_since=_free_since(track, gone_since, moment.signals.holdings),

@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ def cdevs(*numbers: int, kind: str = PGPU) -> dict[str, tuple[str, ...]]:
 
 
 def offered(resource: str, number: int, **changes: Any) -> Device:
-    return replace(device(str(number), function("0000:01:00.0")), resource=resource, **changes)
+    return device(str(number), function("0000:01:00.0"))._replace(resource=resource, **changes)
 
 
 def spec_of(kind: str, *numbers: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from sandbox_plugin.model import HEALTHY, Device, Health, Objection, PciFunction, Placement, Reason
 
@@ -36,7 +35,7 @@ def device(device_id: str, *functions: Placement, group: int | None = None) -> D
 def with_mates(*devices: Device) -> dict[str, Device]:
     """The devices by ID, each knowing the others of its IOMMU group."""
     return {
-        d.id: replace(d, mates=tuple(m.id for m in devices if m.iommu_group == d.iommu_group and m.id != d.id))
+        d.id: d._replace(mates=tuple(m.id for m in devices if m.iommu_group == d.iommu_group and m.id != d.id))
         for d in devices
     }
 
