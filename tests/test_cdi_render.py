@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from cdi_bench import offered
 from cdi_reader import Refused, nodes_of, read_folder, read_spec
+from hypothesis import given
+from hypothesis import strategies as st
 from names import NVSWITCH, PGPU
 from specs import as_text, document
 
-from sandbox_plugin.cdi.render import MARK, ids_in_spec, render_spec, render_specs
+from sandbox_plugin.cdi.render import MARK, ids_in_spec, read_rendered, render_spec, render_specs
+from sandbox_plugin.cdi.text import NotYaml, load
 from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.model import Device
 
@@ -91,3 +94,23 @@ def test_names_and_ids_that_look_like_something_else_in_yaml_stay_text(resource:
     spec = read_spec(render_spec(resource, [offered(resource, number) for number in (0, 10, 1 << 40)]))
     assert spec.kind == resource
     assert list(spec.devices) == ["0", "10", "1099511627776"]
+
+
+@pytest.mark.parametrize("numbers", [(), (4,), (0, 10, 1 << 40), (7, 7)], ids=str)
+def test_what_is_written_as_we_write_it_is_read_like_yaml_without_its_parser(numbers: tuple[int, ...]) -> None:
+    content = render_spec(PGPU, [offered(PGPU, number) for number in numbers]).encode()
+    parsed = load(content)
+    assert read_rendered(content) == parsed | {"devices": parsed["devices"] or []}
+
+
+@given(st.data())
+def test_of_a_spec_that_was_changed_nothing_is_read_that_yaml_would_not_say(data: st.DataObject) -> None:
+    content = PLAIN.encode()
+    start = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(start, min(len(content), start + 30)))
+    changed = content[:start] + data.draw(st.sampled_from([b"", b'"', b"\n", b"4", b"\xff", b"# "])) + content[end:]
+    read = read_rendered(changed)
+    try:
+        assert read in (None, load(changed))
+    except NotYaml:
+        assert read is None

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from cdi_bench import offered
 from conftest import StartDaemon
 from daemon import ROOT, Places, bare_environment, clean_environment
 from kubelet import GrpcKubelet
@@ -22,6 +23,7 @@ from machines import machine
 from names import PGPU
 from trials import wait_until
 
+from sandbox_plugin.cdi.render import render_spec
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.host.last_look import objection
 from sandbox_plugin.host.paths import HostPaths
@@ -34,9 +36,9 @@ GPU = "0000:01:00.0"
 """The first of `machine`."""
 
 
-def loaded_by(module: str) -> set[str]:
-    """What a fresh interpreter has imported after this module."""
-    code = f"import {module}, sys; print(*sys.modules)"
+def loaded_by(module: str, then: str = "pass") -> set[str]:
+    """What a fresh interpreter has imported after this module, and a statement."""
+    code = f"import {module}, sys; {then}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=bare_environment()
     )
@@ -67,6 +69,12 @@ OF_THE_DAEMON = {"structlog", "grpclib", "betterproto", "asyncio", "aiofiles"}
 )
 def test_a_start_imports_nothing_that_it_does_not_need_yet(module: str, without: set[str]) -> None:
     assert loaded_by(module) & without == set()
+
+
+def test_a_spec_that_an_earlier_run_left_is_read_without_the_parser_of_yaml() -> None:
+    left = render_spec(PGPU, [offered(PGPU, 4)]).encode()
+    loaded = loaded_by("sandbox_plugin.cdi.lint", f"assert sandbox_plugin.cdi.lint.read_spec({left!r}).devices")
+    assert "yaml" not in loaded
 
 
 @contextmanager

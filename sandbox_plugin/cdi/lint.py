@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from sandbox_plugin.cdi.render import is_marked
+from sandbox_plugin.cdi.render import is_marked, read_rendered
 from sandbox_plugin.cdi.text import NotRead, NotYaml, load
 
 _VERSIONS = ("0.1.0", "0.2.0", "0.3.0", "0.4.0", "0.5.0", "0.6.0")
@@ -59,7 +59,7 @@ def read_spec(content: bytes) -> Reading:
     ours = is_marked(content)
     kind: str | None = None
     try:
-        spec = load(content)
+        spec = read_rendered(content) or load(content)
         if isinstance(spec, dict) and isinstance(spec.get("kind"), str):
             kind = spec["kind"]
         return Reading(kind=kind, devices=_devices(spec), ours=ours)
