@@ -32,7 +32,7 @@ def prepare() -> None:
 
 @cache
 def _loader() -> Any:
-    """Made when it is needed: where no spec was left behind that is after the first devices are served."""
+    """Made when it is needed: after the first devices are served, unless a spec was left that we write otherwise."""
     import yaml
 
     base: type[yaml.BaseLoader] = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # with libyaml: many times as fast

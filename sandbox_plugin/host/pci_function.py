@@ -35,6 +35,7 @@ PCI_ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HOST_BRIDGE = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _TYPE_NUMBER = re.compile(r"[0-9]{1,9}")
+_HEX = re.compile(r"0x[0-9a-fA-F]+")
 _DEV_NUMBERS = re.compile(r"\d+:\d+")
 _ACPI_POWER_RESOURCES = ("power_resources_D3hot", "real_power_state")
 """What an ACPI device has whose power ACPI can cut (drivers/acpi/power.c and drivers/acpi/device_sysfs.c)."""
@@ -429,7 +430,7 @@ def _known_node(number: int | None) -> int | None:
 
 
 def _hex(text: str, name: str, digits: int) -> int:
-    if not re.fullmatch(rf"0x[0-9a-fA-F]{{1,{digits}}}", text):
+    if not _HEX.fullmatch(text) or len(text) > len("0x") + digits:
         raise ValueError(f"{name} is {text[:40]!r}, not a hexadecimal number")
     return int(text, 16)
 
