@@ -10,7 +10,7 @@ BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 """Upper bounds of the buckets, in seconds. An Allocate or a scan takes milliseconds, and seconds where sysfs hangs."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Durations:
     """All durations of one thing since the start."""
 

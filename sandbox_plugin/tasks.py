@@ -16,7 +16,7 @@ async def happens(event: asyncio.Event, *, within: float | None) -> bool:
         return False
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Backoff:
     """Seconds to wait before the next attempt: short at first, doubling up to a cap, never in step with others."""
 

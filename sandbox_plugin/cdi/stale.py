@@ -55,7 +55,7 @@ Unwanted = Mapping[str, Known[StaleSpec | None]]
 """Name -> what is in it, of the specs in the folder that no resource wants. None: it is somebody else's."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class StaleSpecs:
     """Those in one folder: tells the registry what they say, and removes each when no pod can need it any more."""
 

@@ -40,7 +40,7 @@ class _NotOurs(Exception):
     """The file that has our name is not ours to replace."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class CdiWriter:
     """Keeps the specs in `folder` equal to the registry's inventory, and tells the registry what is on disk.
 

@@ -83,7 +83,7 @@ class LastLook:
         return {at.id: Objection(why=SILENCE)}
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class _Look:
     """A look at some devices, one after the other. For a thread: it blocks, and may hang in the kernel."""
 

@@ -18,7 +18,7 @@ _TRIES = 3
 """How often a sweep mends what changed under it; the event of the change asks for the next one anyway."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Remembered:
     """What earlier sweeps read, so that it need not be read again.
 
@@ -37,7 +37,7 @@ class _Unwanted(Exception):
     """Nobody waits for this sweep any more."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Sweep:
     """Reads everything once. Whoever waits for it looks at `reading` from another thread."""
 

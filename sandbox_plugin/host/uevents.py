@@ -35,7 +35,7 @@ def open_netlink() -> socket.socket:
     return netlink
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class UeventSource:
     """Calls `on_change` for each message that may concern a device, and `on_aer(pci_address, error_event)` before it
     for each step of an error recovery (`BEGIN_RECOVERY`, `SUCCESSFUL_RECOVERY`, `FAILED_RECOVERY`)."""

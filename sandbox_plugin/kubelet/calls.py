@@ -37,7 +37,7 @@ class Refusal(GRPCError):
         self.reason = reason
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Calls:
     """The calls about one resource.
 

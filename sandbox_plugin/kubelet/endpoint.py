@@ -94,7 +94,7 @@ class EndpointStatus(NamedTuple):
     """How many ListAndWatch streams are open, also of other clients than the kubelet."""
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Registration:
     """One registration, from its first attempt on: the sockets it is for, and what became of the kubelet's streams."""
 
@@ -104,7 +104,7 @@ class _Registration:
     ended: bool = False
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class Endpoint:
     """Keeps `resource` registered for as long as `run` runs.
 

@@ -19,13 +19,13 @@ from sandbox_plugin.shutdown import Shutdown
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Running:
     endpoint: Endpoint
     task: asyncio.Task[None]
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Endpoints:
     """One endpoint for each resource: begun when its devices can be used, ended when its last device is dropped."""
 

@@ -33,7 +33,7 @@ _CHECK = 5.0
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class NodeLock:
     """Waits for the lock in `folder`, and notices when it does not count any more.
 

@@ -42,7 +42,7 @@ _NEVER = (Status.UNIMPLEMENTED, Status.PERMISSION_DENIED, Status.UNAUTHENTICATED
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class HoldingsPoller:
     """Keeps the registry's holdings as fresh as somebody needs them."""
 

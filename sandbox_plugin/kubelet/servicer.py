@@ -37,7 +37,7 @@ LastLook = Callable[[Sequence[Device], Mapping[str, PciFunction]], Awaitable[Map
 ID -> what speaks against giving it now. Takes well under a second."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class DevicePluginServicer(PromptStreams, v1beta1.DevicePluginBase):
     """Serves one resource. Each ListAndWatch stream lives inside `stream()`."""
 

@@ -33,7 +33,7 @@ _CHECK = 5.0
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class StatusSocket:
     """Answers at `path` with what `document` returns at that moment."""
 
