@@ -46,7 +46,9 @@ from sandbox_plugin.tasks import happens
 if TYPE_CHECKING:
     from sandbox_plugin.cdi.foreign import ForeignSpecWatch
     from sandbox_plugin.dra.claims import Prepared
+    from sandbox_plugin.dra.run import Dra
     from sandbox_plugin.host.watch import FolderWatcher
+    from sandbox_plugin.outputs.metrics.parts import ClaimParts
     from sandbox_plugin.outputs.metrics.parts import Parts as Measured
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
@@ -80,7 +82,7 @@ class Daemon:
         self._paths = HostPaths(settings.host_root)
         self._rules = Rules(settings, ModelNames.load())
         self._needs_cdi = settings.consumer.reads_cdi
-        self._registry = Registry(self._rules, requires_cdi=self._needs_cdi)
+        self._registry = Registry(self._rules, requires_cdi=self._needs_cdi, claims_only=not settings.offers_resources)
         self._rescans = Rescans(self._paths, self._registry, settings.health_interval)
         self._last_look = LastLook(self._paths, _LAST_LOOK_PATIENCE, on_refusal=partial(self._rescans.wake, "refusal"))
         self._endpoints = Endpoints(settings, self._registry, self._last_look)
@@ -99,6 +101,8 @@ class Daemon:
         self._began_at = time.monotonic()
         self._folder_watcher: FolderWatcher | None = None
         self._foreign_specs: list[ForeignSpecWatch] = []
+        self._dra: Dra | None = None
+        """While this plugin serves claims."""
 
     async def run(self, shutdown: Shutdown) -> None:
         """Runs until it is cancelled.
@@ -220,9 +224,13 @@ class Daemon:
         if self._settings.offers_resources:
             await happens(self._endpoints.registered, within=_FIRST_REGISTRATION)
         # Here and now, because importing it takes longer than all that comes before.
-        from sandbox_plugin.dra.run import run
+        from sandbox_plugin.dra.run import Dra
 
-        await run(self._settings, self._registry, shutdown, self._last_look, prepared)
+        self._dra = Dra(self._settings, self._registry, self._last_look, prepared)
+        try:
+            await self._dra.run(shutdown)
+        finally:
+            self._dra = None
 
     def _look_at_kubelet(self) -> None:
         """Something changed in the kubelet's folder."""
@@ -260,6 +268,17 @@ class Daemon:
             cdi_writes=self._cdi_writer.writes,
             cdi_failures=self._cdi_writer.failures,
             foreign_specs=foreign,
+            claims=None if self._dra is None else self._measured_claims(self._dra),
+        )
+
+    def _measured_claims(self, dra: Dra) -> ClaimParts:
+        from sandbox_plugin.outputs.metrics.parts import ClaimParts
+
+        return ClaimParts(
+            took=dra.calls.took,
+            refusals=dra.calls.refusals,
+            registered_at=dra.registration.registered_at,
+            failures=dra.slices.failures,
         )
 
     def status(self) -> dict[str, Any]:
@@ -307,7 +326,16 @@ class Daemon:
                 {"path": str(path), "reason": why} for each in self._foreign_specs for path, why in each.troubles
             ],
             events=self._event_sources(),
+            dra=self._shown_of_dra(),
         )
+
+    def _shown_of_dra(self) -> dict[str, Any] | None:
+        if not self._settings.dra:
+            return None
+        if self._dra is not None:
+            return self._dra.shown()
+        not_begun = {"state": "not begun", "trouble": None}
+        return {"driver": self._settings.dra_driver_name, "registration": not_begun, "slices": None, "claims": []}
 
     def _event_sources(self) -> list[dict[str, str | None]]:
         def source(name: str, trouble: str | None) -> dict[str, str | None]:

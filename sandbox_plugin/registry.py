@@ -38,6 +38,7 @@ class Registry:
         rules: Rules,
         *,
         requires_cdi: bool = True,
+        claims_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._rules = rules
@@ -45,7 +46,7 @@ class Registry:
         self.modules: Mapping[str, int] = {}
         """Module numbers on their HGX boards by PCI address, where partitions are followed."""
         self._facts: HostFacts | None = None
-        self._signals = Signals(in_cdi={} if requires_cdi else None)
+        self._signals = Signals(in_cdi={} if requires_cdi else None, claims_only=claims_only)
         self._inventory = Inventory()
         self._wake_at: float | None = None
         self._changed = asyncio.Event()

@@ -34,9 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "tests/helpers")]
 import grpc  # noqa: E402
 import yaml  # noqa: E402
 from daemon import Daemon, Places, places  # noqa: E402
+from dra_manager import NODE, DraManager, api_server  # noqa: E402
 from kubelet import GrpcKubelet, Plugin  # noqa: E402
 from names import FIRST_GPU, PGPU  # noqa: E402
 from pods import PodResources  # noqa: E402
+
+from sandbox_plugin.fake.api_server import SLICES  # noqa: E402
 
 RULE = ROOT / "manifests/components/prometheus-operator/prometheusrule.yaml"
 _SHORTER = {"[1d]": "[5m]", "[1h]": "[8s]", "[15m]": "[8s]", "[2m]": "[6s]"}
@@ -44,7 +47,7 @@ _SHORTER = {"[1d]": "[5m]", "[1h]": "[8s]", "[15m]": "[8s]", "[2m]": "[6s]"}
 _FOR = "2s"
 _PATIENCE = 60.0
 """Seconds in which an alert must fire, or resolve."""
-_NODE, _OTHER = "fake-1", "fake-2"
+_NODE, _OTHER = NODE, "node-2"
 _SECOND, _THIRD = "0000:43:00.0", "0000:52:00.0"
 _KATA_NODE = 'kube_node_labels{{node="{}",label_katacontainers_io_kata_runtime="true"}} 1'
 _USUAL = [
@@ -77,6 +80,8 @@ class Stage:
         self.kubelet.start()
         self.pods = stack.enter_context(PodResources(at.top / "pod-resources/kubelet.sock"))
         self.pods.start(age=3600)
+        self.api = stack.enter_context(api_server())
+        self.manager = stack.enter_context(DraManager(at.top, self.api))
         self.start()
         self._server = stack.enter_context(_serving(lambda: "\n".join([*self.kubernetes, ""])))
         self._url = stack.enter_context(_prometheus(at.top, self._port, self._server))
@@ -84,7 +89,8 @@ class Stage:
     def start(self) -> None:
         """Starts the daemon."""
         flags = (f"--metrics-address=127.0.0.1:{self._port}", "--health-interval=0.5")
-        self._daemon = self._stack.enter_context(Daemon(self._at, self.node, *flags, NODE_NAME=_NODE))
+        claims = ("--dra", f"--api-server={self.api.url}")
+        self._daemon = self._stack.enter_context(Daemon(self._at, self.node, *flags, *claims, NODE_NAME=_NODE))
         self._daemon.wait_for("registered", resource=PGPU)
 
     def end(self) -> None:
@@ -119,6 +125,19 @@ class Stage:
         gpus = [str(number) for number in range(4, 12)]
         self.allocate(*gpus)
         self.pods.hold("big", PGPU, *gpus)
+
+    def refuse_slices(self) -> None:
+        """From now on; what is there is deleted, so that something has to be written."""
+        self.api.fail(403, times=1_000_000)
+        self.api.remove(SLICES, self.api.slices()[0]["metadata"]["name"])
+
+    def hide_drivers(self, hidden: bool) -> None:
+        """The kubelet's folder where drivers register is away, or back."""
+        if hidden:
+            self.manager.stop()
+            shutil.rmtree(self.manager.registry)
+        else:
+            self.manager.start()
 
     # What Prometheus says
 
@@ -177,6 +196,8 @@ Deed = Callable[[Stage], object]
 ALERTS: dict[str, tuple[Deed, Deed]] = {
     "SandboxPluginDeviceUnhealthy": (lambda s: s.node.sicken(FIRST_GPU), lambda s: s.node.heal(FIRST_GPU)),
     "SandboxPluginNotRegistered": (lambda s: s.kubelet.stop(), lambda s: s.kubelet.start()),
+    "SandboxPluginDriverNotRegistered": (lambda s: s.hide_drivers(True), lambda s: s.hide_drivers(False)),
+    "SandboxPluginSlicesNotPublished": (lambda s: s.refuse_slices(), lambda s: s.api.stop_failing()),
     "SandboxPluginNotReady": (lambda s: s.kubelet.stop(), lambda s: s.kubelet.start()),
     "SandboxPluginForeignCdiSpec": (lambda s: s.bad_spec().write_text(_BAD_SPEC), lambda s: s.bad_spec().unlink()),
     "SandboxPluginPcieErrorsRising": (lambda s: s.count("correctable", "TOTAL_ERR_COR", 100), lambda _: None),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import MakeNode, StartDaemon
 from daemon import Places, run_command
-from dra_manager import api_server
+from dra_manager import DraManager, api_server
 from kubelet import GrpcKubelet
 from names import PGPU
 from pods import PodResources
@@ -106,9 +106,9 @@ def test_with_the_device_plugin_off_nothing_is_registered_and_the_daemon_is_read
     wait_until(lambda: is_published(api, 12), "all are published")
     assert not any(device["attributes"]["devicePlugin"]["bool"] for device in shown(api).values())
     socket = node.root / "run/sandbox-plugin/status.sock"
-    wait_until(
-        lambda: run_command("status", f"--status-socket={socket}", "--probe").returncode == 0, "the probe is content"
-    )
+    with DraManager(places.top, api):
+        probe = ["status", f"--status-socket={socket}", "--probe"]
+        wait_until(lambda: run_command(*probe).returncode == 0, "the probe is content")
     assert kubelet.resources() == set()
     told = run_command("status", f"--status-socket={socket}").stdout
     assert PGPU in told

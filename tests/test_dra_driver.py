@@ -22,6 +22,7 @@ from sandbox_plugin.api import dra_v1, v1alpha1
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.dra import driver as drivers
 from sandbox_plugin.dra import services
+from sandbox_plugin.dra.calls import PREPARE, UNPREPARE
 from sandbox_plugin.dra.checkpoint import read_all
 from sandbox_plugin.dra.claim_files import ClaimFiles
 from sandbox_plugin.dra.claims import ClaimId, Refused
@@ -379,6 +380,38 @@ async def test_every_claim_of_a_call_has_an_answer_of_its_own(node: Node) -> Non
     }
     back = await servicer.node_unprepare_resources(dra_v1.NodeUnprepareResourcesRequest(claims=claims))
     assert {uid: each.error for uid, each in back.claims.items()} == dict.fromkeys(answer.claims, "")
+
+
+@in_loop
+async def test_each_claim_of_a_call_is_counted_by_its_outcome_and_a_refusal_by_its_reason(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = await node.driver()
+    servicer, calls = DraPluginServicer(driver), driver.calls
+    claims = [dra_v1.Claim(namespace="default", uid=f"uid-of-{name}", name=name) for name in ("gpus", "none")]
+    await servicer.node_prepare_resources(dra_v1.NodePrepareResourcesRequest(claims=claims))
+    await servicer.node_unprepare_resources(dra_v1.NodeUnprepareResourcesRequest(claims=claims[:1]))
+    node.claims.objects["late"] = ApiError("it is away")
+    late = [dra_v1.Claim(namespace="default", uid="late", name="late")]
+    await servicer.node_prepare_resources(dra_v1.NodePrepareResourcesRequest(claims=late))
+
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(node.claims, "claim", hang)
+    call = asyncio.create_task(servicer.node_prepare_resources(dra_v1.NodePrepareResourcesRequest(claims=late)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    call.cancel()
+    await asyncio.wait([call])
+    counted = {key: took.cumulative[-1] for key, took in calls.took.items() if took.cumulative[-1]}
+    assert counted == {
+        (PREPARE, "ok"): 1,
+        (PREPARE, "refused"): 2,
+        (PREPARE, "cancelled"): 1,
+        (UNPREPARE, "ok"): 1,
+    }
+    assert +calls.refusals == {"not-allocated": 1, "api-server": 1}
 
 
 @in_loop

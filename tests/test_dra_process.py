@@ -178,7 +178,7 @@ def test_what_the_api_server_does_not_tell_is_an_error_and_a_prepared_claim_need
     api.fail(403, times=1000, verb="get")
     with pytest.raises(NotPrepared, match="the API server does not tell what it was allocated"):
         manager.prepare("pod", "gpus")
-    api._failures.clear()
+    api.stop_failing()
     names = manager.prepare("pod", "gpus")
     manager.restart()
     manager.wait_for(lambda: manager.driver)

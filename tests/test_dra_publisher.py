@@ -20,7 +20,7 @@ from sandbox_plugin.dra.api_server import ApiServer
 from sandbox_plugin.dra.client import OPENED, JsonObject, Listed
 from sandbox_plugin.dra.pace import Pace
 from sandbox_plugin.dra.plan import slice_name
-from sandbox_plugin.dra.publisher import Publisher
+from sandbox_plugin.dra.publisher import Publisher, failure_of, is_refusal
 from sandbox_plugin.fake.api_server import NODES, SLICES, Account, FakeApiServer
 from sandbox_plugin.model import HostFacts, PciFunction
 from sandbox_plugin.registry import Registry
@@ -122,6 +122,49 @@ async def publishing(
 
 def sick(function: PciFunction) -> PciFunction:
     return replace(function, link_speed="Unknown", link_width=63)
+
+
+@pytest.mark.parametrize(
+    ("status", "counted_as", "refused"),
+    [
+        (None, "no-answer", False),
+        (401, "401", True),
+        (403, "403", True),
+        (404, "404", True),
+        (409, "409", False),
+        (410, "410", False),
+        (422, "422", True),
+        (429, "429", False),
+        (400, "4xx", True),
+        (408, "4xx", False),
+        (500, "5xx", False),
+        (504, "5xx", False),
+    ],
+)
+def test_a_failure_is_counted_by_its_status_and_told_apart_from_a_refusal(
+    status: int | None, counted_as: str, refused: bool
+) -> None:
+    assert (failure_of(status), is_refusal(status)) == (counted_as, refused)
+
+
+@in_loop
+async def test_failures_are_counted_and_a_refusal_is_one_until_it_is_over(tmp_path: Path) -> None:
+    async with publishing(tmp_path) as running:
+        await running.is_quiet()
+        status = running.publisher.status
+        assert (status.published, status.refused, status.trouble) == (True, False, None)
+        assert not any(running.publisher.status.failures.values())
+        running.server.fail(403, times=1000)
+        running.registry.observe(gpus(3))
+        await until(lambda: running.publisher.status.refused)
+        assert running.publisher.status.failures["403"] >= 1
+        running.server.stop_failing()
+        running.server.fail(503, times=1000)
+        await until(lambda: running.publisher.status.failures["5xx"])
+        assert (running.publisher.status.refused, running.publisher.status.published) == (False, True)
+        running.server.stop_failing()
+        await running.shows(name_of(1), name_of(2), name_of(3))
+        await until(lambda: running.publisher.status.trouble is None)
 
 
 # What is published

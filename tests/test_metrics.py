@@ -23,9 +23,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
+from sandbox_plugin.dra.calls import PREPARE, ClaimCalls
+from sandbox_plugin.dra.claims import Why
+from sandbox_plugin.dra.publisher import Failure
 from sandbox_plugin.durations import Durations
 from sandbox_plugin.inventory.health import SETTLE
-from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.ledger import Holdings, Places, PreparedClaim
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.kubelet.calls import Calls as KubeletCalls
 from sandbox_plugin.kubelet.calls import Refused
@@ -35,7 +38,7 @@ from sandbox_plugin.outputs.metrics import catalogue
 from sandbox_plugin.outputs.metrics.catalogue import ENTRIES, Entry, Kind
 from sandbox_plugin.outputs.metrics.exposition import Exposition
 from sandbox_plugin.outputs.metrics.health_history import HealthHistory
-from sandbox_plugin.outputs.metrics.parts import Calls, Parts
+from sandbox_plugin.outputs.metrics.parts import Calls, ClaimParts, Parts
 from sandbox_plugin.registry import Registry
 
 A, B, C = "0000:01:00.0", "0000:02:00.0", "0000:03:00.0"
@@ -134,12 +137,30 @@ def busy(bench: Bench) -> None:
     )
 
 
+DRA: dict[str, Any] = {
+    "driver": "vfio.sandbox-plugin",
+    "registration": {"state": "registered", "registrations": 3, "trouble": None},
+    "slices": {"published": True, "slices": 2, "devices": 70, "writes": 5, "trouble": None, "refused": False},
+    "claims": [{"name": "gpus"}],
+}
+
+
+def serve_claims(bench: Bench, **changes: Any) -> None:
+    """With `--dra`, beside what is there already."""
+    calls = ClaimCalls()
+    calls.refusals[Why.HELD] += 1
+    calls.took[PREPARE, "ok"].add(0.02)
+    known = ClaimParts(took=calls.took, refusals=calls.refusals, registered_at=100.4, failures={"403": 1, "409": 0})
+    bench.parts = replace(bench.parts, shown=replace(bench.parts.shown, dra={**DRA, **changes}), claims=known)
+
+
 # The catalogue
 
 
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])
 def test_every_metric_of_the_catalogue_is_exposed_with_its_labels_type_and_meaning(bench: Bench, accept: str) -> None:
     busy(bench)
+    serve_claims(bench)
     families = {family.name: family for family in bench.families(accept)}
     for entry in ENTRIES:
         name = entry.name.removesuffix("_total")
@@ -182,7 +203,12 @@ def test_the_triggers_of_a_scan_are_those_that_the_code_gives() -> None:
 
 def test_the_document_names_every_reason_of_a_refusal() -> None:
     text = Path(ROOT, "docs/monitoring.md").read_text()
-    assert all(f"`{reason}`" in text for reason in Refused)
+    assert all(f"`{reason}`" in text for reason in (*Refused, *Why))
+
+
+def test_the_kinds_of_failures_of_the_api_server_are_those_that_the_code_gives() -> None:
+    named = re.findall(r"4\d\d|[45]xx|no-answer", catalogue.API_FAILURES.series)
+    assert sorted(named) == sorted(Failure)
 
 
 # What it says
@@ -391,6 +417,49 @@ def test_what_the_parts_say_is_shown(bench: Bench) -> None:
     assert bench.of(catalogue.TURN, state="waiting") == 0
 
 
+def test_claims_and_slices_are_shown_and_without_dra_there_is_nothing_of_them(bench: Bench) -> None:
+    busy(bench)
+    (of_dra,) = (section.entries for section in catalogue.SECTIONS if section.title == "Dynamic Resource Allocation")
+    assert not any(bench.series(entry) for entry in of_dra)
+    serve_claims(bench)
+    assert bench.of(catalogue.CLAIMS) == 1
+    assert bench.of(catalogue.CLAIM_REFUSALS, reason="held") == 1
+    assert len(bench.series(catalogue.CLAIM_REFUSALS)) == len({*Reason, *Why})
+    assert bench.of(catalogue.DRA_REGISTERED) == bench.of(catalogue.SLICES_CURRENT) == 1
+    assert bench.of(catalogue.DRA_REGISTERED_SINCE) == 1100
+    assert bench.of(catalogue.DRA_REGISTRATIONS) == 3
+    values = [bench.of(e) for e in (catalogue.SLICES, catalogue.SLICE_DEVICES, catalogue.SLICE_WRITES)]
+    assert values == [2, 70, 5]
+    assert (bench.of(catalogue.API_FAILURES, code="403"), bench.of(catalogue.API_FAILURES, code="409")) == (1, 0)
+    serve_claims(bench, slices={**DRA["slices"], "trouble": "it is away"})
+    assert bench.of(catalogue.SLICES_CURRENT) == 0
+    bench.parts = replace(bench.parts, shown=replace(bench.parts.shown, turn={"state": "standing by", "reason": None}))
+    assert not any(bench.series(entry) for entry in of_dra), "the other one speaks for the node"
+
+
+def test_a_driver_that_has_not_begun_yet_is_not_registered_and_publishes_nothing(bench: Bench) -> None:
+    dra = {**DRA, "registration": {"state": "not begun", "trouble": None}, "slices": None, "claims": []}
+    bench.parts = replace(bench.parts, shown=replace(SHOWN, dra=dra))
+    assert bench.of(catalogue.DRA_REGISTERED) == bench.of(catalogue.SLICES_CURRENT) == 0
+    assert not bench.series(catalogue.CLAIMS)
+    known = ClaimParts()
+    bench.parts = replace(bench.parts, shown=replace(SHOWN, dra=DRA), claims=known)
+    assert bench.of(catalogue.DRA_REGISTERED_SINCE) is None
+
+
+def test_the_pod_that_has_a_device_by_a_claim_is_named(bench: Bench) -> None:
+    bench.see(gpu(A, vfio=3))
+    bench.registry.learn(claims={"uid": PreparedClaim(name="ns/gpus", devices=(HELD,), at=100.0)})
+    assert bench.of(catalogue.ALLOCATED) == 1
+    assert bench.of(catalogue.HOLDER) is None
+    told = Holdings(asked_at=101.0, claims=frozenset({("ns/gpus", A)}), claim_pods={"ns/gpus": ("vm", "main")})
+    bench.registry.learn(holdings=told)
+    assert bench.of(catalogue.HOLDER, namespace="ns", pod="vm", container="main") == 1
+
+
+HELD = Places(node="/dev/vfio/devices/vfio3", group=50, addresses=frozenset({A}))
+
+
 def test_a_resource_that_is_not_registered_says_so(bench: Bench) -> None:
     bench.see(gpu(A, vfio=3))
     bench.parts = Parts(shown=replace(SHOWN, registrations={}))
@@ -498,6 +567,11 @@ def test_the_number_of_series_is_what_the_document_says(bench: Bench) -> None:
     assert (many - few) / 32 == 14, "and one more for each that is Unhealthy"
     bench.parts = replace(bench.parts, calls={PGPU: Calls(refusals=KubeletCalls().refusals)})
     assert lines(34) - many == 2 * 16 + len(Reason) + len(Refused)
+    before = lines(34)
+    serve_claims(bench)
+    of_failures = len(Failure) - len(bench.series(catalogue.API_FAILURES))
+    text = Path(ROOT, "docs/monitoring.md").read_text()
+    assert f"{lines(34) + of_failures - before} more with `--dra`" in text.replace("\n", " ")
 
 
 def test_a_host_without_devices_has_no_series_of_devices(bench: Bench) -> None:

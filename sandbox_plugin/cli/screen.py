@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sandbox_plugin.cli.stdout import visible
-from sandbox_plugin.cli.tables import Line, Part, Styled, has_colors, painted, text_of
+from sandbox_plugin.cli.tables import Line, Part, Styled, has_colors, painted, text_of, wrap
 
 _ENTER, _LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 """Another screen without a cursor; back to the one before (xterm's control sequences, which all of today's know)."""
@@ -52,7 +51,7 @@ def heading(title: str, columns: int) -> Line:
 
 def wrapped(text: str, width: int, style: str = "") -> list[Line]:
     """A text in lines of this width."""
-    return [[Styled(line, style)] for line in textwrap.wrap(visible(text), width) or [""]]
+    return [[Styled(line, style)] for line in wrap(text, width)]
 
 
 def flowed(words: Sequence[Part], width: int) -> list[Line]:

@@ -34,6 +34,8 @@ def status_lines(document: Mapping[str, Any], columns: int) -> list[Line]:
         lines += [[""], [Styled("held by pods, but no device here", "bold")]]
         for held in document["held_without_device"]:
             lines += _indented(f"{held['resource']}={held['id']}: {_holder(held['holder'])}", columns)
+    if document.get("dra") is not None:
+        lines += [[""], *_claims(document["dra"], columns)]
     lines.append([""])
     if document["cdi"] is not None:
         for file in document["cdi"]["files"]:
@@ -72,14 +74,38 @@ def _resource(resource: Mapping[str, Any], columns: int) -> list[Line]:
     return lines
 
 
+def _claims(dra: Mapping[str, Any], columns: int) -> list[Line]:
+    """Dynamic Resource Allocation: the driver at the kubelet, its slices, and the claims that are prepared."""
+    registration, slices = dra["registration"], dra["slices"]
+    state = registration["state"]
+    if state == "registered":
+        state += f" {_age(registration['registered_seconds'])} ago"
+    lines = wrapped(f"DRA driver {dra['driver']}: {_with_reason(state, registration['trouble'])}", columns, "bold")
+    if slices is not None:
+        lines += _indented(_slices(slices), columns, style=_BAD if slices["trouble"] else "")
+    for claim in dra["claims"]:
+        devices = ", ".join(device["pci_address"] for device in claim["devices"])
+        pod = f"pod {claim['pod']}" if claim["pod"] else "PodResources names no pod"
+        lines += _indented(f"claim {claim['namespace']}/{claim['name']}: {devices}; {pod}", columns)
+    return lines
+
+
+def _slices(slices: Mapping[str, Any]) -> str:
+    if not slices["published"]:
+        return f"slices are not published: {slices['trouble'] or 'not yet'}"
+    text = f"pool {slices['pool']}, generation {slices['generation']}: "
+    text += f"{slices['devices']} devices in {slices['slices']} slice{'s' * (slices['slices'] != 1)}"
+    return text if slices["trouble"] is None else f"{text}; out of date: {slices['trouble']}"
+
+
 def _holder(holder: Mapping[str, str | None] | None) -> str:
     if holder is None:
         return ""
-    if holder["claim"] is not None:
-        return f"claim {holder['namespace']}/{holder['claim']}"
     if holder["pod"] is None:
-        return "a pod that PodResources has not named yet"
-    return "/".join(part for part in (holder["namespace"], holder["pod"], holder["container"]) if part)
+        claim = holder["claim"]
+        return "a pod that PodResources has not named yet" if claim is None else f"claim {holder['namespace']}/{claim}"
+    pod = "/".join(part for part in (holder["namespace"], holder["pod"], holder["container"]) if part)
+    return pod if holder["claim"] is None else f"{pod}, claim {holder['claim']}"
 
 
 def _cut(line: Line, columns: int) -> Line:

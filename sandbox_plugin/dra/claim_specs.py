@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox_plugin.config.settings import Consumer
-from sandbox_plugin.dra.claims import Given, Prepared, Refused, Wanted
+from sandbox_plugin.dra.claims import Given, Prepared, Refused, Wanted, Why
 from sandbox_plugin.dra.config import NodeKind
 from sandbox_plugin.inventory.passing import by_cdev, by_group, egm_nodes
 from sandbox_plugin.model import Device
@@ -131,7 +131,7 @@ def nodes_for(wanted: Wanted, device: Device, consumer: Consumer) -> list[str]:
             nodes = [device.node] if consumer is Consumer.KATA else [*cdev, *group]
     if not nodes:
         where = f"request {wanted.request}: device {wanted.device}"
-        raise Refused(f"{where} has no {wanted.node} node on this kernel, or must not be passed by it")
+        raise Refused(f"{where} has no {wanted.node} node on this kernel, or must not be passed by it", Why.NOT_ALLOWED)
     return nodes
 
 

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from sandbox_plugin.dra.client import JsonObject
@@ -28,8 +29,36 @@ _UID = re.compile(r"[A-Za-z0-9-]{1,63}")
 _REQUEST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(/[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?")
 
 
+class Why(StrEnum):
+    """Why a claim is refused, in one of few words, where that is no `Reason` of a device."""
+
+    MALFORMED = "malformed-request"
+    API_SERVER = "api-server"
+    """It did not tell what the claim was allocated."""
+    NOT_ALLOCATED = "not-allocated"
+    """There is no such claim, or it has no devices here that are this driver's."""
+    NOT_ALLOWED = "not-allowed"
+    """It asks for what no claim gets: to share a device, or what its configuration says."""
+    UNKNOWN_DEVICE = "unknown-device"
+    HELD = "held"
+    """Another claim or pod has the device, or its group."""
+    LAST_LOOK = "last-look"
+    """The look at the device found something against it."""
+    CHANGED = "changed"
+    """The device, or the claim, became another one meanwhile."""
+    PART_OF_NODE = "part-of-node"
+    """`--whole-node` allows one device or all."""
+    FILES = "files"
+    """Its files cannot be written, or removed."""
+
+
 class Refused(Exception):
     """Why a claim cannot be prepared now, for who reads the pod's events."""
+
+    def __init__(self, words: str, why: str) -> None:
+        super().__init__(words)
+        self.why = why
+        """A `Why`, or the device's `Reason`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +77,8 @@ class ClaimId:
         is_name = all(_NAME.fullmatch(part) for part in (self.namespace, self.name))
         if not is_name or not _UID.fullmatch(self.uid):
             raise Refused(
-                f"{self.namespace[:80]!r}, {self.name[:80]!r}, {self.uid[:80]!r}: not a claim's names and UID"
+                f"{self.namespace[:80]!r}, {self.name[:80]!r}, {self.uid[:80]!r}: not a claim's names and UID",
+                Why.MALFORMED,
             )
 
 
@@ -70,7 +100,7 @@ class Wanted:
     def check(self) -> None:
         """Raises Refused unless the names are such as Kubernetes takes: they become those of files."""
         if not _REQUEST.fullmatch(self.request) or not _NAME.fullmatch(self.device):
-            raise Refused(f"request {self.request[:80]!r}, device {self.device[:80]!r}: not such names")
+            raise Refused(f"request {self.request[:80]!r}, device {self.device[:80]!r}: not such names", Why.MALFORMED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,50 +167,55 @@ class Prepared:
 def read_claim(claim_id: ClaimId, claim: JsonObject | None, *, driver: str, pool: str) -> Asked:
     """What the API server's object says. Raises Refused."""
     if claim is None:
-        raise Refused("the API server has no such claim")
+        raise Refused("the API server has no such claim", Why.NOT_ALLOCATED)
     try:
         return _read(claim_id, claim, driver, pool)
     except (AttributeError, KeyError, TypeError) as error:
-        raise Refused(f"the API server's object is no ResourceClaim of resource.k8s.io/v1: {error!r}") from None
+        words = f"the API server's object is no ResourceClaim of resource.k8s.io/v1: {error!r}"
+        raise Refused(words, Why.MALFORMED) from None
 
 
 def _read(claim_id: ClaimId, claim: JsonObject, driver: str, pool: str) -> Asked:
     uid = claim["metadata"]["uid"]
     if uid != claim_id.uid:
-        raise Refused(f"it was deleted and made again: its UID is {uid} now, and the pod's is {claim_id.uid}")
+        words = f"it was deleted and made again: its UID is {uid} now, and the pod's is {claim_id.uid}"
+        raise Refused(words, Why.NOT_ALLOCATED)
     status = claim.get("status") or {}
     allocation = status.get("allocation")
     if allocation is None:
-        raise Refused("it is not allocated")
+        raise Refused("it is not allocated", Why.NOT_ALLOCATED)
     _refuse_sharing(status.get("reservedFor") or ())
     devices = allocation.get("devices") or {}
     results = [result for result in devices.get("results") or () if result["driver"] == driver]
     wanted = tuple([_wanted(result, devices.get("config") or (), driver, pool) for result in results])
     if not wanted:
-        raise Refused(f"none of its devices is of driver {driver}")
+        raise Refused(f"none of its devices is of driver {driver}", Why.NOT_ALLOCATED)
     if len({each.device for each in wanted}) < len(wanted):
-        raise Refused("it has one device twice")
+        raise Refused("it has one device twice", Why.MALFORMED)
     pod_claim = (claim["metadata"].get("annotations") or {}).get(_POD_CLAIM)
     if pod_claim is not None and not _NAME.fullmatch(pod_claim):
-        raise Refused(f"its annotation {_POD_CLAIM} is {pod_claim[:80]!r}, which is no name")
+        raise Refused(f"its annotation {_POD_CLAIM} is {pod_claim[:80]!r}, which is no name", Why.MALFORMED)
     return Asked(pod_claim=pod_claim, devices=wanted)
 
 
 def _refuse_sharing(users: Sequence[Mapping[str, Any]]) -> None:
     if len(users) > 1:
         names = ", ".join(f"{user['resource']}/{user['name']}" for user in users)
-        raise Refused(f"it is reserved for {names}: a VFIO device has one holder; give each pod a claim of its own")
+        words = f"it is reserved for {names}: a VFIO device has one holder; give each pod a claim of its own"
+        raise Refused(words, Why.NOT_ALLOWED)
 
 
 def _wanted(result: Mapping[str, Any], configs: Iterable[Mapping[str, Any]], driver: str, pool: str) -> Wanted:
     request, device = result["request"], result["device"]
     if result["pool"] != pool:
-        raise Refused(f"request {request}: device {device} is of pool {result['pool']}, and this node's is {pool}")
+        words = f"request {request}: device {device} is of pool {result['pool']}, and this node's is {pool}"
+        raise Refused(words, Why.NOT_ALLOCATED)
     if result.get("adminAccess"):
         why = "adminAccess is refused: a VFIO device has one holder, and who looks at it would be that one"
-        raise Refused(f"request {request}: {why}")
+        raise Refused(f"request {request}: {why}", Why.NOT_ALLOWED)
     if result.get("shareID"):
-        raise Refused(f"request {request}: a share of device {device} is refused: a VFIO device has one holder")
+        words = f"request {request}: a share of device {device} is refused: a VFIO device has one holder"
+        raise Refused(words, Why.NOT_ALLOWED)
     wanted = Wanted(request=request, pool=pool, device=device, node=_node_kind(request, configs, driver))
     wanted.check()
     return wanted
@@ -197,7 +232,8 @@ def _node_kind(request: str, configs: Iterable[Mapping[str, Any]], driver: str) 
                 chosen = parse_config(opaque.get("parameters"))
             except InvalidConfig as error:
                 whose = "its DeviceClass" if config.get("source") == "FromClass" else "the claim"
-                raise Refused(f"request {request}: the configuration of {whose}: {error}") from None
+                words = f"request {request}: the configuration of {whose}: {error}"
+                raise Refused(words, Why.NOT_ALLOWED) from None
     return chosen
 
 
@@ -212,7 +248,7 @@ def choose(
     `whole_node`: as `Settings.whole_node`.
     """
     if not inventory.version:
-        raise Refused("this node's devices are not known yet")
+        raise Refused("this node's devices are not known yet", Why.UNKNOWN_DEVICE)
     named = devices_by_name(inventory)
     chosen = [_choose(uid, each, named.get(each.device), inventory) for each in wanted]
     _refuse_part_of_node(chosen, inventory, whole_node)
@@ -222,12 +258,12 @@ def choose(
 def _choose(uid: str, wanted: Wanted, device: Device | None, inventory: Inventory) -> Device:
     if device is None:
         why = inventory.unoffered.get(address_of_claimed(wanted.device) or "", "this node has no such device any more")
-        raise Refused(f"request {wanted.request}: device {wanted.device}: {why}")
+        raise Refused(f"request {wanted.request}: device {wanted.device}: {why}", Why.UNKNOWN_DEVICE)
     where = f"request {wanted.request}: device {wanted.device} ({device.resource}={device.id})"
-    if not device.for_claims.healthy:
-        raise Refused(f"{where} cannot be given: {device.for_claims}")
+    if (reason := device.for_claims.reason) is not None:
+        raise Refused(f"{where} cannot be given: {device.for_claims}", reason)
     if holder := _other_holder(uid, device, inventory):
-        raise Refused(f"{where} cannot be given: {holder} holds it")
+        raise Refused(f"{where} cannot be given: {holder} holds it", Why.HELD)
     return device
 
 
@@ -256,7 +292,8 @@ def _refuse_part_of_node(
     asked = sum(device.resource == resource for device in chosen)
     everything = count or len({d.address for d in inventory.resources.get(resource, ()) if d.placements})
     if asked not in (0, 1, everything):
-        raise Refused(f"it has {asked} devices of {resource}; with --whole-node it gets 1 or all {everything}")
+        words = f"it has {asked} devices of {resource}; with --whole-node it gets 1 or all {everything}"
+        raise Refused(words, Why.PART_OF_NODE)
 
 
 def give(claim_id: ClaimId, asked: Asked, devices: Sequence[Device]) -> Prepared:

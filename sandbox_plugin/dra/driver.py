@@ -22,10 +22,23 @@ from pathlib import Path
 import structlog
 
 from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.dra.calls import ClaimCalls
 from sandbox_plugin.dra.checkpoint import checkpoint_folder, read_all
 from sandbox_plugin.dra.claim_files import ClaimFiles
 from sandbox_plugin.dra.claim_specs import Terms, cdi_ids, nodes_for, render_files
-from sandbox_plugin.dra.claims import Asked, ClaimId, Given, Prepared, Refused, Wanted, choose, give, read_claim, usable
+from sandbox_plugin.dra.claims import (
+    Asked,
+    ClaimId,
+    Given,
+    Prepared,
+    Refused,
+    Wanted,
+    Why,
+    choose,
+    give,
+    read_claim,
+    usable,
+)
 from sandbox_plugin.dra.client import ApiError, Claims
 from sandbox_plugin.dra.names import devices_by_name, pool_name
 from sandbox_plugin.host.files import FileWork
@@ -93,6 +106,7 @@ class Driver:
         self.name = settings.dra_driver_name
         self.pool = pool_name(settings.node_name)
         self.registry = registry
+        self.calls = ClaimCalls()
         self._whole_node = settings.whole_node
         self._api = api
         self._last_look = last_look
@@ -112,6 +126,15 @@ class Driver:
         self._trouble = Trouble()
         self._refused: dict[str, str] = {}
         """Why each claim was refused last, by UID."""
+
+    @property
+    def prepared(self) -> list[Prepared]:
+        """The claims that are prepared, by their names."""
+        return sorted(self._prepared.values(), key=lambda each: str(each.claim))
+
+    def prepared_at(self, uid: str) -> float:
+        """When a prepared claim was prepared, in monotonic seconds; -inf: not by this run of the plugin."""
+        return self._holds[uid].at
 
     @property
     def device_names(self) -> list[str]:
@@ -145,7 +168,7 @@ class Driver:
         try:
             found = await self._api.claim(claim.namespace, claim.name)
         except ApiError as error:
-            raise Refused(f"the API server does not tell what it was allocated: {error}") from None
+            raise Refused(f"the API server does not tell what it was allocated: {error}", Why.API_SERVER) from None
         return read_claim(claim, found, driver=self.name, pool=self.pool)
 
     async def _hold(self, claim: ClaimId, asked: Asked) -> None:
@@ -158,10 +181,11 @@ class Driver:
         looked_at = self.registry.now()
         for device_id, objection in (await self._last_look(devices, self.registry.functions)).items():
             device = next(device for device in devices if device.id == device_id)
-            raise Refused(f"device {device.address} ({device.resource}={device.id}): {objection.why}")
+            raise Refused(f"device {device.address} ({device.resource}={device.id}): {objection.why}", Why.LAST_LOOK)
         for before, device in zip(devices, self._choose(claim.uid, asked.devices), strict=True):
             if (before.node, before.as_bound) != (device.node, device.as_bound):
-                raise Refused(f"device {device.address} ({device.resource}={device.id}) changed while it was looked at")
+                words = f"device {device.address} ({device.resource}={device.id}) changed while it was looked at"
+                raise Refused(words, Why.CHANGED)
         for wanted, device in zip(asked.devices, devices, strict=True):
             nodes_for(wanted, device, self._terms.consumer)
         if claim.uid in self._prepared:
@@ -183,7 +207,7 @@ class Driver:
     async def _write(self, uid: str) -> Prepared:
         """Writes all that belongs to a claim, by its devices as they are now. Raises Refused."""
         if uid not in self._prepared:
-            raise Refused("it was given back while it was prepared")
+            raise Refused("it was given back while it was prepared", Why.CHANGED)
         devices = self._choose(uid, self._prepared[uid].asked.devices)
         prepared = self._move(self._prepared[uid], devices)
         wanted = render_files(prepared, devices, self._terms, self.registry.egm_gpus)
@@ -191,7 +215,7 @@ class Driver:
             await self._work.finish(partial(self._files.record, prepared))
             await self._work.finish(partial(self._files.write, prepared, wanted))
         except OSError as error:
-            raise Refused(f"its files cannot be written: {_words(error)}") from None
+            raise Refused(f"its files cannot be written: {_words(error)}", Why.FILES) from None
         return prepared
 
     def _move(self, prepared: Prepared, devices: Sequence[Device | None]) -> Prepared:
@@ -216,7 +240,7 @@ class Driver:
             try:
                 await self._work.finish(partial(self._files.clear, prepared))
             except OSError as error:
-                raise Refused(f"its files cannot be removed: {_words(error)}") from None
+                raise Refused(f"its files cannot be removed: {_words(error)}", Why.FILES) from None
             del self._prepared[claim.uid], self._holds[claim.uid]
             self.registry.learn(claims=dict(self._holds))
         addresses = ",".join(min(given.places.addresses) for given in prepared.devices)

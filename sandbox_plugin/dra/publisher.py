@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from http import HTTPStatus
 from typing import Protocol
 
@@ -63,6 +65,37 @@ class Slices(Protocol):
         """Events since that version, for about so many seconds; the first is of type `OPENED`."""
 
 
+class Failure(StrEnum):
+    """How the API server failed, in one of few words: an HTTP status, the kind of one, or none at all."""
+
+    NO_ANSWER = "no-answer"
+    UNAUTHORIZED = "401"
+    FORBIDDEN = "403"
+    NOT_FOUND = "404"
+    CONFLICT = "409"
+    GONE = "410"
+    INVALID = "422"
+    TOO_MANY = "429"
+    CLIENT = "4xx"
+    SERVER = "5xx"
+
+
+def failure_of(status: int | None) -> Failure:
+    """Where an HTTP status is counted; None: there was no answer, or no sense in it."""
+    if status is None:
+        return Failure.NO_ANSWER
+    if str(status) in tuple(Failure):
+        return Failure(str(status))
+    return Failure.SERVER if status >= HTTPStatus.INTERNAL_SERVER_ERROR else Failure.CLIENT
+
+
+def is_refusal(status: int | None) -> bool:
+    """Whether the API server said no to what it was asked, so that asking again will not help."""
+    if status is None or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return False
+    return status not in (*_EXPECTED, HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherStatus:
     """How the slices stand, for whoever wants to show it."""
@@ -72,8 +105,14 @@ class PublisherStatus:
     generation: int
     writes: int
     """How many there were since the start, whatever became of them."""
+    failures: Mapping[str, int]
+    """How often the API server failed, by `Failure`."""
+    published: bool
+    """Whether the slices were as they should be at least once since the start."""
     trouble: str | None
     """Why it cannot publish, while it cannot."""
+    refused: bool
+    """Whether that is because the API server says no, and not because it is away or busy."""
 
 
 @dataclass(kw_only=True)
@@ -106,6 +145,9 @@ class Publisher:
     """Of the watch."""
     _is_settled: bool = False
     _writes: int = 0
+    _failures: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(Failure, 0)))
+    _is_refused: bool = False
+    """Whether the latest failure, of those that are no news, was a refusal."""
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
     """Rung by everything that is worth a look."""
     _trouble: Trouble = field(default_factory=Trouble)
@@ -118,7 +160,10 @@ class Publisher:
             devices=len(self._written or ()),
             generation=self._newest,
             writes=self._writes,
+            failures=self._failures,
+            published=self._written is not None,
             trouble=self._trouble.now,
+            refused=self._trouble.now is not None and self._is_refused,
         )
 
     @property
@@ -135,8 +180,11 @@ class Publisher:
                 failure = await self._keep()
                 if self.clock() - began_at >= _HOLDS:
                     self.backoff.reset()
-                if failure.status not in _EXPECTED and self._trouble.update(str(failure)):
-                    log.warning("ResourceSlice trouble", driver=self.pool.driver, reason=str(failure))
+                self._failures[failure_of(failure.status)] += 1
+                if failure.status not in _EXPECTED:
+                    self._is_refused = is_refusal(failure.status)
+                    if self._trouble.update(str(failure)):
+                        log.warning("ResourceSlice trouble", driver=self.pool.driver, reason=str(failure))
                 await asyncio.sleep(max(self.backoff.next(), min(failure.retry_after or 0, _LONGEST_WAIT)))
 
     async def _hear_of_changes(self) -> None:

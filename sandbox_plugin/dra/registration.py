@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,11 +39,25 @@ _LONGEST_STEM = 40
 log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 
-class Registration(pluginregistration.RegistrationBase):
-    """What the kubelet asks at the first socket."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegistrationStatus:
+    """How the driver stands with the kubelet, for whoever wants to show it."""
 
-    def __init__(self, driver: str, endpoint: Path) -> None:
-        self._driver, self._endpoint = driver, endpoint
+    is_listening: bool
+    """Whether both sockets are there."""
+    registered_at: float | None
+    """Since when the kubelet has it, in monotonic seconds; None: it does not."""
+    registrations: int
+    """Times the kubelet accepted it."""
+    trouble: str | None
+    """Why it cannot listen, or what the kubelet said when it refused."""
+
+
+class Registration(pluginregistration.RegistrationBase):
+    """What the kubelet asks at the first socket. `told` gets what the kubelet says: None, or why it refuses."""
+
+    def __init__(self, driver: str, endpoint: Path, told: Callable[[str | None], None]) -> None:
+        self._driver, self._endpoint, self._told = driver, endpoint, told
 
     async def get_info(self, request: pluginregistration.InfoRequest) -> pluginregistration.PluginInfo:
         return pluginregistration.PluginInfo(
@@ -52,6 +67,7 @@ class Registration(pluginregistration.RegistrationBase):
     async def notify_registration_status(
         self, status: pluginregistration.RegistrationStatus
     ) -> pluginregistration.RegistrationStatusResponse:
+        self._told(None if status.plugin_registered else f"the kubelet refuses it: {status.error}")
         if status.plugin_registered:
             log.info("driver registered", driver=self._driver, endpoint=str(self._endpoint))
         else:
@@ -64,9 +80,29 @@ class Sockets:
 
     def __init__(self, settings: Settings, driver: Driver) -> None:
         self._driver = driver
-        self._registry = settings.kubelet_dir.parent / "plugins_registry"
+        self.registry = settings.kubelet_dir.parent / "plugins_registry"
+        """The kubelet's folder."""
         self._folder = plugin_folder(settings)
         self._trouble = Trouble()
+        self._is_listening = False
+        self._registered_at: float | None = None
+        self._registrations = 0
+        self._refusal: str | None = None
+
+    @property
+    def status(self) -> RegistrationStatus:
+        return RegistrationStatus(
+            is_listening=self._is_listening,
+            registered_at=self._registered_at,
+            registrations=self._registrations,
+            trouble=self._trouble.now or self._refusal,
+        )
+
+    def _heard(self, refusal: str | None) -> None:
+        """The kubelet has said whether it takes the driver."""
+        self._refusal = refusal
+        self._registered_at = self._driver.registry.now() if refusal is None else None
+        self._registrations += refusal is None
 
     async def run(self) -> None:
         """Runs until cancelled; then the kubelet is told by the end of the first socket, before the second one ends."""
@@ -85,15 +121,19 @@ class Sockets:
     def _serving(self) -> Iterator[dict[Path, sockets.Identity]]:
         """Both sockets, with who answers there. Raises OSError."""
         stem, run = self._driver.name[:_LONGEST_STEM], secrets.token_hex(4)
-        endpoint, entrance = self._folder / f"dra-{run}.sock", self._registry / f"{stem}-{run}-reg.sock"
+        endpoint, entrance = self._folder / f"dra-{run}.sock", self.registry / f"{stem}-{run}-reg.sock"
         self._folder.mkdir(parents=True, exist_ok=True)
-        for left in [*self._folder.glob("dra-*.sock"), *self._registry.glob(f"{stem}-????????-reg.sock")]:
+        for left in [*self._folder.glob("dra-*.sock"), *self.registry.glob(f"{stem}-????????-reg.sock")]:
             left.unlink(missing_ok=True)
         with ExitStack() as stack:
             services: list[IServable] = [DraPluginServicer(self._driver), DraHealthServicer(self._driver)]
             own = {endpoint: _serve(stack, endpoint, services)}
-            own[entrance] = _serve(stack, entrance, [Registration(self._driver.name, endpoint)])
-            yield own
+            own[entrance] = _serve(stack, entrance, [Registration(self._driver.name, endpoint, self._heard)])
+            self._is_listening = True
+            try:
+                yield own
+            finally:
+                self._is_listening, self._registered_at, self._refusal = False, None, None
 
 
 async def _loss(own: Mapping[Path, sockets.Identity]) -> None:

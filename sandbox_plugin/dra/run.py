@@ -4,45 +4,121 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.dra.api_server import ApiServer, in_cluster_url
+from sandbox_plugin.dra.calls import ClaimCalls
 from sandbox_plugin.dra.claims import Prepared
 from sandbox_plugin.dra.driver import Driver, LastLook
+from sandbox_plugin.dra.names import pool_name
 from sandbox_plugin.dra.plan import Pool
-from sandbox_plugin.dra.publisher import Publisher
-from sandbox_plugin.dra.registration import Sockets
+from sandbox_plugin.dra.publisher import Publisher, PublisherStatus
+from sandbox_plugin.dra.registration import RegistrationStatus, Sockets
 from sandbox_plugin.dra.slices import Terms
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
 
 
-async def run(
-    settings: Settings,
-    registry: Registry,
-    shutdown: Shutdown,
-    last_look: LastLook,
-    prepared: Mapping[str, Prepared],
-) -> None:
-    """Runs until cancelled, while this plugin has the node's lock: of two plugins one publishes, and prepares claims.
+class Dra:
+    """All parts, for as long as this plugin has the node's lock: of two plugins one publishes, and prepares claims.
 
-    `prepared`: the claims that are, as `load_claims` has read them. `shutdown` hears of a part that fails unexpectedly.
-    An API server that fails is not unexpected.
+    Usage:
+
+        dra = Dra(settings, registry, last_look, prepared=await load_claims(settings, registry))
+        await dra.run(shutdown)     # until it is cancelled
+        dra.shown()                 # meanwhile
     """
-    url = settings.api_server or in_cluster_url(os.environ)
-    assert url is not None  # `load_settings` has seen to both
-    assert settings.node_name is not None
-    async with ApiServer(url=url) as api, asyncio.TaskGroup() as group:
 
-        def start(part: Coroutine[Any, Any, None]) -> None:
-            shutdown.watch(group.create_task(part))
+    def __init__(
+        self, settings: Settings, registry: Registry, last_look: LastLook, prepared: Mapping[str, Prepared]
+    ) -> None:
+        url = settings.api_server or in_cluster_url(os.environ)
+        assert url is not None  # `load_settings` has seen to both
+        assert settings.node_name is not None
+        driver = settings.dra_driver_name
+        self._registry = registry
+        self._api = ApiServer(url=url)
+        self._pool = Pool(driver=driver, node=settings.node_name)
+        terms = Terms(driver=driver, evict=settings.dra_evict or frozenset(), device_plugin=settings.offers_resources)
+        self._driver = Driver(
+            settings=settings, registry=registry, api=self._api, last_look=last_look, prepared=prepared
+        )
+        self._sockets = Sockets(settings, self._driver)
+        self._publisher = Publisher(api=self._api, registry=registry, pool=self._pool, terms=terms)
 
-        driver, pool = settings.dra_driver_name, Pool(driver=settings.dra_driver_name, node=settings.node_name)
-        offered_twice = settings.offers_resources
-        terms = Terms(driver=driver, evict=settings.dra_evict or frozenset(), device_plugin=offered_twice)
-        claims = Driver(settings=settings, registry=registry, api=api, last_look=last_look, prepared=prepared)
-        start(claims.run())
-        start(Sockets(settings, claims).run())
-        start(Publisher(api=api, registry=registry, pool=pool, terms=terms).run())
+    async def run(self, shutdown: Shutdown) -> None:
+        """Runs until cancelled. `shutdown` hears of a part that fails unexpectedly; an API server that fails is not
+        unexpected."""
+        async with self._api, asyncio.TaskGroup() as group:
+            for part in (self._driver.run(), self._sockets.run(), self._publisher.run()):
+                shutdown.watch(group.create_task(part))
+
+    @property
+    def calls(self) -> ClaimCalls:
+        """What became of the kubelet's calls."""
+        return self._driver.calls
+
+    @property
+    def registration(self) -> RegistrationStatus:
+        return self._sockets.status
+
+    @property
+    def slices(self) -> PublisherStatus:
+        return self._publisher.status
+
+    def shown(self) -> dict[str, Any]:
+        """What `status` says of it, in values that JSON can take: docs/status.md."""
+        return {
+            "driver": self._driver.name,
+            "registration": self._registration(),
+            "slices": {
+                "pool": pool_name(self._pool.node),
+                "published": self.slices.published,
+                "slices": self.slices.slices,
+                "devices": self.slices.devices,
+                "generation": self.slices.generation,
+                "writes": self.slices.writes,
+                "trouble": self.slices.trouble,
+                "refused": self.slices.refused,
+            },
+            "claims": [self._claim(each) for each in self._driver.prepared],
+        }
+
+    def _registration(self) -> dict[str, Any]:
+        now = self.registration
+        if now.registered_at is not None:
+            state = "registered"
+        elif now.trouble is not None and now.is_listening:
+            state = "refused"
+        else:
+            state = "serving" if now.is_listening else "not begun"
+        since = None if now.registered_at is None else self._registry.now() - now.registered_at
+        return {
+            "state": state,
+            "registered_seconds": since,
+            "registrations": now.registrations,
+            "folder": str(self._sockets.registry),
+            "trouble": now.trouble,
+        }
+
+    def _claim(self, prepared: Prepared) -> dict[str, Any]:
+        claim, ledger = prepared.claim, self._registry.current.memory.ledger
+        pod, container = ledger.pod_of_claim(str(claim), self._driver.prepared_at(claim.uid)) or (None, None)
+        return {
+            "namespace": claim.namespace,
+            "name": claim.name,
+            "uid": claim.uid,
+            "pod": pod,
+            "container": container,
+            "devices": [
+                {
+                    "request": given.wanted.request,
+                    "name": given.wanted.device,
+                    "pci_address": min(given.places.addresses),
+                    "node": given.places.node,
+                }
+                for given in prepared.devices
+            ],
+        }

@@ -15,6 +15,7 @@ from typing import TypeVar
 from grpclib.const import Handler
 
 from sandbox_plugin.api import dra_v1, v1alpha1
+from sandbox_plugin.dra.calls import PREPARE, UNPREPARE
 from sandbox_plugin.dra.claims import ClaimId, Refused
 from sandbox_plugin.dra.driver import Driver
 from sandbox_plugin.dra.names import devices_by_name
@@ -48,7 +49,8 @@ class DraPluginServicer(dra_v1.DraPluginBase):
 
     async def _prepare(self, claim: dra_v1.Claim) -> dra_v1.NodePrepareResourceResponse:
         try:
-            prepared = await self._driver.prepare(_id_of(claim))
+            with self._driver.calls.timed(PREPARE):
+                prepared = await self._driver.prepare(_id_of(claim))
         except Refused as error:
             return dra_v1.NodePrepareResourceResponse(error=str(error))
         devices = [
@@ -70,7 +72,8 @@ class DraPluginServicer(dra_v1.DraPluginBase):
 
     async def _unprepare(self, claim: dra_v1.Claim) -> dra_v1.NodeUnprepareResourceResponse:
         try:
-            await self._driver.unprepare(_id_of(claim))
+            with self._driver.calls.timed(UNPREPARE):
+                await self._driver.unprepare(_id_of(claim))
         except Refused as error:
             return dra_v1.NodeUnprepareResourceResponse(error=str(error))
         return dra_v1.NodeUnprepareResourceResponse()

@@ -154,6 +154,9 @@ class FakeApiServer:
         """The next requests, or those of this verb, are answered so."""
         self._failures.append(Failure(status, times, verb, retry_after))
 
+    def stop_failing(self) -> None:
+        self._failures.clear()
+
     def lose_answers(self, times: int, *, verb: str) -> None:
         """The next requests of this verb are carried out, and then the connection is cut."""
         self._failures.append(Failure(0, times, verb, loses_answer=True))

@@ -119,7 +119,7 @@ def _listed(track: Track, against: _Against, signals: Signals, now: float) -> tu
     device = damped.device._replace(health=health_of(damped, fault, signals))
     if signals.claims is not None:
         for_claims = health_for_claims(damped, fault_of(track, against.claims.get(track.key)))
-        device = device._replace(for_claims=for_claims)
+        device = device._replace(for_claims=for_claims, health=for_claims if signals.claims_only else device.health)
     return damped, device
 
 
@@ -186,6 +186,7 @@ def _waits_for_holdings(tracks: Iterable[Track], ledger: Ledger, signals: Signal
     """Whether something can only be settled by asking PodResources."""
     if (
         ledger.grants
+        or ledger.claimed
         or ledger.named_claims
         or ledger.uses
         or signals.former

@@ -46,6 +46,8 @@ _CLAIM = "claim:"
 """No resource name has a colon."""
 ClaimedDevice = tuple[str, str]
 """`namespace/name` of a claim, and the address of a device."""
+ClaimPod = tuple[str, str]
+"""Names of a pod, which is in the namespace of its claims, and of a container of it."""
 Place = str | int
 """What one pod has at most: the path of a VFIO node, the number of an IOMMU group, or the address of a function."""
 
@@ -62,6 +64,8 @@ class Holdings:
     """Device -> name of the container that has it, for people."""
     claims: frozenset[ClaimedDevice] = frozenset()
     """What pods hold by claims on this driver."""
+    claim_pods: Mapping[str, ClaimPod] = field(default_factory=dict, compare=False)
+    """`namespace/name` of each of these claims -> the pod that has it, for people."""
     complete: bool = True
     """False: pods may be missing, as from the answer of a kubelet that has just started. It frees nothing then."""
 
@@ -188,6 +192,12 @@ class Ledger:
         """`namespace/name` of the pod that has it; None: PodResources has not named it yet."""
         answer = self.named_by.get(grant.key)
         return None if answer is None or answer.asked_at < grant.at else answer.pods[grant.key]
+
+    def pod_of_claim(self, claim: str, at: float) -> ClaimPod | None:
+        """The pod that has a claim, which was prepared then; None: PodResources has not named one since."""
+        if self.heard is None or self.heard.asked_at < at:
+            return None
+        return self.heard.claim_pods.get(claim)
 
     def holder_of(self, grant: Grant) -> str:
         """For people."""

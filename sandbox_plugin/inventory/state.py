@@ -42,6 +42,8 @@ class Signals(NamedTuple):
     may hold such devices."""
     claims: Mapping[str, PreparedClaim] | None = None
     """Claims that are prepared, by UID. None: claims are not served."""
+    claims_only: bool = False
+    """Whether pods get devices by claims alone: then what claims may have is what is shown as Healthy."""
 
 
 class FatalError(NamedTuple):

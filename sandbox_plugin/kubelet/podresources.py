@@ -21,7 +21,7 @@ import structlog
 from grpclib import GRPCError, Status
 
 from sandbox_plugin.api import v1
-from sandbox_plugin.inventory.ledger import ClaimedDevice, Holdings
+from sandbox_plugin.inventory.ledger import ClaimedDevice, ClaimPod, Holdings
 from sandbox_plugin.names import address_of_claimed
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
@@ -166,7 +166,19 @@ def holdings(answer: v1.ListPodResourcesResponse, asked_at: float, *, complete: 
         pods={key: pod for key, pod, _ in held},
         containers={key: container for key, _, container in held},
         claims=frozenset(_claimed(answer, driver)),
+        claim_pods=_claim_pods(answer, driver),
     )
+
+
+def _claim_pods(answer: v1.ListPodResourcesResponse, driver: str) -> dict[str, ClaimPod]:
+    """Which pod has each claim on this driver; of its containers that have it the first."""
+    found: dict[str, ClaimPod] = {}
+    for pod in answer.pod_resources:
+        for container in pod.containers:
+            for claim in container.dynamic_resources:
+                if any(resource.driver_name == driver for resource in claim.claim_resources):
+                    found.setdefault(f"{claim.claim_namespace}/{claim.claim_name}", (pod.name, container.name))
+    return found
 
 
 def _claimed(answer: v1.ListPodResourcesResponse, driver: str) -> Iterator[ClaimedDevice]:

@@ -49,6 +49,8 @@ class Parts:
     foreign_specs: Sequence[Mapping[str, str]] = ()
     events: Sequence[Mapping[str, str | None]] = ()
     """`source`, `state` (up, down or off) and `reason`."""
+    dra: Mapping[str, Any] | None = None
+    """Dynamic Resource Allocation: `driver`, `registration`, `slices` (None: not begun), `claims`. None: it is off."""
 
 
 def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
@@ -79,6 +81,7 @@ def document(inventory: Inventory, parts: Parts) -> dict[str, Any]:
         "cdi": _cdi(inventory, parts),
         "events": [dict(source) for source in parts.events],
         "scan": dict(parts.scan),
+        "dra": None if parts.dra is None else dict(parts.dra),
     }
 
 
@@ -99,7 +102,27 @@ def not_ready(inventory: Inventory, parts: Parts) -> list[str]:
         elif registration["state"] != "registered":
             why = registration["trouble"]
             reasons.append(f"{resource}: {why or 'it is not registered yet'}")
-    return sorted(reasons)
+    return sorted(reasons) + _claims_not_ready(parts)
+
+
+def _claims_not_ready(parts: Parts) -> list[str]:
+    """What keeps this plugin from serving claims.
+
+    An API server that is away keeps nobody from serving what is served without it. One that says no has something
+    against this plugin, which the next one will not have: a rollout must not go on.
+    """
+    if parts.dra is None:
+        return []
+    registration, slices = parts.dra["registration"], parts.dra["slices"]
+    reasons = []
+    if registration["state"] != "registered":
+        why = registration["trouble"] or "the kubelet has not registered it yet"
+        reasons.append(f"DRA driver {parts.dra['driver']}: {why}")
+    if slices is None or not slices["published"]:
+        trouble = None if slices is None else slices["trouble"]
+        if trouble is None or slices["refused"] or not parts.offers_resources:
+            reasons.append(f"ResourceSlices: {trouble or 'they are not published yet'}")
+    return reasons
 
 
 def _remarks(inventory: Inventory, parts: Parts) -> list[str]:
@@ -108,6 +131,9 @@ def _remarks(inventory: Inventory, parts: Parts) -> list[str]:
     remarks += [f"{each['source']}: {each['reason']}" for each in parts.events if each["state"] == "down"]
     if inventory.version and parts.scan.get("trouble"):
         remarks.append(f"the last scan failed: {parts.scan['trouble']}")
+    if parts.dra is not None and parts.dra["slices"] is not None and parts.dra["slices"]["trouble"] is not None:
+        trouble = f"ResourceSlices: {parts.dra['slices']['trouble']}"
+        remarks += [] if trouble in _claims_not_ready(parts) else [trouble]
     return remarks
 
 
@@ -149,7 +175,8 @@ def holder_of(grant: Grant, ledger: Ledger) -> dict[str, str | None]:
     """Of whom it is; all None: an Allocate gave it, and PodResources has not named the pod yet."""
     if grant.claim is not None:
         namespace, _, claim = grant.claim.partition("/")
-        return {"namespace": namespace, "pod": None, "container": None, "claim": claim}
+        of_claim, container = ledger.pod_of_claim(grant.claim, grant.at) or (None, None)
+        return {"namespace": namespace, "pod": of_claim, "container": container, "claim": claim}
     pod = ledger.pod_of(grant)
     if pod is None:
         return {"namespace": None, "pod": None, "container": None, "claim": None}

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from hardware import Function, Kernel, Vm
 
 from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Settings
-from sandbox_plugin.dra.claims import Asked, ClaimId, Prepared, Refused, Wanted, choose, give, usable
+from sandbox_plugin.dra.claims import Asked, ClaimId, Prepared, Refused, Wanted, Why, choose, give, usable
 from sandbox_plugin.dra.names import devices_by_name
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, PreparedClaim
 from sandbox_plugin.inventory.naming import ModelNames
@@ -676,12 +676,12 @@ class World:
         looked_at = self.now
         for device in devices:
             if (why := self._look(device)) is not None:
-                raise Refused(f"{device.address}: {why}")
+                raise Refused(f"{device.address}: {why}", Why.LAST_LOOK)
         if plugin.scan is not None and self.dice.random() < 0.3:
             self._take_scan(plugin)
         again = choose(claim.id.uid, claim.wanted, plugin.registry.current)
         if [(d.node, d.as_bound) for d in devices] != [(d.node, d.as_bound) for d in again]:
-            raise Refused("it changed")
+            raise Refused("it changed", Why.CHANGED)
         self.now += _MOMENT
         if claim.id.uid in plugin.prepared:
             return

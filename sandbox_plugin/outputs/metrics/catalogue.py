@@ -80,6 +80,7 @@ def _since(name: str, help: str, *labels: str, series: str) -> Entry:
 
 
 _ONE = "one"
+_ONE_WITH_DRA = "one with `--dra`"
 _EACH_RESOURCE = "one for each resource"
 _EACH_DEVICE = "one for each device"
 _EACH_FUNCTION = "one for each PCI function of each device"
@@ -129,13 +130,13 @@ TRANSITIONS = _counter(
 )
 ALLOCATED = _gauge(
     "device_allocated",
-    "Whether a pod holds a device, by an Allocate or by PodResources",
+    "Whether a pod or a claim holds a device: by an Allocate, a Prepare, or PodResources",
     *PER_DEVICE,
     series=_EACH_DEVICE,
 )
 ALLOCATED_SINCE = _since(
     "device_allocated",
-    "When a device was given to the pod that holds it; absent where that was before the plugin started",
+    "When a device was given to the pod or claim that holds it; absent where that was before the plugin started",
     *PER_DEVICE,
     series="one for each device that this run gave to a pod",
 )
@@ -238,6 +239,39 @@ TURN = _gauge(
 )
 READY = _gauge("ready", "Whether /readyz says yes: every resource is registered, or the plugin stands by", series=_ONE)
 
+CLAIMS = _gauge("claims_prepared", "ResourceClaims that are prepared, and not given back", series=_ONE_WITH_DRA)
+CLAIM_REQUESTS = _seconds(
+    "claim_request_duration",
+    "How long NodePrepareResources and NodeUnprepareResources took for one claim",
+    "method",
+    "outcome",
+    series="with `--dra` for each method ok and refused, and cancelled or failed once that has happened",
+)
+CLAIM_REFUSALS = _counter(
+    "claim_refusals",
+    "Times a claim was not prepared, or not taken back; the kubelet asks again for the same one",
+    "reason",
+    series="with `--dra` one for each reason",
+)
+DRA_REGISTERED = _gauge("dra_registered", "Whether the kubelet has accepted the DRA driver", series=_ONE_WITH_DRA)
+DRA_REGISTERED_SINCE = _since("dra_registered", "Since when the driver is registered", series="one while it is")
+DRA_REGISTRATIONS = _counter("dra_registrations", "Times the kubelet accepted the driver", series=_ONE_WITH_DRA)
+SLICES_CURRENT = _gauge(
+    "resource_slices_current",
+    "Whether the ResourceSlices were brought up to date, and nothing has gone wrong with them since",
+    series=_ONE_WITH_DRA,
+)
+SLICES = _gauge("resource_slices", "ResourceSlices of this node on the API server", series=_ONE_WITH_DRA)
+SLICE_DEVICES = _gauge("resource_slice_devices", "Devices that were published in them last", series=_ONE_WITH_DRA)
+SLICE_WRITES = _counter("resource_slice_writes", "Attempts to write a ResourceSlice", series=_ONE_WITH_DRA)
+API_FAILURES = _counter(
+    "api_server_failures",
+    "Times something about ResourceSlices failed at the API server, by its status; 409 and 410 say that others were "
+    "faster, or time has passed",
+    "code",
+    series="with `--dra` one for each of 401, 403, 404, 409, 410, 422, 429, 4xx, 5xx (others) and no-answer",
+)
+
 SCANS = _seconds("scan_duration", "How long scans of the host took", series=_ONE)
 SCAN_TRIGGERS = _counter(
     "scan_triggers",
@@ -301,6 +335,22 @@ SECTIONS = (
             LOSSES,
             STREAMS,
             KUBELET_RESTARTS,
+        ),
+    ),
+    Section(
+        title="Dynamic Resource Allocation",
+        entries=(
+            CLAIMS,
+            CLAIM_REQUESTS,
+            CLAIM_REFUSALS,
+            DRA_REGISTERED,
+            DRA_REGISTERED_SINCE,
+            DRA_REGISTRATIONS,
+            SLICES_CURRENT,
+            SLICES,
+            SLICE_DEVICES,
+            SLICE_WRITES,
+            API_FAILURES,
         ),
     ),
     Section(title="Scans and events", entries=(SCANS, SCAN_TRIGGERS, SCAN_FAILURES, LAST_SCAN, SOURCE_UP)),

@@ -87,6 +87,7 @@ class Exposition:
         if parts.shown.turn["state"] != STANDING_BY:  # else the plugin that serves speaks for them: each counts once
             self._devices(page, inventory, moment)
             _registrations(page, parts, inventory, moment)
+            _claims(page, parts, moment)
         return page
 
     def _devices(self, page: Page, inventory: Inventory, moment: Moment) -> None:
@@ -191,6 +192,30 @@ def _registrations(page: Page, parts: Parts, inventory: Inventory, moment: Momen
         counted = registrations.get(resource, {})
         for entry, name in _OF_REGISTRATIONS.items():
             page.add(entry, about, counted.get(name, 0))
+
+
+def _claims(page: Page, parts: Parts, moment: Moment) -> None:
+    """Nothing without `--dra`."""
+    if parts.shown.dra is None:
+        return
+    registration, slices, known = parts.shown.dra["registration"], parts.shown.dra["slices"], parts.claims
+    page.add(catalogue.DRA_REGISTERED, value=registration["state"] == "registered")
+    page.add(catalogue.SLICES_CURRENT, value=slices is not None and slices["published"] and slices["trouble"] is None)
+    if known is None or slices is None:
+        return
+    page.add(catalogue.CLAIMS, value=len(parts.shown.dra["claims"]))
+    for (method, outcome), durations in known.took.items():
+        page.add_durations(catalogue.CLAIM_REQUESTS, labels(method=method, outcome=outcome), durations)
+    for reason, times in known.refusals.items():
+        page.add(catalogue.CLAIM_REFUSALS, labels(reason=reason), times)
+    if known.registered_at is not None:
+        page.add(catalogue.DRA_REGISTERED_SINCE, value=moment(known.registered_at))
+    page.add(catalogue.DRA_REGISTRATIONS, value=registration["registrations"])
+    page.add(catalogue.SLICES, value=slices["slices"])
+    page.add(catalogue.SLICE_DEVICES, value=slices["devices"])
+    page.add(catalogue.SLICE_WRITES, value=slices["writes"])
+    for code, times in known.failures.items():
+        page.add(catalogue.API_FAILURES, labels(code=code), times)
 
 
 def _kubelet(page: Page, parts: Parts) -> None:

@@ -20,6 +20,20 @@ class Calls:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimParts:
+    """What the parts of Dynamic Resource Allocation know, beside what `status` shows of them."""
+
+    took: Mapping[tuple[str, str], Durations] = field(default_factory=dict)
+    """How long each claim of a call took, by method and outcome."""
+    refusals: Mapping[str, int] = field(default_factory=dict)
+    """By reason."""
+    registered_at: float | None = None
+    """Since when the driver is registered, in monotonic seconds."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Of the API server, by kind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
     """All of it, at the moment of a scrape."""
 
@@ -40,3 +54,5 @@ class Parts:
     cdi_failures: Mapping[str, int] = field(default_factory=dict)
     foreign_specs: Mapping[str, int] = field(default_factory=dict)
     """By what is wrong with them."""
+    claims: ClaimParts | None = None
+    """None: this plugin serves no claims."""
