@@ -279,6 +279,7 @@ class Daemon:
             refusals=dra.calls.refusals,
             registered_at=dra.registration.registered_at,
             failures=dra.slices.failures,
+            released=dra.released,
         )
 
     def status(self) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def test_status_shows_the_driver_its_slices_and_who_has_which_claim(
     (claim,) = dra["claims"]
     assert (claim["namespace"], claim["name"], claim["uid"]) == ("default", "gpus", "uid-of-gpus")
     assert (claim["pod"], claim["container"]) == ("vm", "vm")
+    assert (claim["abandoned_seconds"], claim["remark"]) == (None, None)
     assert [device["pci_address"] for device in claim["devices"]] == [FIRST, SECOND]
     status, text = ask(node)
     assert f"DRA driver {DRIVER}: registered" in text
@@ -272,14 +273,18 @@ def test_what_of_dra_makes_a_plugin_not_ready() -> None:
 def test_the_table_fits_and_cuts_nothing_of_long_names() -> None:
     name = "virt-launcher-training-on-many-gpus-gpus-x7k2p"
     devices = [{"pci_address": f"0000:{n:02x}:00.0"} for n in range(1, 9)]
-    claim = {"namespace": "research", "name": name, "pod": f"{name}-pod", "devices": devices}
+    claim: dict[str, Any] = {"namespace": "research", "name": name, "pod": f"{name}-pod", "devices": devices}
+    claim |= {"abandoned_seconds": None, "remark": None}
+    lost = {**claim, "pod": None, "abandoned_seconds": 600.0, "remark": "nobody knows"}
     slices = {"published": True, "pool": NODE, "generation": 3, "devices": 9, "slices": 2, "trouble": "it is away"}
     dra = {"driver": DRIVER, "registration": {**REGISTERED, "registered_seconds": 90}, "slices": slices}
-    made = document(Inventory(), replace(WELL, dra={**dra, "claims": [claim, {**claim, "pod": None}]}))
+    made = document(Inventory(), replace(WELL, dra={**dra, "claims": [claim, lost]}))
     lines = [text_of(line) for line in status_lines(made, 80)]
     assert max(map(len, lines)) <= 80
     text = re.sub(r"\s+", " ", " ".join(lines))
     addresses = ", ".join(device["pci_address"] for device in devices)
     assert f"claim research/{name}: {addresses}; pod {name}-pod" in text
-    assert f"{addresses}; PodResources names no pod" in text
+    assert f"{addresses}; PodResources names no pod, abandoned for 10 min" in text
+    assert f"claim research/{name}: nobody knows" in text
+    assert f"claim research/{name}: nobody knows" in made["remarks"]
     assert f"pool {NODE}, generation 3: 9 devices in 2 slices; out of date: it is away" in text

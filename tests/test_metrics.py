@@ -141,7 +141,7 @@ DRA: dict[str, Any] = {
     "driver": "vfio.sandbox-plugin",
     "registration": {"state": "registered", "registrations": 3, "trouble": None},
     "slices": {"published": True, "slices": 2, "devices": 70, "writes": 5, "trouble": None, "refused": False},
-    "claims": [{"name": "gpus"}],
+    "claims": [{"name": "gpus", "remark": None}],
 }
 
 
@@ -150,7 +150,9 @@ def serve_claims(bench: Bench, **changes: Any) -> None:
     calls = ClaimCalls()
     calls.refusals[Why.HELD] += 1
     calls.took[PREPARE, "ok"].add(0.02)
-    known = ClaimParts(took=calls.took, refusals=calls.refusals, registered_at=100.4, failures={"403": 1, "409": 0})
+    known = ClaimParts(
+        took=calls.took, refusals=calls.refusals, registered_at=100.4, failures={"403": 1, "409": 0}, released=4
+    )
     bench.parts = replace(bench.parts, shown=replace(bench.parts.shown, dra={**DRA, **changes}), claims=known)
 
 
@@ -422,7 +424,7 @@ def test_claims_and_slices_are_shown_and_without_dra_there_is_nothing_of_them(be
     (of_dra,) = (section.entries for section in catalogue.SECTIONS if section.title == "Dynamic Resource Allocation")
     assert not any(bench.series(entry) for entry in of_dra)
     serve_claims(bench)
-    assert bench.of(catalogue.CLAIMS) == 1
+    assert (bench.of(catalogue.CLAIMS), bench.of(catalogue.RELEASED)) == (1, 4)
     assert bench.of(catalogue.CLAIM_REFUSALS, reason="held") == 1
     assert len(bench.series(catalogue.CLAIM_REFUSALS)) == len({*Reason, *Why})
     assert bench.of(catalogue.DRA_REGISTERED) == bench.of(catalogue.SLICES_CURRENT) == 1

@@ -23,7 +23,7 @@ import structlog
 
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.dra.calls import ClaimCalls
-from sandbox_plugin.dra.checkpoint import checkpoint_folder, read_all
+from sandbox_plugin.dra.checkpoint import checkpoint_folder, checkpoint_path, read_all
 from sandbox_plugin.dra.claim_files import ClaimFiles
 from sandbox_plugin.dra.claim_specs import Terms, cdi_ids, nodes_for, render_files
 from sandbox_plugin.dra.claims import (
@@ -126,6 +126,10 @@ class Driver:
         self._trouble = Trouble()
         self._refused: dict[str, str] = {}
         """Why each claim was refused last, by UID."""
+        self._asked_at: dict[str, float] = {}
+        """When the kubelet last asked for each claim that was prepared already, by UID."""
+        self.released = 0
+        """Claims that were given back unasked."""
 
     @property
     def prepared(self) -> list[Prepared]:
@@ -135,6 +139,14 @@ class Driver:
     def prepared_at(self, uid: str) -> float:
         """When a prepared claim was prepared, in monotonic seconds; -inf: not by this run of the plugin."""
         return self._holds[uid].at
+
+    def asked_at(self, uid: str) -> float:
+        """When the kubelet last asked this run for a claim that is prepared, in monotonic seconds; -inf: never."""
+        return self._asked_at.get(uid, self._holds[uid].at)
+
+    def checkpoint_of(self, claim: ClaimId) -> Path:
+        """The file that keeps a claim prepared over restarts."""
+        return checkpoint_path(self._terms.folder, claim.uid)
 
     @property
     def device_names(self) -> list[str]:
@@ -151,6 +163,8 @@ class Driver:
         try:
             claim.check()
             known = self._prepared.get(claim.uid)
+            if known is not None:
+                self._asked_at[claim.uid] = self.registry.now()
             asked = await self._ask(claim) if known is None else known.asked
             await self._hold(claim, asked)
             async with self._writing:
@@ -234,17 +248,35 @@ class Driver:
         """Gives back what a claim holds, if anything. Raises Refused."""
         self._refused.pop(claim.uid, None)
         async with self._writing:
-            prepared = self._prepared.get(claim.uid)
-            if prepared is None:
-                return
-            try:
-                await self._work.finish(partial(self._files.clear, prepared))
-            except OSError as error:
-                raise Refused(f"its files cannot be removed: {_words(error)}", Why.FILES) from None
-            del self._prepared[claim.uid], self._holds[claim.uid]
-            self.registry.learn(claims=dict(self._holds))
-        addresses = ",".join(min(given.places.addresses) for given in prepared.devices)
-        log.info("claim given back", claim=str(claim), uid=claim.uid, pci_address=addresses)
+            prepared = await self._take_back(claim.uid)
+        if prepared is not None:
+            log.info("claim given back", claim=str(claim), uid=claim.uid, pci_address=_addresses(prepared))
+
+    async def release(self, claim: ClaimId, why: str, *, unasked_since: float) -> bool:
+        """As `unprepare`, but nobody has asked for it; not if the kubelet has had it prepared since then. Raises
+        Refused."""
+        async with self._writing:
+            if claim.uid not in self._prepared or self.asked_at(claim.uid) >= unasked_since:
+                return False
+            prepared = await self._take_back(claim.uid)
+        assert prepared is not None
+        log.warning("claim released", claim=str(claim), uid=claim.uid, pci_address=_addresses(prepared), reason=why)
+        self.released += 1
+        return True
+
+    async def _take_back(self, uid: str) -> Prepared | None:
+        """The claim that is not prepared any more; None: it was not. Raises Refused."""
+        prepared = self._prepared.get(uid)
+        if prepared is None:
+            return None
+        try:
+            await self._work.finish(partial(self._files.clear, prepared))
+        except OSError as error:
+            raise Refused(f"its files cannot be removed: {_words(error)}", Why.FILES) from None
+        del self._prepared[uid], self._holds[uid]
+        self._asked_at.pop(uid, None)
+        self.registry.learn(claims=dict(self._holds))
+        return prepared
 
     # What follows the inventory
 
@@ -288,6 +320,10 @@ class Driver:
     def _complain(self, why: str) -> None:
         if self._trouble.update(why):
             log.error("files of claims not written", reason=why)
+
+
+def _addresses(prepared: Prepared) -> str:
+    return ",".join(min(given.places.addresses) for given in prepared.devices)
 
 
 def _words(error: OSError) -> str:

@@ -16,6 +16,7 @@ from sandbox_plugin.dra.names import pool_name
 from sandbox_plugin.dra.plan import Pool
 from sandbox_plugin.dra.publisher import Publisher, PublisherStatus
 from sandbox_plugin.dra.registration import RegistrationStatus, Sockets
+from sandbox_plugin.dra.releaser import Releaser
 from sandbox_plugin.dra.slices import Terms
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
@@ -45,6 +46,7 @@ class Dra:
         self._driver = Driver(
             settings=settings, registry=registry, api=self._api, last_look=last_look, prepared=prepared
         )
+        self._releaser = Releaser(driver=self._driver, api=self._api, last_look=last_look)
         self._sockets = Sockets(settings, self._driver)
         self._publisher = Publisher(api=self._api, registry=registry, pool=self._pool, terms=terms)
 
@@ -52,7 +54,7 @@ class Dra:
         """Runs until cancelled. `shutdown` hears of a part that fails unexpectedly; an API server that fails is not
         unexpected."""
         async with self._api, asyncio.TaskGroup() as group:
-            for part in (self._driver.run(), self._sockets.run(), self._publisher.run()):
+            for part in (self._driver.run(), self._sockets.run(), self._publisher.run(), self._releaser.run()):
                 shutdown.watch(group.create_task(part))
 
     @property
@@ -67,6 +69,11 @@ class Dra:
     @property
     def slices(self) -> PublisherStatus:
         return self._publisher.status
+
+    @property
+    def released(self) -> int:
+        """Claims that were given back unasked."""
+        return self._driver.released
 
     def shown(self) -> dict[str, Any]:
         """What `status` says of it, in values that JSON can take: docs/status.md."""
@@ -106,12 +113,15 @@ class Dra:
     def _claim(self, prepared: Prepared) -> dict[str, Any]:
         claim, ledger = prepared.claim, self._registry.current.memory.ledger
         pod, container = ledger.pod_of_claim(str(claim), self._driver.prepared_at(claim.uid)) or (None, None)
+        since = self._releaser.abandoned_since(claim.uid)
         return {
             "namespace": claim.namespace,
             "name": claim.name,
             "uid": claim.uid,
             "pod": pod,
             "container": container,
+            "abandoned_seconds": None if since is None else self._registry.now() - since,
+            "remark": self._releaser.remark(claim.uid),
             "devices": [
                 {
                     "request": given.wanted.request,

@@ -131,8 +131,16 @@ def _remarks(inventory: Inventory, parts: Parts) -> list[str]:
     remarks += [f"{each['source']}: {each['reason']}" for each in parts.events if each["state"] == "down"]
     if inventory.version and parts.scan.get("trouble"):
         remarks.append(f"the last scan failed: {parts.scan['trouble']}")
-    if parts.dra is not None and parts.dra["slices"] is not None and parts.dra["slices"]["trouble"] is not None:
-        trouble = f"ResourceSlices: {parts.dra['slices']['trouble']}"
+    return remarks + _remarks_on_claims(parts)
+
+
+def _remarks_on_claims(parts: Parts) -> list[str]:
+    if parts.dra is None:
+        return []
+    claims, slices = parts.dra["claims"], parts.dra["slices"]
+    remarks = [f"claim {each['namespace']}/{each['name']}: {each['remark']}" for each in claims if each["remark"]]
+    if slices is not None and slices["trouble"] is not None:
+        trouble = f"ResourceSlices: {slices['trouble']}"
         remarks += [] if trouble in _claims_not_ready(parts) else [trouble]
     return remarks
 

@@ -240,6 +240,11 @@ TURN = _gauge(
 READY = _gauge("ready", "Whether /readyz says yes: every resource is registered, or the plugin stands by", series=_ONE)
 
 CLAIMS = _gauge("claims_prepared", "ResourceClaims that are prepared, and not given back", series=_ONE_WITH_DRA)
+RELEASED = _counter(
+    "claims_released",
+    "Claims that were given back unasked, because the kubelet had forgotten them",
+    series=_ONE_WITH_DRA,
+)
 CLAIM_REQUESTS = _seconds(
     "claim_request_duration",
     "How long NodePrepareResources and NodeUnprepareResources took for one claim",
@@ -341,6 +346,7 @@ SECTIONS = (
         title="Dynamic Resource Allocation",
         entries=(
             CLAIMS,
+            RELEASED,
             CLAIM_REQUESTS,
             CLAIM_REFUSALS,
             DRA_REGISTERED,

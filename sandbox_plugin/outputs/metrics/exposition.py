@@ -204,6 +204,7 @@ def _claims(page: Page, parts: Parts, moment: Moment) -> None:
     if known is None or slices is None:
         return
     page.add(catalogue.CLAIMS, value=len(parts.shown.dra["claims"]))
+    page.add(catalogue.RELEASED, value=known.released)
     for (method, outcome), durations in known.took.items():
         page.add_durations(catalogue.CLAIM_REQUESTS, labels(method=method, outcome=outcome), durations)
     for reason, times in known.refusals.items():

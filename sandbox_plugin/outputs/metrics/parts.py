@@ -31,6 +31,8 @@ class ClaimParts:
     """Since when the driver is registered, in monotonic seconds."""
     failures: Mapping[str, int] = field(default_factory=dict)
     """Of the API server, by kind."""
+    released: int = 0
+    """Claims that were given back unasked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,429 @@
+"""Claims that the kubelet has forgotten are given back, and no others: each pod that could be taken for a lost one."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dra_manager import DRIVER, NODE, claim_object
+from facts import gpu, host
+from loop import in_loop, until
+from structlog.testing import capture_logs
+
+from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.dra import releaser as releasers
+from sandbox_plugin.dra.abandoned import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, Pods, Seen, Suspicion, Use, judge
+from sandbox_plugin.dra.claims import ClaimId, Refused
+from sandbox_plugin.dra.client import ApiError, JsonObject
+from sandbox_plugin.dra.driver import Driver, load_claims
+from sandbox_plugin.dra.releaser import Releaser
+from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.naming import ModelNames
+from sandbox_plugin.inventory.rules import Rules
+from sandbox_plugin.model import Device, HostFacts, Objection, PciFunction
+from sandbox_plugin.registry import Registry
+
+A, B = "0000:01:00.0", "0000:02:00.0"
+NAME_A, NAME_B = "pci-0000-01-00-0", "pci-0000-02-00-0"
+GPUS = ClaimId(namespace="default", name="gpus", uid="uid-of-gpus")
+FACTS = host(gpu(A, vfio=1, group=50), gpu(B, vfio=2, group=51))
+HOUR = 3600.0
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """One node with one claim, its kubelet and its API server; an hour is a moment."""
+
+    folder: Path
+    facts: HostFacts = FACTS
+    device: str = NAME_A
+    now: float = 10_000.0
+    objects: dict[str, JsonObject | ApiError] = field(default_factory=dict)
+    asked: int = 0
+    """Times the API server was."""
+    named: bool = False
+    """PodResources names a pod with the claim's device."""
+    pod_resources: str = "there"
+    """`there`, `young`, `silent` or `absent`."""
+    in_use: bool = False
+
+    async def start(self, *, prepares: bool = True) -> Bench:
+        """A run of the plugin; it prepares the claim, unless an earlier one has."""
+        self.registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: self.now)
+        settings = Settings(kubelet_dir=self.folder / "device-plugins", cdi_dir=self.folder / "cdi", node_name=NODE)
+        prepared = await load_claims(settings, self.registry)
+        self.registry.observe(self.facts)
+        self.driver = Driver(
+            settings=settings, registry=self.registry, api=self, last_look=self._last_look, prepared=prepared
+        )
+        if prepares and not prepared:
+            self.objects["gpus"] = claim_object("gpus", self.device)
+            await self.driver.prepare(GPUS)
+        self.releaser = Releaser(driver=self.driver, api=self, last_look=self._last_look)
+        self.asked = 0
+        return self
+
+    async def claim(self, namespace: str, name: str) -> JsonObject | None:
+        self.asked += 1
+        found = self.objects.get(name)
+        if isinstance(found, ApiError):
+            raise found
+        return found
+
+    async def _last_look(
+        self, devices: Sequence[Device], functions: Mapping[str, PciFunction]
+    ) -> Mapping[str, Objection]:
+        return {each.id: Objection(why="a VM has it") for each in devices} if self.in_use else {}
+
+    def tell(self) -> None:
+        """PodResources answers, or does not."""
+        self.now += 1
+        if self.pod_resources == "absent":
+            self.registry.learn(pod_resources=False)
+        elif self.pod_resources != "silent":
+            claims = frozenset({("default/gpus", A)}) if self.named else frozenset[tuple[str, str]]()
+            complete = self.pod_resources != "young"
+            self.registry.learn(holdings=Holdings(asked_at=self.now, claims=claims, complete=complete))
+
+    async def wait(self, seconds: float, *, step: float = FIRST_PAUSE) -> None:
+        """Time goes on; PodResources is asked and the claims are looked at, again and again."""
+        end = self.now + seconds
+        while self.now < end:
+            self.tell()
+            self.now += step
+            await self.releaser.look()
+
+    def is_held(self) -> bool:
+        """Whether the claim has its device still."""
+        return self.device in self.driver.device_names
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(folder=tmp_path)
+
+
+@in_loop
+async def test_a_claim_that_the_kubelet_has_forgotten_is_given_back_when_all_agree_for_half_an_hour(
+    bench: Bench,
+) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    with capture_logs() as logged:
+        await bench.wait(PATIENCE - 2 * FIRST_PAUSE)
+        assert bench.is_held()
+        assert bench.releaser.abandoned_since(GPUS.uid) is not None
+        await bench.wait(4 * FIRST_PAUSE)
+    assert not bench.is_held()
+    assert [path for path in bench.folder.rglob("*") if path.is_file()] == []
+    assert bench.registry.current.by_key[("nvidia.com/pgpu", "1")].health.healthy
+    assert bench.driver.released == 1
+    (line,) = [event for event in logged if event["event"] == "claim released"]
+    why = "the API server has no such claim, and for 30 min no pod was named that has it, and no VM used its devices"
+    assert (line["claim"], line["pci_address"], line["reason"]) == ("default/gpus", A, why)
+
+
+@in_loop
+async def test_so_is_one_that_an_earlier_run_prepared(bench: Bench) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    await bench.start()
+    await bench.wait(HOUR)
+    assert not bench.is_held()
+
+
+OTHER_UID = claim_object("gpus", NAME_A, uid="another")
+NOT_ALLOCATED = {**claim_object("gpus"), "status": {}}
+OTHER_DEVICES = claim_object("gpus", NAME_B)
+OTHER_NODE = claim_object("gpus", {"device": NAME_A, "pool": "another"})
+
+
+@pytest.mark.parametrize(
+    ("found", "why"),
+    [
+        (OTHER_UID, "the claim was deleted, and another one has its name"),
+        (NOT_ALLOCATED, "the claim is not allocated any more"),
+        (OTHER_DEVICES, "the claim was allocated other devices"),
+        (OTHER_NODE, "the claim was allocated other devices"),
+    ],
+)
+@in_loop
+async def test_one_that_is_another_or_has_nothing_here_any_more_is_given_back_too(
+    bench: Bench, found: JsonObject, why: str
+) -> None:
+    await bench.start()
+    bench.objects["gpus"] = found
+    with capture_logs() as logged:
+        await bench.wait(HOUR)
+    assert not bench.is_held()
+    assert logged[-1]["reason"].startswith(why)
+
+
+# What is no reason
+
+
+@in_loop
+async def test_a_sandbox_that_is_being_made_keeps_its_claim_although_pod_resources_does_not_name_it_yet(
+    bench: Bench,
+) -> None:
+    """Prepare has been answered, the images are pulled, and no device is open: the API server has the claim."""
+    await bench.start()
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+
+
+@in_loop
+async def test_a_claim_that_no_container_refers_to_keeps_its_devices_and_is_asked_about_seldom(bench: Bench) -> None:
+    """PodResources names the claims that containers refer to, and not all that a pod has."""
+    await bench.start()
+    await bench.wait(10 * LONGEST_PAUSE)
+    assert bench.is_held()
+    assert bench.asked <= 13
+
+
+@in_loop
+async def test_a_running_pod_whose_kubelet_lost_its_records_keeps_its_claim(bench: Bench) -> None:
+    """A kubelet that forgot it names its devices for no pod; the API server still has the claim for it."""
+    await bench.start()
+    bench.named = True
+    await bench.wait(HOUR)
+    bench.named = False
+    bench.in_use = True
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+    bench.in_use = False  # its VM is started again
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+
+
+@in_loop
+async def test_a_pod_that_was_force_deleted_while_its_vm_runs_keeps_the_devices_until_the_vm_has_ended_for_long(
+    bench: Bench,
+) -> None:
+    """It is gone from the API server, its claim with it, and from PodResources."""
+    await bench.start()
+    del bench.objects["gpus"]
+    bench.in_use = True
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+    bench.in_use = False
+    await bench.wait(PATIENCE / 2)
+    assert bench.is_held()
+    await bench.wait(2 * PATIENCE)
+    assert not bench.is_held()
+
+
+@in_loop
+async def test_a_pod_that_has_ended_and_is_not_given_back_yet_keeps_its_claim_until_the_kubelet_comes(
+    bench: Bench,
+) -> None:
+    """The API server may have deleted the claim, and no VM runs. The kubelet gives it back within its minute, or when
+    the driver is there again; an Unprepare after that finds nothing, and that is no error."""
+    await bench.start()
+    del bench.objects["gpus"]
+    await bench.wait(PATIENCE / 2)
+    assert bench.is_held()
+    await bench.driver.unprepare(GPUS)
+    assert bench.driver.released == 0
+    await bench.wait(HOUR)
+    await bench.driver.unprepare(GPUS)
+    assert bench.driver.released == 0
+
+
+@in_loop
+async def test_a_claim_that_pod_resources_names_is_kept_and_the_api_server_is_not_asked(bench: Bench) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    bench.named = True
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+    assert bench.asked == 0
+
+
+@in_loop
+async def test_a_pod_that_is_named_in_between_begins_the_half_hour_anew(bench: Bench) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    for _ in range(5):
+        bench.named = False
+        await bench.wait(0.9 * PATIENCE)
+        bench.named = True
+        await bench.wait(FIRST_PAUSE)
+    assert bench.is_held()
+
+
+@in_loop
+async def test_a_claim_that_the_kubelet_asks_for_again_in_between_is_kept(bench: Bench) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    for _ in range(5):
+        await bench.wait(0.9 * PATIENCE)
+        await bench.driver.prepare(GPUS)
+    assert bench.is_held()
+
+
+@in_loop
+async def test_a_claim_that_is_asked_for_while_it_is_looked_at_is_kept(bench: Bench) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    await bench.wait(PATIENCE - 2 * FIRST_PAUSE)
+    asked = bench.claim
+
+    async def ask(namespace: str, name: str) -> JsonObject | None:
+        bench.now += 1
+        await bench.driver.prepare(GPUS)
+        return await asked(namespace, name)
+
+    bench.releaser.api = type("Api", (), {"claim": staticmethod(ask)})()
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+
+
+@in_loop
+async def test_an_api_server_that_does_not_answer_or_answers_nonsense_says_nothing(bench: Bench) -> None:
+    await bench.start()
+    nonsense: list[Any] = [ApiError("it is away", status=503), ApiError("no", status=403), {"metadata": []}, {}]
+    for found in nonsense:
+        bench.objects["gpus"] = found
+        await bench.wait(2 * HOUR)
+        assert bench.is_held()
+    del bench.objects["gpus"]
+    for _ in range(5):
+        await bench.wait(0.9 * PATIENCE)
+        bench.objects["gpus"] = ApiError("it is away")
+        await bench.wait(FIRST_PAUSE)
+        del bench.objects["gpus"]
+    assert bench.is_held(), "what was known before it failed is old"
+
+
+@pytest.mark.parametrize("pod_resources", ["young", "silent"])
+@in_loop
+async def test_pod_resources_that_does_not_answer_or_does_not_know_its_pods_yet_says_nothing(
+    bench: Bench, pod_resources: str
+) -> None:
+    await bench.start()
+    bench.tell()
+    del bench.objects["gpus"]
+    bench.pod_resources = pod_resources
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+
+
+@in_loop
+async def test_without_pod_resources_it_is_kept_and_said_once_how_to_give_it_back_by_hand(bench: Bench) -> None:
+    bench.pod_resources = "absent"
+    await bench.start()
+    with capture_logs() as logged:
+        await bench.wait(HOUR)
+        assert logged == [], "its pod has it"
+        del bench.objects["gpus"]
+        await bench.wait(4 * HOUR)
+    assert bench.is_held()
+    (line,) = [event for event in logged if event["event"] == "claim not released"]
+    file = bench.folder / "plugins" / DRIVER / "claims" / "uid-of-gpus.json"
+    assert file.is_file()
+    assert f"remove {file} and restart the plugin" in line["reason"]
+    assert bench.releaser.remark(GPUS.uid) == line["reason"]
+    file.unlink()
+    bench.objects["other"] = claim_object("other", NAME_A)
+    await bench.start(prepares=False)
+    await bench.driver.prepare(ClaimId(namespace="default", name="other", uid="uid-of-other"))
+
+
+@in_loop
+async def test_a_vgpu_is_kept_because_nobody_can_see_whether_a_vm_has_it(tmp_path: Path) -> None:
+    uuid = "00000000-0000-0000-0000-000000000001"
+    mediated = gpu(uuid, vfio=1, group=50, mdev_type="nvidia-63", driver="nvidia-vgpu-vfio")
+    bench = Bench(folder=tmp_path, facts=host(mediated), device=f"mdev-{uuid}")
+    await bench.start()
+    del bench.objects["gpus"]
+    with capture_logs() as logged:
+        await bench.wait(4 * HOUR)
+    assert bench.is_held()
+    assert "whether a VM has a vGPU cannot be seen" in logged[-1]["reason"]
+
+
+@in_loop
+async def test_a_device_that_is_not_here_cannot_be_looked_at_and_is_kept_until_it_is(bench: Bench) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+    bench.registry.observe(host(gpu(B, vfio=2, group=51)))
+    await bench.wait(4 * HOUR)
+    assert bench.is_held()
+    bench.registry.observe(FACTS)
+    await bench.wait(4 * HOUR)
+    assert not bench.is_held()
+
+
+@in_loop
+async def test_a_full_disk_is_said_once_and_tried_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bench.start()
+    del bench.objects["gpus"]
+
+    async def fail(*_: object, **__: object) -> bool:
+        raise Refused("its files cannot be removed", "files")
+
+    with monkeypatch.context() as patch, capture_logs() as logged:
+        patch.setattr(Driver, "release", fail)
+        await bench.wait(4 * HOUR)
+    assert [event["event"] for event in logged] == ["claim not released"]
+    assert bench.is_held()
+    await bench.wait(2 * FIRST_PAUSE)
+    assert not bench.is_held()
+
+
+@in_loop
+async def test_a_claim_that_is_given_back_or_asked_for_just_then_is_not_released(bench: Bench) -> None:
+    await bench.start()
+    bench.now += 1
+    assert not await bench.driver.release(GPUS, "x", unasked_since=bench.now - 1)
+    await bench.driver.unprepare(GPUS)
+    assert not await bench.driver.release(GPUS, "x", unasked_since=bench.now)
+
+
+@in_loop
+async def test_a_claim_that_is_given_back_while_it_is_looked_at_is_forgotten(bench: Bench) -> None:
+    await bench.start()
+
+    async def ask(namespace: str, name: str) -> None:
+        await bench.driver.unprepare(GPUS)
+
+    bench.releaser.api = type("Api", (), {"claim": staticmethod(ask)})()
+    await bench.wait(FIRST_PAUSE)
+    assert bench.releaser.abandoned_since(GPUS.uid) is None
+    assert bench.releaser.remark(GPUS.uid) is None
+
+
+ALL_AGREE = Seen(at=5000.0, lost="it is gone", pods=Pods.NOT_NAMED, use=Use.NONE)
+SUSPECTED = Suspicion(at=4940.0, since=3000.0, why="it is gone")
+
+
+def test_only_while_all_agree_and_nobody_asks_for_it_a_claim_looks_abandoned() -> None:
+    assert judge(SUSPECTED, ALL_AGREE, -math.inf) == replace(SUSPECTED, at=5000.0)
+    assert judge(SUSPECTED, ALL_AGREE, -math.inf).is_sure
+    assert judge(None, ALL_AGREE, -math.inf).since == 5000.0
+    for seen in (
+        replace(ALL_AGREE, lost=None),
+        *(replace(ALL_AGREE, pods=pods) for pods in Pods if pods is not Pods.NOT_NAMED),
+        *(replace(ALL_AGREE, use=use) for use in Use if use is not Use.NONE),
+    ):
+        assert judge(SUSPECTED, seen, -math.inf).since is None
+    assert judge(SUSPECTED, ALL_AGREE, prepared_at=5000.0).since is None, "it was asked for during the look"
+    assert judge(SUSPECTED, ALL_AGREE, prepared_at=4000.0).since == 5000.0, "and here before it"
+
+
+@in_loop
+async def test_it_looks_again_and_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    await bench.start()
+    monkeypatch.setattr(releasers, "FIRST_PAUSE", 0.01)
+    task = asyncio.create_task(bench.releaser.run())
+    await until(lambda: bench.asked)
+    bench.now += HOUR
+    await until(lambda: bench.asked == 2)
+    task.cancel()
+    await asyncio.wait([task])
