@@ -33,7 +33,7 @@ from sandbox_plugin.dra.claims import (
 )
 from sandbox_plugin.dra.config import API_VERSION, InvalidConfig, NodeKind, parse_config
 from sandbox_plugin.dra.names import device_name, devices_by_name
-from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
@@ -282,6 +282,29 @@ def test_a_claim_that_only_pod_resources_tells_of_holds_its_device_until_it_does
     assert not registry.current.by_key[(PGPU, "3")].health.healthy, "a young kubelet does not name all"
     registry.learn(holdings=Holdings(asked_at=3.0))
     assert registry.current.by_key[(PGPU, "3")].health.healthy
+
+
+def test_a_claim_that_pod_resources_told_of_before_it_went_away_ends_after_ten_minutes_without_use() -> None:
+    now = 1000.0
+    registry = Registry(Rules(), requires_cdi=False, clock=lambda: now)
+    registry.learn(claims={})
+
+    def can_be_had(enable: int = 0) -> bool:
+        registry.observe(replace(host(gpu(C, vfio=3, group=51, enable=enable)), began_at=now))
+        return registry.current.by_key[(PGPU, "3")].health.healthy
+
+    assert can_be_had()
+    registry.learn(holdings=Holdings(asked_at=now, claims=frozenset({("a/lost", C)})))
+    registry.learn(pod_resources=False)
+    now += GRANT_UNUSED - 1
+    assert not can_be_had(enable=1)
+    now += 2
+    assert not can_be_had(enable=1), "a VM has it"
+    now += 2
+    assert can_be_had()
+    registry.learn(holdings=Holdings(asked_at=now, claims=frozenset({("a/lost", C)})))
+    now += 2 * GRANT_UNUSED
+    assert not can_be_had(), "PodResources is there, and has not said anything else"
 
 
 def test_an_answer_from_before_unprepare_does_not_hold_the_device_after_it() -> None:

@@ -260,6 +260,7 @@ def test_nothing_is_ever_in_two_hands_and_everything_is_offered_again(part: int)
     assert outcome.failed is None, outcome.story()
     assert outcome.granted > outcome.steps / 100, "pods get something at all"
     assert outcome.claimed > outcome.steps / 400, "and claims do"
+    assert outcome.released > outcome.steps / 20_000, "and what the kubelet forgets comes back"
 
 
 # What the search finds when the daemon forgets one of its rules
@@ -324,6 +325,9 @@ FORGOTTEN: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "what a look found in use": _without_news("busy"),
     "what a scan saw in use": _replacing(uses, "observe", _unchanged),
     "what claims hold": _replacing(ledger, "claim", _unchanged),
+    "that the API server has a claim for a pod which the kubelet has forgotten": _replacing(
+        world, "why_lost", _returning("it is gone")
+    ),
     "to look before Allocate": _replacing(World, "_look", _returning(None)),
 }
 

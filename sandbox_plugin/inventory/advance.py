@@ -155,6 +155,7 @@ def _who_holds_what(memory: Memory, tracks: Mapping[DeviceKey, Track], moment: M
     ledger = ledgers.take_in(ledger, signals.holdings, places)
     if found.kernel_is_known and not (memory.found is not None and memory.found.kernel_is_known):
         ledger = ledgers.place_again(ledger, places)
+    ledger = ledgers.expire_named_claims(ledger, now, has_pod_resources=signals.pod_resources)
     if signals.claims or ledger.claimed or ledger.named_claims:
         ledger = ledgers.claim(ledger, signals.claims or {}, lambda a: places_of_address(a, found, facts), now)
     busy = {key: addresses for key, addresses in signals.busy.items() if key in tracks}
@@ -216,3 +217,5 @@ def _wake_times(tracks: Iterable[Track], ledger: Ledger) -> Iterator[float]:
         yield from symptoms.wake_times(track)
     for grant in ledger.grants.values():
         yield ledger.ends_at(grant)
+    if ledger.named_claims:
+        yield ledger.named_claims_end_at

@@ -15,7 +15,7 @@ pod has ended, so a new grant of an ID ends the old one, and says nothing about 
 
 A claim that is prepared has a `Grant` for each of its devices too. Those end with its Unprepare and by nothing else:
 the kubelet asks for that without fail, and a checkpoint tells them to the next run. PodResources adds claims of which
-no checkpoint tells.
+no checkpoint tells, until it names them no more; where it goes away itself, until nobody has used them for long.
 
 Here are the data, and the first three witnesses; what the kernel shows in use is in `uses`, and what all of it means
 for the devices in `sharing`.
@@ -234,6 +234,11 @@ class Ledger:
         return GRANT_UNUSED + max(grant.at, named_by.asked_at if named_by is not None else -math.inf)
 
     @property
+    def named_claims_end_at(self) -> float:
+        """When what only PodResources told of claims ends, where there is no PodResources and nobody uses it."""
+        return GRANT_UNUSED + (self.heard.asked_at if self.heard is not None else -math.inf)
+
+    @property
     def unplaced(self) -> list[Grant]:
         """Grants of which it is not known what group they are in; all of them are of other runs."""
         return [grant for grant in self.grants.values() if not grant.places.are_known]
@@ -372,6 +377,14 @@ def claim(
         if use.seen_at > idle.get(use.group, -math.inf)
     }
     return changed(ledger, claimed=claimed, named_claims=named_claims, uses=uses)
+
+
+def expire_named_claims(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
+    """Ends what only PodResources told of claims, where that is not there any more and nobody uses it: after
+    `GRANT_UNUSED`, as with grants."""
+    if has_pod_resources or now < ledger.named_claims_end_at:
+        return ledger
+    return changed(ledger, named_claims=frozenset(each for each in ledger.named_claims if each[1] in ledger.uses))
 
 
 # PodResources

@@ -254,6 +254,7 @@ ACTIONS: dict[str, tuple[Callable[[World], None], float]] = {
     "claim": (_claim, 25),
     "prepare again": (_prepare_again, 5),
     "give claims back": (World.reconcile, 3),
+    "lose records": (World.lose_records, 2),
     "start VM": (_start_vm, 10),
     "stop VM": (_stop_vm, 12),
     "stranger's VM": (_strangers_vm, 1),
@@ -332,6 +333,8 @@ class Outcome:
     """Allocates that pods were given, and claims."""
     claimed: int = 0
     """The claims among them."""
+    released: int = 0
+    """Claims that the kubelet forgot, and that were given back all the same."""
     failed: Episode | None = None
     error: Exception | None = None
 
@@ -377,6 +380,7 @@ def search(steps: int, *, first_seed: int = 0) -> Outcome:
         outcome.steps += played.done
         outcome.granted += played.world.granted
         outcome.claimed += played.world.claimed
+        outcome.released += played.world.released
         if played.error is not None:
             outcome.failed = replace(episode, steps=episode.steps[: played.done])
             outcome.error = played.error

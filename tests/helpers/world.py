@@ -20,10 +20,12 @@ import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hardware import Function, Kernel, Vm
 
 from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Settings
+from sandbox_plugin.dra.abandoned import LONGEST_PAUSE, Seen, Suspicion, Use, judge, what_pods_say, why_lost
 from sandbox_plugin.dra.claims import Asked, ClaimId, Prepared, Refused, Wanted, Why, choose, give, usable
 from sandbox_plugin.dra.names import devices_by_name
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, PreparedClaim
@@ -43,6 +45,8 @@ _MOMENT = 0.0001
 _INTERVAL = 5.0
 _PATIENCE, _FIRST_PATIENCE = 4.0, 1.0
 """Seconds that PodResources gets for an answer; at the start of a plugin less, since nothing else is done before."""
+_PATIENCE_WITH_CLAIMS = 60.0
+"""Seconds for which a claim must look abandoned. The driver waits for longer; nothing here is slower than this."""
 
 
 class TwoHolders(AssertionError):
@@ -172,6 +176,8 @@ class Plugin:
     """Claims, by UID."""
     holds: dict[str, PreparedClaim] = field(default_factory=dict)
     """The same, as its registry knows them."""
+    suspicions: dict[str, Suspicion] = field(default_factory=dict)
+    """Of claims that nobody may give back, by UID."""
 
     @property
     def is_told(self) -> bool:
@@ -246,6 +252,10 @@ class World:
         """What the scheduler knows, be it old: device -> whether it may be given to a claim."""
         self.checkpoint: dict[str, Prepared] = {}
         """What lies on disk of claims, by UID."""
+        self.forgotten: set[str] = set()
+        """UIDs of claims that the kubelet has lost its records of: it names no pod with them, and gives none back."""
+        self.released = 0
+        """How many of those the plugins gave back by themselves."""
         self.granted = 0
         """How many Allocates, and claims."""
         self.claimed = 0
@@ -295,6 +305,8 @@ class World:
         wake_at = plugin.registry._wake_at
         if plugin.scan is None and (self.now >= plugin.next_scan or (wake_at is not None and self.now >= wake_at)):
             self.begin_scan(plugin)
+        if plugin.serves:
+            self._release_forgotten(plugin)
         waits = plugin.registry.current.waits_for_holdings or not plugin.has_answer
         if waits and self.now >= plugin.next_question and all(q.of_this_lock for q in plugin.questions):
             self.ask(plugin)
@@ -366,6 +378,7 @@ class World:
     def _claims_by_device(self) -> frozenset[tuple[str, str]]:
         """What PodResources says of claims."""
         named = [p for p in self.pods if p.is_live and p.claim is not None and p.shows_at <= self.now]
+        named = [p for p in named if p.claim is not None and p.claim.id.uid not in self.forgotten]
         if self.now - self.kubelet_began < YOUNG:
             named = [p for p in named if self.dice.random() < 0.5]
         return frozenset((str(p.claim.id), g.functions[0]) for p in named if p.claim is not None for g in p.grants)
@@ -488,6 +501,7 @@ class World:
             self._serve(plugin)
 
     def _serve(self, plugin: Plugin) -> None:
+        plugin.suspicions = {}
         plugin.prepared = dict(self.checkpoint)
         plugin.holds = {uid: each.for_ledger() for uid, each in self.checkpoint.items()}
         plugin.registry.learn(claims=dict(plugin.holds))
@@ -636,7 +650,8 @@ class World:
     def allocated_by_claims(self) -> set[str]:
         """What the scheduler has given away: claims are kept until they are given back."""
         live = [pod.claim for pod in self.pods if pod.claim is not None and pod.is_live]
-        kept = [given.wanted.device for each in self.checkpoint.values() for given in each.devices]
+        known = [each for uid, each in self.checkpoint.items() if uid not in self.forgotten]
+        kept = [given.wanted.device for each in known for given in each.devices]
         return {wanted.device for claim in live for wanted in claim.wanted} | set(kept)
 
     def prepare(self, pod: Pod, *, dies: str = "") -> bool:
@@ -656,6 +671,7 @@ class World:
             self.note(plugin.name, "refuses claim", uid, error)
             plugin.next_scan = self.now
             return False
+        self.forgotten.discard(uid)
         self._move(plugin, uid, devices)
         self.checkpoint[uid] = plugin.prepared[uid]
         self._write_specs(plugin)
@@ -722,14 +738,72 @@ class World:
     def unprepare(self, uid: str) -> bool:
         """The kubelet's call, when the pod has ended."""
         plugin = self.plugin
-        if plugin is None or not plugin.serves:
+        if plugin is None or not plugin.serves or uid in self.forgotten:
             return False
         self.note(plugin.name, "takes back", uid)
+        self._take_back(plugin, uid)
+        return True
+
+    def _take_back(self, plugin: Plugin, uid: str) -> None:
         self.checkpoint.pop(uid, None)
         if plugin.prepared.pop(uid, None) is not None:
             del plugin.holds[uid]
             plugin.registry.learn(claims=dict(plugin.holds))
-        return True
+
+    def lose_records(self) -> None:
+        """The kubelet starts without those of claims. Those of devices are another file."""
+        self.note("the kubelet loses its records of claims")
+        self.forgotten |= self.checkpoint.keys()
+        if self.plugin is not None:
+            self.forgotten |= self.plugin.prepared.keys()
+        self.restart_kubelet()
+
+    def _release_forgotten(self, plugin: Plugin) -> None:
+        """What the driver does about claims that nobody gives back, but that it is not so patient."""
+        for uid, prepared in list(plugin.prepared.items()):
+            known = plugin.suspicions.get(uid)
+            if known is not None and self.now < known.at + known.pause:
+                continue
+            registry, after = plugin.registry, plugin.holds[uid].at if known is None else known.at
+            pods = what_pods_say(prepared, registry.holdings, is_there=registry.has_pod_resources, after=after)
+            is_away = self.dice.random() < 0.1
+            lost = None if is_away else why_lost(prepared, self._claim_object(uid), driver="driver", pool="node")
+            use = Use.SOME if lost is None else self._use(plugin, prepared)
+            found = judge(known, Seen(at=self.now, lost=lost, pods=pods, use=use), plugin.holds[uid].at)
+            plugin.suspicions[uid] = found
+            if found.since is not None and found.at - found.since >= _PATIENCE_WITH_CLAIMS:
+                self.note(plugin.name, "releases", uid, found.why)
+                self.released += 1
+                del plugin.suspicions[uid]
+                self._take_back(plugin, uid)
+
+    def _claim_object(self, uid: str) -> dict[str, Any] | None:
+        """The API server's: there is one for as long as a pod has it."""
+        for pod in self.pods:
+            if pod.is_live and pod.claim is not None and pod.claim.id.uid == uid:
+                results = [{"driver": "driver", "pool": w.pool, "device": w.device} for w in pod.claim.wanted]
+                return {"metadata": {"uid": uid}, "status": {"allocation": {"devices": {"results": results}}}}
+        return None
+
+    def _use(self, plugin: Plugin, prepared: Prepared) -> Use:
+        named = devices_by_name(plugin.registry.current)
+        devices = [named.get(given.wanted.device) for given in prepared.devices]
+        if any(device is not None and device.mdev for device in devices):
+            return Use.UNSEEN
+        is_idle = all(device is not None and self._look(device) is None for device in devices)
+        return Use.NONE if is_idle else Use.SOME
+
+    def _remove_by_hand(self) -> None:
+        """A person does it where the plugin cannot know. Raises NotOffered if it could."""
+        assert self.plugin is not None
+        for uid in self.forgotten & self.plugin.prepared.keys():
+            known = self.plugin.suspicions[uid]
+            if known.by_hand is None and self._use(self.plugin, self.plugin.prepared[uid]) is Use.NONE:
+                raise NotOffered(f"claim {uid} is not released: {known}")
+            self.note("somebody removes the file of", uid)
+            self.checkpoint.pop(uid, None)
+        self.end_plugin()
+        self.start_plugin(self.settings)
 
     def reconcile(self) -> None:
         """The kubelet gives back the claims of all pods that have ended."""
@@ -862,6 +936,9 @@ class World:
         for _ in range(4):
             self.wait(180.0)
             self.reconcile()
+        if self.forgotten & self.checkpoint.keys():
+            self.wait(2 * LONGEST_PAUSE)
+            self._remove_by_hand()
         self.wait(180.0)
         self.must_offer_everything()
 
