@@ -260,6 +260,21 @@ def test_what_a_pod_has_by_the_device_plugin_api_no_claim_gets_and_the_other_way
     assert registry.current.by_key[(PGPU, "3")].health.healthy, "it need not settle: it was never ill"
 
 
+def test_a_claim_holds_the_group_of_a_device_that_is_gone_although_another_of_its_devices_has_that_node_now() -> None:
+    registry = registry_of(three_gpus())
+    prepared = prepare(registry, GPUS, NAMES[1], NAMES[2])
+    bound_again = gpu(C, vfio=2, group=51)
+    registry.observe(host(gpu(A, vfio=1, group=50), bound_again))
+    named = devices_by_name(registry.current)
+    gone, there = prepared.devices
+    moved = replace(prepared, devices=(gone, there.moved(named[NAMES[2]])))
+    assert {given.places.node for given in moved.devices} == {"/dev/vfio/devices/vfio2"}
+    registry.learn(claims={GPUS.uid: moved.for_ledger()})
+    assert "IOMMU group 50 is held by claim default/gpus" in str(registry.current.by_key[(PGPU, "1")].health)
+    with pytest.raises(Refused, match="IOMMU group 50 is held by claim default/gpus"):
+        choose("x", wants(NAMES[0]), registry.current)
+
+
 def test_with_whole_node_a_claim_gets_one_or_all() -> None:
     facts = host(*(gpu(f"0000:0{n}:00.0", vfio=n, group=50 + n) for n in (1, 2, 3)))
     current = registry_of(facts).current

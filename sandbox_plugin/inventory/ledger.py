@@ -41,7 +41,7 @@ GRANT_UNUSED = 600.0
 
 DeviceKey = tuple[str, str]
 """Resource name and device ID: what the kubelet knows a device by. Of a claim's grant: `_CLAIM` and the claim's UID (or
-its name, if only PodResources tells of it), and a node."""
+its name, if only PodResources tells of it), and a node, with an address if the claim is prepared."""
 _CLAIM = "claim:"
 """No resource name has a colon."""
 ClaimedDevice = tuple[str, str]
@@ -359,7 +359,8 @@ def claim(
         for places in each.devices:
             group = places_by_address(min(places.addresses)).group
             held = places if group is None else replace(places, group=group)
-            key = (_CLAIM + uid, held.node)
+            # One device may have the number now that another of the claim had: then both have that node.
+            key = (_CLAIM + uid, f"{held.node} {min(held.addresses)}")
             claimed[key] = Grant(key=key, places=held, at=each.at, claim=each.name)
             if key not in ledger.claimed:
                 idle[held.group] = each.looked_at

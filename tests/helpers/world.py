@@ -798,7 +798,7 @@ class World:
         assert self.plugin is not None
         for uid in self.forgotten & self.plugin.prepared.keys():
             known = self.plugin.suspicions[uid]
-            if known.by_hand is None and self._use(self.plugin, self.plugin.prepared[uid]) is Use.NONE:
+            if self.plugin.registry.has_pod_resources and self._use(self.plugin, self.plugin.prepared[uid]) is Use.NONE:
                 raise NotOffered(f"claim {uid} is not released: {known}")
             self.note("somebody removes the file of", uid)
             self.checkpoint.pop(uid, None)
