@@ -22,11 +22,14 @@ from sandbox_plugin.dra.claims import ClaimId, Refused
 from sandbox_plugin.dra.client import ApiError, JsonObject
 from sandbox_plugin.dra.driver import Driver, load_claims
 from sandbox_plugin.dra.releaser import Releaser
+from sandbox_plugin.dra.run import Dra
+from sandbox_plugin.fake.api_server import FakeApiServer
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.model import Device, HostFacts, Objection, PciFunction
 from sandbox_plugin.registry import Registry
+from sandbox_plugin.shutdown import Shutdown
 
 A, B = "0000:01:00.0", "0000:02:00.0"
 NAME_A, NAME_B = "pci-0000-01-00-0", "pci-0000-02-00-0"
@@ -52,14 +55,17 @@ class Bench:
     """`there`, `young`, `silent` or `absent`."""
     in_use: bool = False
 
+    @property
+    def settings(self) -> Settings:
+        return Settings(kubelet_dir=self.folder / "device-plugins", cdi_dir=self.folder / "cdi", node_name=NODE)
+
     async def start(self, *, prepares: bool = True) -> Bench:
         """A run of the plugin; it prepares the claim, unless an earlier one has."""
         self.registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: self.now)
-        settings = Settings(kubelet_dir=self.folder / "device-plugins", cdi_dir=self.folder / "cdi", node_name=NODE)
-        prepared = await load_claims(settings, self.registry)
+        prepared = await load_claims(self.settings, self.registry)
         self.registry.observe(self.facts)
         self.driver = Driver(
-            settings=settings, registry=self.registry, api=self, last_look=self._last_look, prepared=prepared
+            settings=self.settings, registry=self.registry, api=self, last_look=self._last_look, prepared=prepared
         )
         if prepares and not prepared:
             self.objects["gpus"] = claim_object("gpus", self.device)
@@ -415,6 +421,31 @@ def test_only_while_all_agree_and_nobody_asks_for_it_a_claim_looks_abandoned() -
         assert judge(SUSPECTED, seen, -math.inf).since is None
     assert judge(SUSPECTED, ALL_AGREE, prepared_at=5000.0).since is None, "it was asked for during the look"
     assert judge(SUSPECTED, ALL_AGREE, prepared_at=4000.0).since == 5000.0, "and here before it"
+
+
+@in_loop
+async def test_what_serves_claims_looks_for_such_claims_by_itself_and_shows_them(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a real client of an API server that has no such claim."""
+    await bench.start()
+    monkeypatch.setattr(releasers, "FIRST_PAUSE", 0.01)
+    async with FakeApiServer() as server:
+        settings = replace(bench.settings, dra=True, api_server=server.url)
+        dra = Dra(settings, bench.registry, bench._last_look, await load_claims(settings, bench.registry))
+        task = asyncio.create_task(dra.run(Shutdown()))
+        seconds = []
+        while claims := dra.shown()["claims"]:
+            seconds.append(claims[0]["abandoned_seconds"])
+            assert claims[0]["remark"] is None
+            bench.tell()
+            bench.now += FIRST_PAUSE
+            asked = server.requests["get resourceclaims"]
+            await until(lambda: server.requests["get resourceclaims"] > asked or not dra.shown()["claims"])  # noqa: B023
+        assert dra.released == 1
+        assert max(each for each in seconds if each is not None) >= PATIENCE
+        task.cancel()
+        await asyncio.wait([task])
 
 
 @in_loop
