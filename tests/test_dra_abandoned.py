@@ -307,15 +307,18 @@ async def test_an_api_server_that_does_not_answer_or_answers_nonsense_says_nothi
     assert bench.is_held(), "what was known before it failed is old"
 
 
-@pytest.mark.parametrize("pod_resources", ["young", "silent"])
+@pytest.mark.parametrize("pod_resources", ["young", "silent", "silent from the start"])
 @in_loop
 async def test_pod_resources_that_does_not_answer_or_does_not_know_its_pods_yet_says_nothing(
     bench: Bench, pod_resources: str
 ) -> None:
     await bench.start()
-    bench.tell()
+    if pod_resources == "silent from the start":
+        bench.registry.learn(pod_resources=True)
+    else:
+        bench.tell()
     del bench.objects["gpus"]
-    bench.pod_resources = pod_resources
+    bench.pod_resources = pod_resources.partition(" ")[0]
     await bench.wait(4 * HOUR)
     assert bench.is_held()
 
@@ -443,7 +446,7 @@ async def test_what_serves_claims_looks_for_such_claims_by_itself_and_shows_them
             asked = server.requests["get resourceclaims"]
             await until(lambda: server.requests["get resourceclaims"] > asked or not dra.shown()["claims"])  # noqa: B023
         assert dra.released == 1
-        assert max(each for each in seconds if each is not None) >= PATIENCE
+        assert max(each for each in seconds if each is not None) > PATIENCE / 2
         task.cancel()
         await asyncio.wait([task])
 
