@@ -59,11 +59,13 @@ class Bench:
     def settings(self) -> Settings:
         return Settings(kubelet_dir=self.folder / "device-plugins", cdi_dir=self.folder / "cdi", node_name=NODE)
 
-    async def start(self, *, prepares: bool = True) -> Bench:
-        """A run of the plugin; it prepares the claim, unless an earlier one has."""
+    async def start(self, *, prepares: bool = True, told: bool = True) -> Bench:
+        """A run of the plugin; it prepares the claim, unless an earlier one has. `told`: PodResources has answered."""
         self.registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: self.now)
         prepared = await load_claims(self.settings, self.registry)
         self.registry.observe(self.facts)
+        if told:
+            self.registry.learn(holdings=Holdings(asked_at=self.now))
         self.driver = Driver(
             settings=self.settings, registry=self.registry, api=self, last_look=self._last_look, prepared=prepared
         )
@@ -314,9 +316,8 @@ async def test_pod_resources_that_does_not_answer_or_does_not_know_its_pods_yet_
 ) -> None:
     await bench.start()
     if pod_resources == "silent from the start":
+        await bench.start(told=False)
         bench.registry.learn(pod_resources=True)
-    else:
-        bench.tell()
     del bench.objects["gpus"]
     bench.pod_resources = pod_resources.partition(" ")[0]
     await bench.wait(4 * HOUR)
@@ -325,8 +326,9 @@ async def test_pod_resources_that_does_not_answer_or_does_not_know_its_pods_yet_
 
 @in_loop
 async def test_without_pod_resources_it_is_kept_and_said_once_how_to_give_it_back_by_hand(bench: Bench) -> None:
-    bench.pod_resources = "absent"
     await bench.start()
+    await bench.start(told=False)
+    bench.pod_resources = "absent"
     with capture_logs() as logged:
         await bench.wait(HOUR)
         assert logged == [], "its pod has it"

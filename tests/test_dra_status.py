@@ -114,8 +114,9 @@ def test_status_shows_the_driver_its_slices_and_who_has_which_claim(
 
 
 def test_on_a_node_for_claims_only_what_a_claim_has_is_healthy(
-    manager: DraManager, api: FakeApiServer, fake_node: MakeNode, daemon: StartDaemon
+    manager: DraManager, api: FakeApiServer, pods: PodResources, fake_node: MakeNode, daemon: StartDaemon
 ) -> None:
+    pods.start(age=3600.0)
     node = fake_node("hgx-h100")
     plugin = daemon(node, *manager.flags, "--device-plugin=off")
     plugin.wait_for("driver registered")
@@ -189,8 +190,14 @@ def scraped(plugin: Any) -> dict[str, float]:
 
 
 def test_claims_calls_and_slices_are_counted_and_without_dra_there_is_no_such_series(
-    manager: DraManager, api: FakeApiServer, absent_kubelet: GrpcKubelet, fake_node: MakeNode, daemon: StartDaemon
+    manager: DraManager,
+    api: FakeApiServer,
+    absent_kubelet: GrpcKubelet,
+    pods: PodResources,
+    fake_node: MakeNode,
+    daemon: StartDaemon,
 ) -> None:
+    pods.start(age=3600.0)
     absent_kubelet.start()
     node = fake_node("hgx-h100")
     plugin = daemon(node, *manager.flags, "--metrics-address=127.0.0.1:0")
