@@ -66,6 +66,8 @@ class Function:
     user: Vm | None = None
     let_go_at: float = -math.inf
     """When the last VM let go of it."""
+    came_at: float = -math.inf
+    """When it was put in, or made."""
     _shown: tuple[tuple[object, ...], PciFunction] | None = None
 
     @property
@@ -153,7 +155,7 @@ class Kernel:
             self._release(function)
         return True
 
-    def add(self, function: Function, *, renumber: bool) -> bool:
+    def add(self, function: Function, now: float, *, renumber: bool) -> bool:
         """Into its slot: to its mates' group, to the one it had, or to the lowest number that is free."""
         if function.is_present:
             return False
@@ -164,6 +166,7 @@ class Kernel:
         elif renumber or function.group in taken:
             function.group = next(n for n in range(1, 1000) if n not in taken)
         function.is_present, function.leaves, function.is_off, function.hangs = True, False, False, False
+        function.came_at = now
         return True
 
     def carry(self, function: Function, now: float) -> bool:
@@ -175,7 +178,7 @@ class Kernel:
             if function.carries:
                 self.remove(virtual)
             else:
-                self.add(virtual, renumber=True)
+                self.add(virtual, now, renumber=True)
                 self.bind(virtual, "vfio-pci", now)
         function.carries = 0 if function.carries else len(carried)
         return True

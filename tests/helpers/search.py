@@ -84,7 +84,7 @@ def _plug(world: World) -> None:
         world.note(function.address, "is taken out", "under its VM" if function.user else "")
         world.kernel.remove(function)
     else:
-        world.kernel.add(function, renumber=world.dice.random() < 0.3)
+        world.kernel.add(function, world.now, renumber=world.dice.random() < 0.3)
         world.note(function.address, "is put in, in group", function.group)
         if function.kind == "mdev" or world.dice.random() < 0.5:
             world.kernel.bind(function, "nvidia-vgpu-vfio" if function.kind == "mdev" else "vfio-pci", world.now)

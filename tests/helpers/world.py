@@ -840,7 +840,7 @@ class World:
             named = {self.kernel.functions[a] for a in grant.addresses}
             fits = all(f.is_bound and grant.group_node in (None, node_of_group(f.group)) for f in named)
             return named if fits else None
-        if grant.node.startswith("/dev/vfio/devices/"):
+        if not _is_group_node(grant.node):
             function = self.kernel.at_node(grant.node)
             return None if function is None else {function}
         return {f for f in self.kernel.members(_group_of(grant.node)) if f.is_bound} or None
@@ -878,26 +878,26 @@ class World:
         A cdev that is gone comes back with whatever is bound next: with the function that was given, most likely, where
         that is not bound. Who was given a physical function has the virtual ones that it carries.
         """
-        nodes, groups = {grant.node}, set()
+        nodes = [node for node in (grant.node, grant.group_node) if node is not None]
+        functions = self.functions_behind(grant)
+        addresses = {f.address for f in functions}
+        given = addresses.intersection(grant.functions)
+        addresses |= {f.address for f in self.kernel.present if f.carrier in given}
+        groups = {_group_of(node) for node in nodes if _is_group_node(node)} | {f.group for f in functions}
+        return Hands({*nodes, *groups, *addresses})
+
+    def functions_behind(self, grant: Grant) -> set[Function]:
+        """Those that are there, of all that the nodes of a grant stand for by now."""
         functions = {self.kernel.functions[a] for a in grant.addresses}
-        if grant.node.startswith("/dev/vfio/devices/"):
+        for node in (grant.node, grant.group_node):
+            if node is not None and _is_group_node(node):
+                functions.update(self.kernel.members(_group_of(node)))
+        if not _is_group_node(grant.node):
             behind, _ = self.kernel.last_at_node[grant.node]
             is_there = behind.number is not None and node_of_cdev(behind.number) == grant.node
             if is_there or (behind.number is None and behind.address in grant.functions):
                 functions.add(behind)
-        else:
-            groups.add(_group_of(grant.node))
-        if grant.group_node is not None:
-            nodes.add(grant.group_node)
-            groups.add(_group_of(grant.group_node))
-        for group in groups:
-            functions.update(self.kernel.members(group))
-        there = [f for f in functions if f.is_present]
-        groups.update(f.group for f in there)
-        addresses = {f.address for f in there}
-        given = addresses.intersection(grant.functions)
-        addresses |= {f.address for f in self.kernel.present if f.carrier in given}
-        return Hands({*nodes, *groups, *addresses})
+        return {f for f in functions if f.is_present}
 
     def _judge(self, pod: Pod, given: Sequence[Grant], before: Hands) -> None:
         """Whether what the pod has just got is in other hands."""
@@ -974,6 +974,10 @@ def _all_healthy(plugin: Plugin, resource: str, ids: list[str]) -> list[Device] 
     devices = [plugin.registry.current.device(resource, i) for i in ids]
     healthy = [d for d in devices if d is not None and d.health.healthy]
     return healthy if len(healthy) == len(ids) else None
+
+
+def _is_group_node(node: str) -> bool:
+    return not node.startswith("/dev/vfio/devices/")
 
 
 def _group_of(node: str) -> int:
@@ -1062,6 +1066,15 @@ def _unseen_bind(clash: Clash) -> bool:
     return bool(began) and min(began) >= clash.plugin.scan_began and not nodes_in(clash.common)
 
 
+def _unseen_arrival(clash: Clash) -> bool:
+    """What the other pod has of it was put in, or made, since the last scan, and came to a group or a number that the
+    pod has from before: the look before Allocate sees the device that is given, and no others."""
+    common, began = clash.common, clash.plugin.scan_began
+    behind = [function for grant in clash.grants for function in clash.world.functions_behind(grant)]
+    has = [function for function in behind if function.address in common or function.group in common]
+    return bool(has) and not nodes_in(common) and all(function.came_at >= began for function in has)
+
+
 def _bound_again_unwatched(clash: Clash) -> bool:
     """KubeVirt knows a GPU by its address, and the kubelet by the number that it had: a GPU that was bound again under
     another number, and that no scan of this run of the plugin saw under the first, cannot be told from any other."""
@@ -1101,6 +1114,7 @@ EXCUSES: tuple[Callable[[Clash], bool], ...] = (
     _mediated_device,
     _unseen_use,
     _unseen_bind,
+    _unseen_arrival,
     _bound_again_unwatched,
     _name_of_another_domain,
     _young_kubelet,
