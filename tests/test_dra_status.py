@@ -123,7 +123,7 @@ def test_on_a_node_for_claims_only_what_a_claim_has_is_healthy(
     api.put("resourceclaims", claim_object("gpus", *NAMES))
     wait_until(lambda: not told(node)["not_ready"], "it is ready")
     manager.prepare("vm", "gpus")
-    assert f"{PGPU}: 8 of 8 Healthy, off" in ask(node)[1]
+    assert f"{PGPU}: 8 of 8 Healthy, by claims alone" in ask(node)[1]
     assert "claim default/gpus" in ask(node)[1]
     assert plugin.events("device changed") == []
 

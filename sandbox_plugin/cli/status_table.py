@@ -56,6 +56,8 @@ def _resource(resource: Mapping[str, Any], columns: int) -> list[Line]:
     state = registration["state"]
     if state == "registered":
         state += f" {_age(registration['registered_seconds'])} ago, streams: {registration['streams']}"
+    elif state == "off":
+        state = "by claims alone"
     text = (
         f"{resource['name']}: {healthy} of {len(devices)} Healthy, {_with_reason(state, registration.get('trouble'))}"
     )
