@@ -26,6 +26,7 @@ from sandbox_plugin.cdi.stale import learn_former
 from sandbox_plugin.cdi.writer import CdiWriter
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.fabric import FabricFile
+from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.host.last_look import LastLook
 from sandbox_plugin.host.paths import HostPaths
 from sandbox_plugin.host.uevents import UeventSource
@@ -101,6 +102,7 @@ class Daemon:
         self._began_at = time.monotonic()
         self._folder_watcher: FolderWatcher | None = None
         self._foreign_specs: list[ForeignSpecWatch] = []
+        self._claim_files = FileWork(partial(log.error, "files of claims hang", path=str(settings.kubelet_dir.parent)))
         self._dra: Dra | None = None
         """While this plugin serves claims."""
 
@@ -170,7 +172,8 @@ class Daemon:
         if self._settings.dra:
             from sandbox_plugin.dra.driver import load_claims  # few need it
 
-            prepared = await load_claims(self._settings, self._registry)  # before anything can be given
+            # Before anything can be given.
+            prepared = await load_claims(self._settings, self._registry, self._claim_files)
         self._registry.serve(since)
         if self._registry.holdings is None or self._registry.holdings.asked_at < since:
             self._poller.hurry()
@@ -226,7 +229,9 @@ class Daemon:
         # Here and now, because importing it takes longer than all that comes before.
         from sandbox_plugin.dra.run import Dra
 
-        self._dra = Dra(self._settings, self._registry, self._last_look, prepared)
+        self._dra = Dra(
+            self._settings, self._registry, last_look=self._last_look, work=self._claim_files, prepared=prepared
+        )
         try:
             await self._dra.run(shutdown)
         finally:

@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from devices import nothing_against
 from dra_manager import DRIVER, NODE, claim_object
 from facts import gpu, host
 from loop import in_loop, until
 from structlog.testing import capture_logs
 
 from sandbox_plugin.config.settings import Settings
+from sandbox_plugin.dra import driver as drivers
 from sandbox_plugin.dra import releaser as releasers
-from sandbox_plugin.dra.abandoned import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, Pods, Seen, Suspicion, Use, judge
+from sandbox_plugin.dra.abandoned import (
+    FIRST_PAUSE,
+    LONGEST_GAP,
+    LONGEST_PAUSE,
+    PATIENCE,
+    InUse,
+    Look,
+    Pods,
+    Suspicion,
+    judge,
+)
 from sandbox_plugin.dra.claims import ClaimId, Refused
 from sandbox_plugin.dra.client import ApiError, JsonObject
 from sandbox_plugin.dra.driver import Driver, load_claims
 from sandbox_plugin.dra.releaser import Releaser
 from sandbox_plugin.dra.run import Dra
 from sandbox_plugin.fake.api_server import FakeApiServer
+from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
-from sandbox_plugin.model import Device, HostFacts, Objection, PciFunction
+from sandbox_plugin.model import HostFacts
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
 
@@ -54,6 +66,8 @@ class Bench:
     pod_resources: str = "there"
     """`there`, `young`, `silent` or `absent`."""
     in_use: bool = False
+    """A VM has the device A."""
+    work: FileWork = field(default_factory=lambda: FileWork(lambda: None))
 
     @property
     def settings(self) -> Settings:
@@ -62,17 +76,22 @@ class Bench:
     async def start(self, *, prepares: bool = True, told: bool = True) -> Bench:
         """A run of the plugin; it prepares the claim, unless an earlier one has. `told`: PodResources has answered."""
         self.registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False, clock=lambda: self.now)
-        prepared = await load_claims(self.settings, self.registry)
+        prepared = await load_claims(self.settings, self.registry, self.work)
         self.registry.observe(self.facts)
         if told:
             self.registry.learn(holdings=Holdings(asked_at=self.now))
         self.driver = Driver(
-            settings=self.settings, registry=self.registry, api=self, last_look=self._last_look, prepared=prepared
+            settings=self.settings,
+            registry=self.registry,
+            api=self,
+            last_look=nothing_against,
+            work=self.work,
+            prepared=prepared,
         )
         if prepares and not prepared:
             self.objects["gpus"] = claim_object("gpus", self.device)
             await self.driver.prepare(GPUS)
-        self.releaser = Releaser(driver=self.driver, api=self, last_look=self._last_look)
+        self.releaser = Releaser(driver=self.driver, api=self)
         self.asked = 0
         return self
 
@@ -83,10 +102,11 @@ class Bench:
             raise found
         return found
 
-    async def _last_look(
-        self, devices: Sequence[Device], functions: Mapping[str, PciFunction]
-    ) -> Mapping[str, Objection]:
-        return {each.id: Objection(why="a VM has it") for each in devices} if self.in_use else {}
+    def scan(self) -> None:
+        functions = dict(self.facts.functions)
+        if self.in_use:
+            functions[A] = replace(functions[A], enable=1)
+        self.registry.observe(host(*functions.values(), unreadable=self.facts.unreadable, began_at=self.now))
 
     def tell(self) -> None:
         """PodResources answers, or does not."""
@@ -102,6 +122,7 @@ class Bench:
         """Time goes on; PodResources is asked and the claims are looked at, again and again."""
         end = self.now + seconds
         while self.now < end:
+            self.scan()
             self.tell()
             self.now += step
             await self.releaser.look()
@@ -130,7 +151,7 @@ async def test_a_claim_that_the_kubelet_has_forgotten_is_given_back_when_all_agr
     assert not bench.is_held()
     assert [path for path in bench.folder.rglob("*") if path.is_file()] == []
     assert bench.registry.current.by_key[("nvidia.com/pgpu", "1")].health.healthy
-    assert bench.driver.released == 1
+    assert bench.releaser.released == 1
     (line,) = [event for event in logged if event["event"] == "claim released"]
     why = "the API server has no such claim, and for 30 min no pod was named that has it, and no VM used its devices"
     assert (line["claim"], line["pci_address"], line["reason"]) == ("default/gpus", A, why)
@@ -237,10 +258,10 @@ async def test_a_pod_that_has_ended_and_is_not_given_back_yet_keeps_its_claim_un
     await bench.wait(PATIENCE / 2)
     assert bench.is_held()
     await bench.driver.unprepare(GPUS)
-    assert bench.driver.released == 0
+    assert bench.releaser.released == 0
     await bench.wait(HOUR)
     await bench.driver.unprepare(GPUS)
-    assert bench.driver.released == 0
+    assert bench.releaser.released == 0
 
 
 @in_loop
@@ -271,7 +292,9 @@ async def test_a_claim_that_the_kubelet_asks_for_again_in_between_is_kept(bench:
     del bench.objects["gpus"]
     for _ in range(5):
         await bench.wait(0.9 * PATIENCE)
+        bench.objects["gpus"] = claim_object("gpus", NAME_A)
         await bench.driver.prepare(GPUS)
+        del bench.objects["gpus"]
     assert bench.is_held()
 
 
@@ -284,7 +307,9 @@ async def test_a_claim_that_is_asked_for_while_it_is_looked_at_is_kept(bench: Be
 
     async def ask(namespace: str, name: str) -> JsonObject | None:
         bench.now += 1
+        bench.objects["gpus"] = claim_object("gpus", NAME_A)
         await bench.driver.prepare(GPUS)
+        del bench.objects["gpus"]
         return await asked(namespace, name)
 
     bench.releaser.api = type("Api", (), {"claim": staticmethod(ask)})()
@@ -359,16 +384,50 @@ async def test_a_vgpu_is_kept_because_nobody_can_see_whether_a_vm_has_it(tmp_pat
     assert "whether a VM has a vGPU cannot be seen" in logged[-1]["reason"]
 
 
+SHARED = host(gpu(A, vfio=1, group=50), gpu(B, vfio=2, group=50))
+
+
+@pytest.mark.parametrize(
+    ("was_used", "facts"),
+    [
+        (False, host(gpu(B, vfio=2, group=51), unreadable={A: "Input/output error"})),
+        (True, host(gpu(A, vfio=None, group=50, enable=1), gpu(B, vfio=2, group=51))),
+        (False, host(gpu(A, vfio=1, group=50), gpu(B, vfio=2, group=50, enable=1))),
+    ],
+    ids=["cannot be read", "is being unbound under a VM", "shares its group with one in use"],
+)
 @in_loop
-async def test_a_device_that_is_not_here_cannot_be_looked_at_and_is_kept_until_it_is(bench: Bench) -> None:
+async def test_a_device_that_a_vm_may_have_all_the_same_is_kept_until_it_is_seen_idle(
+    bench: Bench, was_used: bool, facts: HostFacts
+) -> None:
+    bench.facts = SHARED
     await bench.start()
+    bench.in_use = was_used
+    bench.scan()
+    bench.in_use = False
     del bench.objects["gpus"]
-    bench.registry.observe(host(gpu(B, vfio=2, group=51)))
+    bench.facts = facts
     await bench.wait(4 * HOUR)
     assert bench.is_held()
-    bench.registry.observe(FACTS)
-    await bench.wait(4 * HOUR)
+    bench.facts = SHARED
+    await bench.wait(HOUR)
     assert not bench.is_held()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [host(gpu(B, vfio=2, group=51)), host(gpu(A, vfio=None, driver="nvidia", enable=1), gpu(B, vfio=2, group=51))],
+    ids=["is gone", "a host driver has"],
+)
+@in_loop
+async def test_a_device_that_no_vm_can_have_keeps_nothing_from_being_given_back(bench: Bench, facts: HostFacts) -> None:
+    await bench.start(prepares=False)
+    bench.objects["gpus"] = claim_object("gpus", NAME_A, NAME_B)
+    await bench.driver.prepare(GPUS)
+    del bench.objects["gpus"]
+    bench.facts = facts
+    await bench.wait(HOUR)
+    assert bench.driver.device_names == []
 
 
 @in_loop
@@ -410,7 +469,71 @@ async def test_a_claim_that_is_given_back_while_it_is_looked_at_is_forgotten(ben
     assert bench.releaser.remark(GPUS.uid) is None
 
 
-ALL_AGREE = Seen(at=5000.0, lost="it is gone", pods=Pods.NOT_NAMED, use=Use.NONE)
+@pytest.mark.parametrize("pod_resources", ["there", "absent"])
+@in_loop
+async def test_a_claim_that_is_given_back_while_another_is_looked_at_is_not_looked_at(
+    bench: Bench, pod_resources: str
+) -> None:
+    await bench.start()
+    other = ClaimId(namespace="default", name="zed", uid="uid-of-zed")
+    bench.objects["zed"] = claim_object("zed", NAME_B)
+    await bench.driver.prepare(other)
+    bench.objects.clear()
+    bench.pod_resources = pod_resources
+
+    async def ask(namespace: str, name: str) -> None:
+        await bench.driver.unprepare(other if name == "gpus" else GPUS)
+
+    bench.tell()
+    if pod_resources == "absent":
+        await bench.releaser.look()
+    bench.releaser.api = type("Api", (), {"claim": staticmethod(ask)})()
+    await bench.wait(4 * FIRST_PAUSE)
+    assert bench.driver.device_names == [NAME_A]
+
+
+@in_loop
+async def test_what_a_person_removes_because_it_was_asked_for_is_not_written_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.start()
+    monkeypatch.setattr(drivers, "_INTERVAL", 0.01)
+    file = bench.driver.checkpoint_of(GPUS.uid)
+    following = asyncio.create_task(bench.driver.run())
+    file.unlink()
+    await until(file.exists)  # nobody was asked to remove it
+    bench.pod_resources = "absent"
+    del bench.objects["gpus"]
+    await bench.wait(FIRST_PAUSE)
+    remark = bench.releaser.remark(GPUS.uid)
+    assert remark is not None
+    assert f"remove {file} and restart the plugin" in remark
+    file.unlink()
+    (spec,) = (bench.folder / "cdi").iterdir()
+    spec.unlink()
+    await until(spec.exists)  # what follows the inventory has been there
+    following.cancel()
+    await asyncio.wait([following])
+    assert not file.exists()
+    await bench.start(prepares=False)
+    assert bench.driver.device_names == []
+
+
+@in_loop
+async def test_a_claim_that_was_allocated_anew_waits_until_what_it_had_is_given_back(bench: Bench) -> None:
+    """Its kubelet has lost its records: it asks for the new device, and never gave back the old one."""
+    await bench.start()
+    bench.objects["gpus"] = claim_object("gpus", NAME_B)
+    for _ in range(3):
+        with pytest.raises(Refused, match=f"it has {NAME_A} from before, which the kubelet has not given back yet"):
+            await bench.driver.prepare(GPUS)
+        await bench.wait(PATIENCE / 4)
+    await bench.wait(HOUR)
+    await bench.driver.prepare(GPUS)
+    assert bench.driver.device_names == [NAME_B]
+
+
+ALL_AGREE = Look(at=5000.0, lost="it is gone", pods=Pods.NOT_NAMED, in_use=InUse.NO)
 SUSPECTED = Suspicion(at=4940.0, since=3000.0, why="it is gone")
 
 
@@ -421,11 +544,13 @@ def test_only_while_all_agree_and_nobody_asks_for_it_a_claim_looks_abandoned() -
     for seen in (
         replace(ALL_AGREE, lost=None),
         *(replace(ALL_AGREE, pods=pods) for pods in Pods if pods is not Pods.NOT_NAMED),
-        *(replace(ALL_AGREE, use=use) for use in Use if use is not Use.NONE),
+        *(replace(ALL_AGREE, in_use=each) for each in InUse if each is not InUse.NO),
     ):
         assert judge(SUSPECTED, seen, -math.inf).since is None
-    assert judge(SUSPECTED, ALL_AGREE, prepared_at=5000.0).since is None, "it was asked for during the look"
-    assert judge(SUSPECTED, ALL_AGREE, prepared_at=4000.0).since == 5000.0, "and here before it"
+    assert judge(SUSPECTED, ALL_AGREE, asked_at=5000.0).since is None, "it was asked for during the look"
+    assert judge(SUSPECTED, ALL_AGREE, asked_at=4000.0).since == 5000.0, "and here before it"
+    late = replace(ALL_AGREE, at=SUSPECTED.at + LONGEST_GAP + 1)
+    assert judge(SUSPECTED, late, -math.inf).since == late.at, "nobody looked for long"
 
 
 @in_loop
@@ -437,7 +562,8 @@ async def test_what_serves_claims_looks_for_such_claims_by_itself_and_shows_them
     monkeypatch.setattr(releasers, "FIRST_PAUSE", 0.01)
     async with FakeApiServer() as server:
         settings = replace(bench.settings, dra=True, api_server=server.url)
-        dra = Dra(settings, bench.registry, bench._last_look, await load_claims(settings, bench.registry))
+        prepared = await load_claims(settings, bench.registry, bench.work)
+        dra = Dra(settings, bench.registry, last_look=nothing_against, work=bench.work, prepared=prepared)
         task = asyncio.create_task(dra.run(Shutdown()))
         seconds = []
         while claims := dra.shown()["claims"]:

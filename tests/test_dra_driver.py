@@ -30,6 +30,7 @@ from sandbox_plugin.dra.client import ApiError, JsonObject
 from sandbox_plugin.dra.driver import Driver, LastLook, load_claims
 from sandbox_plugin.dra.services import DraHealthServicer, DraPluginServicer, health_of
 from sandbox_plugin.host import files
+from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
@@ -67,6 +68,11 @@ class Node:
         default_factory=lambda: Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False)
     )
 
+    def __post_init__(self) -> None:
+        self.hangs = asyncio.Event()
+        """A folder does not answer."""
+        self.work = FileWork(self.hangs.set)
+
     @property
     def settings(self) -> Settings:
         return Settings(kubelet_dir=self.folder / "device-plugins", cdi_dir=self.folder / "cdi", node_name=NODE)
@@ -74,11 +80,16 @@ class Node:
     async def driver(self, last_look: LastLook = nothing_against) -> Driver:
         """A new run of the plugin."""
         self.registry = Registry(Rules(Settings(), ModelNames.load()), requires_cdi=False)
-        prepared = await load_claims(self.settings, self.registry)
+        prepared = await load_claims(self.settings, self.registry, self.work)
         self.registry.observe(FACTS)
         self.registry.learn(holdings=Holdings(asked_at=self.registry.now()))
         return Driver(
-            settings=self.settings, registry=self.registry, api=self.claims, last_look=last_look, prepared=prepared
+            settings=self.settings,
+            registry=self.registry,
+            api=self.claims,
+            last_look=last_look,
+            work=self.work,
+            prepared=prepared,
         )
 
     @property
@@ -179,7 +190,6 @@ def mount(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeadMount]:
         record(self, *args)
 
     monkeypatch.setattr(ClaimFiles, "record", hang)
-    monkeypatch.setattr(files, "PATIENCE", 0.05)
     yield mount
     mount.answers.set()
 
@@ -187,7 +197,7 @@ def mount(monkeypatch: pytest.MonkeyPatch) -> Iterator[DeadMount]:
 @pytest.mark.parametrize("then", ["prepare", "unprepare"])
 @in_loop
 async def test_what_follows_a_call_that_was_given_up_waits_until_its_files_are_written(
-    node: Node, mount: DeadMount, then: str
+    node: Node, mount: DeadMount, monkeypatch: pytest.MonkeyPatch, then: str
 ) -> None:
     """The kubelet gives a call 45 s, and a dead mount none of its time. What the thread of that call writes at last
     would else replace what came after it: the checkpoint of a claim that was given back."""
@@ -197,9 +207,9 @@ async def test_what_follows_a_call_that_was_given_up_waits_until_its_files_are_w
     call.cancel()
     await asyncio.wait([call])
     assert node.held() == {"1"}
-    driver._trouble.update(None)
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
     follows = asyncio.create_task(getattr(driver, then)(GPUS))
-    await until(lambda: follows.done() or driver._trouble.now)
+    await until(lambda: follows.done() or node.hangs.is_set())
     assert not follows.done()
     mount.answers.set()
     await follows
@@ -281,13 +291,54 @@ async def test_a_refusal_is_logged_once_until_it_is_another_or_the_claim_is_prep
 
 
 @in_loop
-async def test_a_prepared_claim_is_not_asked_for_again(node: Node) -> None:
+async def test_a_prepared_claim_is_prepared_again_though_the_api_server_is_away(node: Node) -> None:
     driver = await node.driver()
     first = await driver.prepare(GPUS)
     driver = await node.driver()
     node.claims.objects["gpus"] = ApiError("it is away")
     assert await driver.prepare(GPUS) == first
-    assert node.claims.asked == 1
+
+
+@in_loop
+async def test_a_claim_that_is_given_back_while_it_is_looked_at_again_is_not_prepared(node: Node) -> None:
+    driver = await node.driver()
+    await driver.prepare(GPUS)
+    looks, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(devices: Sequence[Device], functions: Mapping[str, PciFunction]) -> Mapping[str, Objection]:
+        looks.set()
+        await goes_on.wait()
+        return {}
+
+    driver = await node.driver(slow)
+    call = asyncio.create_task(driver.prepare(GPUS))
+    await looks.wait()
+    await driver.unprepare(GPUS)
+    goes_on.set()
+    with pytest.raises(Refused, match="it was given back while it was looked at"):
+        await call
+    assert (node.held(), node.written) == (set(), [])
+
+
+@in_loop
+async def test_what_a_lost_turn_still_writes_is_written_before_the_next_turn_reads(
+    node: Node, mount: DeadMount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock went to another plugin and came back, while a call's files were being written."""
+    driver = await node.driver()
+    call = asyncio.create_task(driver.prepare(GPUS))
+    await until(mount.hangs.is_set)
+    call.cancel()
+    await asyncio.wait([call])
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    turn = asyncio.create_task(node.driver())
+    await until(lambda: turn.done() or node.hangs.is_set())
+    assert not turn.done()
+    mount.answers.set()
+    driver = await turn
+    assert driver.device_names == [NAME_A]
+    await driver.unprepare(GPUS)
+    assert (node.held(), node.written) == (set(), [])
 
 
 @in_loop
@@ -302,7 +353,7 @@ async def test_until_the_checkpoint_can_be_read_nothing_begins(node: Node, monke
     monkeypatch.setattr(drivers, "read_all", read)
     monkeypatch.setattr(drivers, "_RETRY", 0.0)
     with capture_logs() as logged:
-        assert await load_claims(node.settings, node.registry) == {}
+        assert await load_claims(node.settings, node.registry, node.work) == {}
     assert [event["event"] for event in logged] == ["claim checkpoint not read"], "said once"
 
 

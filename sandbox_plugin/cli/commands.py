@@ -67,10 +67,11 @@ def parser_of(is_wanted: Callable[[str], bool]) -> argparse.ArgumentParser:
 def _module(name: str) -> Any:
     """A command's module. What it imports stays, so no garbage is looked for in that, neither now nor later."""
     gc.disable()
-    module = import_module(name)
-    gc.freeze()
-    gc.enable()
-    return module
+    try:
+        return import_module(name)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def status_after(error: Exception) -> int:

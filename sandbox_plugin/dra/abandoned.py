@@ -23,6 +23,7 @@ from enum import Enum, auto
 from sandbox_plugin.dra.claims import Prepared
 from sandbox_plugin.dra.client import JsonObject
 from sandbox_plugin.inventory.ledger import Holdings
+from sandbox_plugin.inventory.state import Inventory
 from sandbox_plugin.names import address_of_claimed
 
 PATIENCE = 1800.0
@@ -35,6 +36,8 @@ FIRST_PAUSE = 60.0
 """Seconds between looks at a claim that looks abandoned, and after the first."""
 LONGEST_PAUSE = 600.0
 """Seconds between looks at a claim that does not: it may have a pod that PodResources never names."""
+LONGEST_GAP = 300.0
+"""Seconds between two looks after which nothing is known of the time between."""
 
 
 class Pods(Enum):
@@ -48,18 +51,18 @@ class Pods(Enum):
     """There is none to ask."""
 
 
-class Use(Enum):
+class InUse(Enum):
     """Whether a VM has a device of a claim, or one of its group."""
 
-    NONE = auto()
-    SOME = auto()
-    """Or it cannot be looked at now."""
+    NO = auto()
+    YES = auto()
+    """Or it cannot be read now."""
     UNSEEN = auto()
     """The kernel never tells of such a device: a mediated one has no `enable`, and of a vGPU its driver decides."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Look:
     """What one look saw of a claim."""
 
     at: float
@@ -67,7 +70,7 @@ class Seen:
     lost: str | None
     """As `why_lost`, by the API server's object; None also if the API server did not answer."""
     pods: Pods
-    use: Use
+    in_use: InUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,23 +94,23 @@ class Suspicion:
         return self.since is not None and self.at - self.since >= PATIENCE
 
 
-def judge(before: Suspicion | None, seen: Seen, prepared_at: float) -> Suspicion:
-    """After another look. `prepared_at`: when the kubelet last asked for the claim; earlier looks say nothing then."""
+def judge(before: Suspicion | None, look: Look, asked_at: float) -> Suspicion:
+    """After another look. `asked_at`: when the kubelet last asked for the claim; earlier looks say nothing then."""
     by_hand = None
-    if seen.lost is not None and seen.pods is Pods.ABSENT:
+    if look.lost is not None and look.pods is Pods.ABSENT:
         by_hand = "PodResources is not there to tell whether a pod has it"
-    elif seen.lost is not None and seen.pods is Pods.NOT_NAMED and seen.use is Use.UNSEEN:
+    elif look.lost is not None and look.pods is Pods.NOT_NAMED and look.in_use is InUse.UNSEEN:
         by_hand = "whether a VM has a vGPU cannot be seen"
-    if seen.lost is None or seen.pods is not Pods.NOT_NAMED or seen.use is not Use.NONE or prepared_at >= seen.at:
+    if look.lost is None or look.pods is not Pods.NOT_NAMED or look.in_use is not InUse.NO or asked_at >= look.at:
         pause = FIRST_PAUSE if before is None else min(2 * before.pause, LONGEST_PAUSE)
-        return Suspicion(at=seen.at, pause=pause, why=seen.lost, by_hand=by_hand)
-    since = seen.at
-    if before is not None and before.since is not None and before.since > prepared_at:
-        since = before.since
-    return Suspicion(at=seen.at, since=since, why=seen.lost)
+        return Suspicion(at=look.at, pause=pause, why=look.lost, by_hand=by_hand)
+    since = look.at
+    if before is not None and before.since is not None and before.since > asked_at:
+        since = before.since if look.at - before.at <= LONGEST_GAP else look.at
+    return Suspicion(at=look.at, since=since, why=look.lost)
 
 
-def why_lost(prepared: Prepared, claim: JsonObject | None, *, driver: str, pool: str) -> str | None:
+def why_lost(prepared: Prepared, claim: JsonObject | None, *, driver: str) -> str | None:
     """Why the API server's object does not give these devices to this claim any more; None: it does, or it makes no
     sense. `claim`: the object of that name now; None: there is none."""
     if claim is None:
@@ -116,16 +119,14 @@ def why_lost(prepared: Prepared, claim: JsonObject | None, *, driver: str, pool:
         uid = claim["metadata"]["uid"]
         allocation = (claim.get("status") or {}).get("allocation")
         results = [] if allocation is None else (allocation.get("devices") or {}).get("results") or []
-        allocated = {each["device"] for each in results if each["driver"] == driver and each["pool"] == pool}
+        allocated = {(each["pool"], each["device"]) for each in results if each["driver"] == driver}
     except (AttributeError, KeyError, TypeError):
         return None
     if uid != prepared.claim.uid:
         return "the claim was deleted, and another one has its name"
     if allocation is None:
         return "the claim is not allocated any more"
-    if not allocated.intersection(given.wanted.device for given in prepared.devices):
-        return "the claim was allocated other devices"
-    return None
+    return None if allocated == prepared.asked.names else "the claim was allocated other devices"
 
 
 def what_pods_say(prepared: Prepared, answer: Holdings | None, *, is_there: bool, after: float) -> Pods:
@@ -140,6 +141,21 @@ def what_pods_say(prepared: Prepared, answer: Holdings | None, *, is_there: bool
     if _addresses(prepared) & {address for _, address in answer.claims}:
         return Pods.NAMED
     return Pods.NOT_NAMED if answer.complete and answer.asked_at > after else Pods.SILENT
+
+
+def in_use(prepared: Prepared, inventory: Inventory) -> InUse:
+    """By the latest scan. What is gone no VM has: the kernel lets a function go when its VM has let it go
+    (vfio_unregister_group_dev in drivers/vfio/vfio_main.c waits for that)."""
+    facts, uses = inventory.memory.facts, inventory.memory.ledger.uses
+    if facts is None or facts.unreachable is not None:
+        return InUse.YES
+    there = [facts.functions[address] for address in _addresses(prepared) if address in facts.functions]
+    numbers = [function.iommu_group for function in there if function.iommu_group is not None]
+    members = {address for number in numbers if number in facts.groups for address in facts.groups[number].members}
+    if any(address in uses or address in facts.unreadable for address in _addresses(prepared) | members):
+        return InUse.YES
+    is_seen = all(function.mdev_type is None and not function.is_vendors_vgpu for function in there)
+    return InUse.NO if is_seen else InUse.UNSEEN
 
 
 def _addresses(prepared: Prepared) -> set[str]:

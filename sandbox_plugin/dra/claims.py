@@ -110,6 +110,11 @@ class Asked:
     pod_claim: str | None
     devices: tuple[Wanted, ...]
 
+    @property
+    def names(self) -> frozenset[tuple[str, str]]:
+        """Pool and name of each device, whatever is asked of them beside that."""
+        return frozenset((wanted.pool, wanted.device) for wanted in self.devices)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:

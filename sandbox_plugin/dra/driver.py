@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -43,7 +43,6 @@ from sandbox_plugin.dra.client import ApiError, Claims
 from sandbox_plugin.dra.names import devices_by_name, pool_name
 from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.host.paths import boot_id
-from sandbox_plugin.host.threads import on_thread
 from sandbox_plugin.model import Device, Objection, PciFunction
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.trouble import Trouble
@@ -63,8 +62,9 @@ def plugin_folder(settings: Settings) -> Path:
     return settings.kubelet_dir.parent / "plugins" / settings.dra_driver_name
 
 
-async def load_claims(settings: Settings, registry: Registry) -> dict[str, Prepared]:
-    """The claims that are prepared, by UID, and the registry knows them too; as long as it takes.
+async def load_claims(settings: Settings, registry: Registry, work: FileWork) -> dict[str, Prepared]:
+    """The claims that are prepared, by UID, and the registry knows them too; as long as it takes. `work`: that of all
+    files of claims, of this and of earlier turns.
 
     Before anything is given: until the checkpoint can be read, nobody knows what claims hold.
     """
@@ -72,7 +72,7 @@ async def load_claims(settings: Settings, registry: Registry) -> dict[str, Prepa
     trouble = Trouble()
     while True:
         try:
-            prepared = await on_thread(read_all)(folder, boot_id(settings.host_root))
+            prepared = await work.finish(partial(read_all, folder, boot_id(settings.host_root)))
         except OSError as error:
             if trouble.update(str(error)):
                 log.error("claim checkpoint not read", path=str(checkpoint_folder(folder)), reason=str(error))
@@ -87,7 +87,7 @@ class Driver:
 
     Usage:
 
-        driver = Driver(settings=..., registry=..., api=..., last_look=..., prepared=await load_claims(...))
+        driver = Driver(settings=..., registry=..., api=..., last_look=..., work=..., prepared=await load_claims(...))
         async with asyncio.TaskGroup() as group:
             group.create_task(driver.run())
             devices = await driver.prepare(claim)      # as often as somebody asks
@@ -100,6 +100,7 @@ class Driver:
         registry: Registry,
         api: Claims,
         last_look: LastLook,
+        work: FileWork,
         prepared: Mapping[str, Prepared],
     ) -> None:
         assert settings.node_name is not None
@@ -122,14 +123,14 @@ class Driver:
         self._files = ClaimFiles(self._terms, boot_id(settings.host_root))
         self._writing = asyncio.Lock()
         """Held by whoever changes files, so that for one claim nothing is written and removed at once."""
-        self._work = FileWork(lambda: self._complain(f"{self._terms.folder} or {self._terms.cdi_dir} hangs"))
+        self._work = work
         self._trouble = Trouble()
         self._refused: dict[str, str] = {}
         """Why each claim was refused last, by UID."""
         self._asked_at: dict[str, float] = {}
         """When the kubelet last asked for each claim that was prepared already, by UID."""
-        self.released = 0
-        """Claims that were given back unasked."""
+        self.left_to_a_person: Collection[str] = ()
+        """UIDs of claims whose file a person may remove, to give them back: it is not written again."""
 
     @property
     def prepared(self) -> list[Prepared]:
@@ -144,9 +145,12 @@ class Driver:
         """When the kubelet last asked this run for a claim that is prepared, in monotonic seconds; -inf: never."""
         return self._asked_at.get(uid, self._holds[uid].at)
 
-    def checkpoint_of(self, claim: ClaimId) -> Path:
+    def is_prepared(self, uid: str) -> bool:
+        return uid in self._prepared
+
+    def checkpoint_of(self, uid: str) -> Path:
         """The file that keeps a claim prepared over restarts."""
-        return checkpoint_path(self._terms.folder, claim.uid)
+        return checkpoint_path(self._terms.folder, uid)
 
     @property
     def device_names(self) -> list[str]:
@@ -163,10 +167,10 @@ class Driver:
         try:
             claim.check()
             known = self._prepared.get(claim.uid)
+            asked = await self._ask(claim, known)
             if known is not None:
                 self._asked_at[claim.uid] = self.registry.now()
-            asked = await self._ask(claim) if known is None else known.asked
-            await self._hold(claim, asked)
+            await self._hold(claim, asked, known)
             async with self._writing:
                 prepared = await self._write(claim.uid)
         except Refused as error:
@@ -177,15 +181,25 @@ class Driver:
         self._refused.pop(claim.uid, None)
         return list(zip(prepared.devices, cdi_ids(prepared, self._terms), strict=True))
 
-    async def _ask(self, claim: ClaimId) -> Asked:
-        """What the claim was allocated. Raises Refused."""
+    async def _ask(self, claim: ClaimId, known: Prepared | None) -> Asked:
+        """What the claim was allocated. Raises Refused.
+
+        Also of one that is prepared already: a kubelet that has lost its records gives nothing back, and the claim may
+        have been allocated anew.
+        """
         try:
             found = await self._api.claim(claim.namespace, claim.name)
         except ApiError as error:
+            if known is not None:
+                return known.asked
             raise Refused(f"the API server does not tell what it was allocated: {error}", Why.API_SERVER) from None
-        return read_claim(claim, found, driver=self.name, pool=self.pool)
+        asked = read_claim(claim, found, driver=self.name, pool=self.pool)
+        if known is not None and known.asked.names != asked.names:
+            has = ", ".join(sorted(device for _, device in known.asked.names))
+            raise Refused(f"it has {has} from before, which the kubelet has not given back yet", Why.CHANGED)
+        return asked if known is None else known.asked
 
-    async def _hold(self, claim: ClaimId, asked: Asked) -> None:
+    async def _hold(self, claim: ClaimId, asked: Asked, known: Prepared | None) -> None:
         """Enters the claim's devices into the ledger, if they can be given. Raises Refused.
 
         They are looked at also where they are there already: a VM that has one of them now is not that of a pod whose
@@ -204,6 +218,8 @@ class Driver:
             nodes_for(wanted, device, self._terms.consumer)
         if claim.uid in self._prepared:
             return
+        if known is not None:
+            raise Refused("it was given back while it was looked at", Why.CHANGED)
         self._learn(give(claim, asked, devices), at=self.registry.now(), looked_at=looked_at)
         ids, addresses = ",".join(d.id for d in devices), ",".join(d.address for d in devices)
         log.info("claim prepared", claim=str(claim), uid=claim.uid, device=ids, pci_address=addresses)
@@ -261,7 +277,6 @@ class Driver:
             prepared = await self._take_back(claim.uid)
         assert prepared is not None
         log.warning("claim released", claim=str(claim), uid=claim.uid, pci_address=_addresses(prepared), reason=why)
-        self.released += 1
         return True
 
     async def _take_back(self, uid: str) -> Prepared | None:
@@ -311,7 +326,8 @@ class Driver:
             named = devices_by_name(inventory)
             devices = [usable(prepared, given, named, inventory) for given in prepared.devices]
             moved = self._move(prepared, devices)
-            await self._work.finish(partial(self._files.record, moved))
+            if moved.claim.uid not in self.left_to_a_person:
+                await self._work.finish(partial(self._files.record, moved))
             wanted = render_files(moved, devices, self._terms, self.registry.egm_gpus)
             await self._work.finish(partial(self._files.write, moved, wanted))
 

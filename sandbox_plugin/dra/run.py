@@ -18,6 +18,7 @@ from sandbox_plugin.dra.publisher import Publisher, PublisherStatus
 from sandbox_plugin.dra.registration import RegistrationStatus, Sockets
 from sandbox_plugin.dra.releaser import Releaser
 from sandbox_plugin.dra.slices import Terms
+from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
 
@@ -27,13 +28,19 @@ class Dra:
 
     Usage:
 
-        dra = Dra(settings, registry, last_look, prepared=await load_claims(settings, registry))
+        dra = Dra(settings, registry, last_look=..., work=..., prepared=await load_claims(...))
         await dra.run(shutdown)     # until it is cancelled
         dra.shown()                 # meanwhile
     """
 
     def __init__(
-        self, settings: Settings, registry: Registry, last_look: LastLook, prepared: Mapping[str, Prepared]
+        self,
+        settings: Settings,
+        registry: Registry,
+        *,
+        last_look: LastLook,
+        work: FileWork,
+        prepared: Mapping[str, Prepared],
     ) -> None:
         url = settings.api_server or in_cluster_url(os.environ)
         assert url is not None  # `load_settings` has seen to both
@@ -44,9 +51,9 @@ class Dra:
         self._pool = Pool(driver=driver, node=settings.node_name)
         terms = Terms(driver=driver, evict=settings.dra_evict or frozenset(), device_plugin=settings.offers_resources)
         self._driver = Driver(
-            settings=settings, registry=registry, api=self._api, last_look=last_look, prepared=prepared
+            settings=settings, registry=registry, api=self._api, last_look=last_look, work=work, prepared=prepared
         )
-        self._releaser = Releaser(driver=self._driver, api=self._api, last_look=last_look)
+        self._releaser = Releaser(driver=self._driver, api=self._api)
         self._sockets = Sockets(settings, self._driver)
         self._publisher = Publisher(api=self._api, registry=registry, pool=self._pool, terms=terms)
 
@@ -73,7 +80,7 @@ class Dra:
     @property
     def released(self) -> int:
         """Claims that were given back unasked."""
-        return self._driver.released
+        return self._releaser.released
 
     def shown(self) -> dict[str, Any]:
         """What `status` says of it, in values that JSON can take: docs/status.md."""

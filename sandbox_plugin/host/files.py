@@ -97,16 +97,18 @@ class FileWork:
 
     A thread cannot be stopped. Whoever is cancelled while it works waits a moment, so that nothing half-done is left
     behind, and then leaves it to itself. The next call begins when it has ended: two would write through one temporary
-    file, and what the older one writes would come after the newer.
+    file, and what the older one writes would come after the newer. So who makes this keeps it as long as there are
+    these files to be written, whatever else begins anew meanwhile.
 
     Usage:
 
-        work = FileWork(on_silence)        # called when the folder does not answer
+        work = FileWork(on_silence)        # called when the folder does not answer, once until it does
         content = await work.finish(partial(files.read, file, None, bytes))
     """
 
     def __init__(self, on_silence: Callable[[], None]) -> None:
         self._on_silence = on_silence
+        self._is_silent = False
         self._at_work: asyncio.Future[Any] | None = None
 
     async def finish(self, call: Callable[[], _T]) -> _T:
@@ -130,8 +132,11 @@ class FileWork:
     async def _end_of(self, task: asyncio.Future[Any]) -> None:
         done, _ = await asyncio.wait([task], timeout=PATIENCE)
         if not done:
-            self._on_silence()
+            if not self._is_silent:
+                self._is_silent = True
+                self._on_silence()
             await asyncio.wait([task])
+        self._is_silent = False
 
 
 def _stamp_of(status: os.stat_result) -> Stamp:

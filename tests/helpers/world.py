@@ -25,7 +25,7 @@ from typing import Any
 from hardware import Function, Kernel, Vm
 
 from sandbox_plugin.config.settings import Consumer, Policy, ResourceRule, Settings
-from sandbox_plugin.dra.abandoned import LONGEST_PAUSE, Seen, Suspicion, Use, judge, what_pods_say, why_lost
+from sandbox_plugin.dra.abandoned import LONGEST_PAUSE, InUse, Look, Suspicion, in_use, judge, what_pods_say, why_lost
 from sandbox_plugin.dra.claims import Asked, ClaimId, Prepared, Refused, Wanted, Why, choose, give, usable
 from sandbox_plugin.dra.names import devices_by_name
 from sandbox_plugin.inventory.ledger import DeviceKey, Holdings, PreparedClaim
@@ -767,9 +767,9 @@ class World:
             registry, after = plugin.registry, plugin.holds[uid].at if known is None else known.at
             pods = what_pods_say(prepared, registry.holdings, is_there=registry.has_pod_resources, after=after)
             is_away = self.dice.random() < 0.1
-            lost = None if is_away else why_lost(prepared, self._claim_object(uid), driver="driver", pool="node")
-            use = Use.SOME if lost is None else self._use(plugin, prepared)
-            found = judge(known, Seen(at=self.now, lost=lost, pods=pods, use=use), plugin.holds[uid].at)
+            lost = None if is_away else why_lost(prepared, self._claim_object(uid), driver="driver")
+            look = Look(at=self.now, lost=lost, pods=pods, in_use=in_use(prepared, registry.current))
+            found = judge(known, look, plugin.holds[uid].at)
             plugin.suspicions[uid] = found
             if found.since is not None and found.at - found.since >= _PATIENCE_WITH_CLAIMS:
                 self.note(plugin.name, "releases", uid, found.why)
@@ -785,20 +785,14 @@ class World:
                 return {"metadata": {"uid": uid}, "status": {"allocation": {"devices": {"results": results}}}}
         return None
 
-    def _use(self, plugin: Plugin, prepared: Prepared) -> Use:
-        named = devices_by_name(plugin.registry.current)
-        devices = [named.get(given.wanted.device) for given in prepared.devices]
-        if any(device is not None and device.mdev for device in devices):
-            return Use.UNSEEN
-        is_idle = all(device is not None and self._look(device) is None for device in devices)
-        return Use.NONE if is_idle else Use.SOME
-
     def _remove_by_hand(self) -> None:
         """A person does it where the plugin cannot know. Raises NotOffered if it could."""
         assert self.plugin is not None
         for uid in self.forgotten & self.plugin.prepared.keys():
             known = self.plugin.suspicions[uid]
-            if self.plugin.registry.has_pod_resources and self._use(self.plugin, self.plugin.prepared[uid]) is Use.NONE:
+            registry = self.plugin.registry
+            is_idle = in_use(self.plugin.prepared[uid], registry.current) is InUse.NO
+            if registry.has_pod_resources and is_idle:
                 raise NotOffered(f"claim {uid} is not released: {known}")
             self.note("somebody removes the file of", uid)
             self.checkpoint.pop(uid, None)
