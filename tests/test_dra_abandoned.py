@@ -492,22 +492,22 @@ async def test_a_claim_that_is_given_back_while_another_is_looked_at_is_not_look
     assert bench.driver.device_names == [NAME_A]
 
 
+@pytest.mark.parametrize("pod_resources", ["there", "absent"])
 @in_loop
-async def test_what_a_person_removes_because_it_was_asked_for_is_not_written_again(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
+async def test_what_a_person_removes_of_a_claim_that_looks_abandoned_is_not_written_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, pod_resources: str
 ) -> None:
     await bench.start()
     monkeypatch.setattr(drivers, "_INTERVAL", 0.01)
     file = bench.driver.checkpoint_of(GPUS.uid)
     following = asyncio.create_task(bench.driver.run())
     file.unlink()
-    await until(file.exists)  # nobody was asked to remove it
-    bench.pod_resources = "absent"
+    await until(file.exists)  # it does not look abandoned
+    bench.pod_resources = pod_resources
     del bench.objects["gpus"]
     await bench.wait(FIRST_PAUSE)
-    remark = bench.releaser.remark(GPUS.uid)
-    assert remark is not None
-    assert f"remove {file} and restart the plugin" in remark
+    if pod_resources == "absent":
+        assert f"remove {file} and restart the plugin" in str(bench.releaser.remark(GPUS.uid))
     file.unlink()
     (spec,) = (bench.folder / "cdi").iterdir()
     spec.unlink()

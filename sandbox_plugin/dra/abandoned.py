@@ -89,6 +89,11 @@ class Suspicion:
     """Why nobody can be sure but a person."""
 
     @property
+    def is_doubtful(self) -> bool:
+        """Whether a person may decide."""
+        return self.since is not None or self.by_hand is not None
+
+    @property
     def is_sure(self) -> bool:
         """Whether it is to be given back."""
         return self.since is not None and self.at - self.since >= PATIENCE

@@ -130,7 +130,7 @@ class Driver:
         self._asked_at: dict[str, float] = {}
         """When the kubelet last asked for each claim that was prepared already, by UID."""
         self.left_to_a_person: Collection[str] = ()
-        """UIDs of claims whose file a person may remove, to give them back: it is not written again."""
+        """UIDs of claims that look abandoned: a person may remove their file, which is not written again then."""
 
     @property
     def prepared(self) -> list[Prepared]:

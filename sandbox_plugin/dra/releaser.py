@@ -69,7 +69,7 @@ class Releaser:
                     failures[uid] = why
         self._suspicions = {uid: known for uid, known in self._suspicions.items() if self.driver.is_prepared(uid)}
         remarks = {uid: remark for uid in self._suspicions if (remark := self.remark(uid)) is not None}
-        self.driver.left_to_a_person = remarks.keys()
+        self.driver.left_to_a_person = {uid for uid, known in self._suspicions.items() if known.is_doubtful}
         names = {each.claim.uid: str(each.claim) for each in self.driver.prepared}
         for uid, why in self._troubles.update(remarks | failures).items():
             log.warning("claim not released", claim=names[uid], uid=uid, reason=why)
