@@ -45,6 +45,8 @@ HELD = GPUS[:4]
 """What pods may get. These stay bound: one that comes back under another number is its pod's, until that ends."""
 ALLOWED_GROWTH = 0.15
 """Of the memory after the first minute: the allocator's arenas go up and down by that much."""
+LATE_SERIES = ("kubelet_request", "device_allocated_timestamp")
+"""One for each gRPC status that was answered, and for each device that was given: bounded, and complete in a while."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,7 @@ class Measure:
     threads: int
     sockets: int
     series: int
-    """Lines of the page of metrics, but for those of requests: a status that comes up later has series of its own."""
+    """Lines of the page of metrics, but for `LATE_SERIES`."""
     tasks: int
     """Of asyncio, as the daemon counts them when it gets a SIGUSR1."""
 
@@ -72,7 +74,7 @@ class Measure:
             descriptors=process.num_fds(),
             threads=process.num_threads(),
             sockets=len([each for each in process.net_connections("all") if each.status != "TIME_WAIT"]),
-            series=sum("kubelet_request" not in line for line in page.splitlines()),
+            series=sum(not any(name in line for name in LATE_SERIES) for line in page.splitlines()),
         )
 
 
