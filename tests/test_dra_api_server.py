@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import subprocess
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -14,10 +16,12 @@ from aiohttp import web
 from loop import in_loop, until
 from slices import DRIVER, NODE, POOL
 
+from sandbox_plugin.dra import api_server as api_servers
 from sandbox_plugin.dra.api_server import ACCOUNT, ApiServer, in_cluster_url
 from sandbox_plugin.dra.client import OPENED, ApiError, JsonObject
 from sandbox_plugin.dra.plan import plan
 from sandbox_plugin.fake.api_server import CLAIMS, NODES, SLICES, Account, FakeApiServer
+from sandbox_plugin.host import files
 
 CLAIM = {"metadata": {"name": "gpus", "namespace": "default"}, "status": {"allocation": {}}}
 
@@ -232,6 +236,38 @@ def test_a_slice_that_is_none_and_an_event_that_is_none_are_errors(spoiled: dict
             assert "not of the kind" in str(await answered(answer, tmp_path, asked))
 
     work()
+
+
+@in_loop
+async def test_whoever_is_cancelled_while_certificates_are_read_waits_until_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that ends while OpenSSL reads on a thread would crash."""
+    reads, goes_on = threading.Event(), threading.Event()
+
+    def slow(authority: Path) -> ssl.SSLContext:
+        reads.set()
+        goes_on.wait()
+        return ssl.create_default_context()
+
+    monkeypatch.setattr(api_servers, "_context", slow)
+    monkeypatch.setattr(files, "_LAST_PATIENCE", 60.0)
+    async with ApiServer(url="https://127.0.0.1:1", account=tmp_path) as api:
+        asked = asyncio.create_task(api.claim("default", "gpus"))
+        await until(reads.is_set)
+        asked.cancel()
+        done, _ = await asyncio.wait([asked], timeout=0.05)
+        assert not done
+        goes_on.set()
+        await asyncio.wait([asked])
+        assert asked.cancelled()
+
+
+@in_loop
+async def test_without_tls_no_certificates_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(api_servers, "_context")
+    async with FakeApiServer() as server, ApiServer(url=server.url, account=tmp_path) as api:
+        assert await api.claim("default", "gpus") is None
 
 
 @in_loop

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from http.client import responses
 from pathlib import Path
@@ -24,6 +25,7 @@ import aiohttp
 
 from sandbox_plugin import __version__
 from sandbox_plugin.dra.client import OPENED, ApiError, JsonObject, Listed
+from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.host.threads import on_thread
 
 RESOURCE_API = "/apis/resource.k8s.io/v1"
@@ -65,6 +67,7 @@ class ApiServer:
     patience: float = _PATIENCE
     _session: aiohttp.ClientSession | None = None
     _connecting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _reading: FileWork = field(default_factory=lambda: FileWork(lambda: None))
     _token: str | None = None
     _token_read_at: float = field(default=float("-inf"))
 
@@ -206,17 +209,24 @@ class ApiServer:
     async def _connected(self) -> aiohttp.ClientSession:
         async with self._connecting:  # of two first requests one makes it
             if self._session is None:
-                try:
-                    context = await on_thread(_context)(self.account / "ca.crt")
-                except OSError as error:
-                    raise ApiError(f"{self.account}/ca.crt cannot be used: {_words(error)}") from None
                 self._session = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(ssl=context, socket_factory=_socket),
+                    connector=aiohttp.TCPConnector(ssl=await self._tls(), socket_factory=_socket),
                     headers={"User-Agent": f"sandbox-plugin/{__version__}"},
                     read_bufsize=_LONGEST_LINE,
                     cookie_jar=aiohttp.DummyCookieJar(),
                 )
             return self._session
+
+    async def _tls(self) -> ssl.SSLContext | bool:
+        """As `TCPConnector` takes it. Raises ApiError."""
+        if not self.url.startswith("https:"):
+            return True
+        try:
+            # It ends before whoever is cancelled goes on: a process that ends while OpenSSL reads certificates on a
+            # thread crashes in OpenSSL's own end.
+            return await self._reading.finish(partial(_context, self.account / "ca.crt"))
+        except OSError as error:
+            raise ApiError(f"{self.account}/ca.crt cannot be used: {_words(error)}") from None
 
     async def _hang_up(self) -> None:
         session, self._session = self._session, None
