@@ -170,6 +170,11 @@ class PciFunction:
         )
 
     @property
+    def shows_use(self) -> bool:
+        """Whether `enable` tells that a VM has it: a mediated device has none, and that of a vGPU its driver sets."""
+        return self.mdev_type is None and not self.is_vendors_vgpu
+
+    @property
     def is_bridge(self) -> bool:
         """It only leads to other functions: no consumer passes it to a VM with its group."""
         return self.class_code >> 8 in _BRIDGE_CLASSES

@@ -37,7 +37,7 @@ from sandbox_plugin.inventory.ledger import GRANT_UNUSED, Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
 from sandbox_plugin.inventory.state import Inventory
-from sandbox_plugin.model import HostFacts
+from sandbox_plugin.model import HostFacts, Reason
 from sandbox_plugin.names import address_of_claimed
 from sandbox_plugin.registry import Registry
 
@@ -312,14 +312,68 @@ def test_a_claim_that_pod_resources_told_of_before_it_went_away_ends_after_ten_m
     registry.learn(holdings=Holdings(asked_at=now, claims=frozenset({("a/lost", C)})))
     registry.learn(pod_resources=False)
     now += GRANT_UNUSED - 1
-    assert not can_be_had(enable=1)
+    assert not can_be_had()
     now += 2
+    assert can_be_had()
+    registry.learn(holdings=Holdings(asked_at=now, claims=frozenset({("a/lost", C)})))
+    registry.learn(pod_resources=False)
+    now += GRANT_UNUSED + 1
     assert not can_be_had(enable=1), "a VM has it"
+    now += GRANT_UNUSED - 1
+    assert not can_be_had(), "its pod may be about to start another VM"
     now += 2
     assert can_be_had()
     registry.learn(holdings=Holdings(asked_at=now, claims=frozenset({("a/lost", C)})))
     now += 2 * GRANT_UNUSED
     assert not can_be_had(), "PodResources is there, and has not said anything else"
+
+
+@pytest.mark.parametrize(
+    ("seen", "may_be_in_use"),
+    [
+        (host(replace(gpu(C, vfio=3, group=51), mdev_type="GRID T4-1Q", enable=None)), True),
+        (host(gpu(C, vfio=3, group=51, driver="nvidia", physical_function=A, vgpu_type="1155")), True),
+        (host(unreadable={C: "it hangs"}), True),
+        (HostFacts(unreachable="no PCI bus"), True),
+        (host(gpu(C, vfio=3, group=51), gpu(B, vfio=2, group=51, enable=1)), True),
+        (host(), False),
+    ],
+    ids=["a mediated device", "a vGPU", "it hangs", "nothing can be read", "a VM has the group", "gone"],
+)
+def test_while_a_vm_may_have_the_device_of_a_claim_that_only_pod_resources_told_of_that_alone_ends_it(
+    seen: HostFacts, may_be_in_use: bool
+) -> None:
+    now = 1000.0
+    registry = Registry(Rules(), requires_cdi=False, clock=lambda: now)
+    registry.observe(host())
+    registry.observe(replace(seen, began_at=now))
+    registry.learn(claims={}, holdings=Holdings(asked_at=now, claims=frozenset({("a/lost", C)})), pod_resources=True)
+    registry.learn(pod_resources=False)
+    now += 2 * GRANT_UNUSED
+    registry.observe(replace(seen, began_at=now))
+    assert ("claim a/lost" in registry.holders.values()) is may_be_in_use
+    registry.observe(replace(host(gpu(C, vfio=3, group=51)), began_at=now))
+    assert ("claim a/lost" in registry.holders.values()) is may_be_in_use, "it was not seen for long enough"
+    registry.learn(holdings=Holdings(asked_at=now), pod_resources=True)
+    assert registry.holders == {}
+
+
+@pytest.mark.parametrize("driver", ["nvidia", "vfio-pci"])
+def test_a_vgpu_that_a_pod_has_goes_to_no_claim_while_pod_resources_is_away(driver: str) -> None:
+    """Its `enable` does not tell whether a VM has it; that of a function on vfio-pci does."""
+    now = 1000.0
+    card = gpu(A, vfio=None, group=50, driver="nvidia")
+    facts = host(card, gpu(C, vfio=3, group=51, driver=driver, physical_function=A, vgpu_type="1155"))
+    registry = Registry(Rules(), requires_cdi=False, clock=lambda: now)
+    registry.observe(facts)
+    registry.learn(claims={}, holdings=Holdings(asked_at=now), pod_resources=True)
+    (key,) = registry.current.by_key
+    registry.allocate([key])
+    registry.learn(pod_resources=False)
+    now += 2 * GRANT_UNUSED
+    device = registry.observe(facts).by_key[key]
+    assert device.for_claims is not None
+    assert device.for_claims.reason is (Reason.HELD_BY_OTHER_API if driver == "nvidia" else None)
 
 
 def test_an_answer_from_before_unprepare_does_not_hold_the_device_after_it() -> None:

@@ -155,12 +155,12 @@ def _who_holds_what(memory: Memory, tracks: Mapping[DeviceKey, Track], moment: M
     ledger = ledgers.take_in(ledger, signals.holdings, places)
     if found.kernel_is_known and not (memory.found is not None and memory.found.kernel_is_known):
         ledger = ledgers.place_again(ledger, places)
-    ledger = ledgers.expire_named_claims(ledger, now, has_pod_resources=signals.pod_resources)
+    ledger = ledgers.expire_named_claims(ledger, facts, now, has_pod_resources=signals.pod_resources)
     if signals.claims or ledger.claimed or ledger.named_claims:
         ledger = ledgers.claim(ledger, signals.claims or {}, lambda a: places_of_address(a, found, facts), now)
     busy = {key: addresses for key, addresses in signals.busy.items() if key in tracks}
     ledger = ledgers.found_busy(ledger, busy, lambda key: tracks[key].device.iommu_group, now)
-    ledger = ledgers.expire(ledger, now, has_pod_resources=signals.pod_resources)
+    ledger = ledgers.expire(ledger, facts, now, has_pod_resources=signals.pod_resources)
     return uses.attribute(ledger)
 
 

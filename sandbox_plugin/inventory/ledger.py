@@ -13,9 +13,10 @@ A `Grant` is one ID in the hands of one pod, with the places that go with it: it
 answer of PodResources about an Allocate of another run of this plugin. The kubelet gives an ID again only when its
 pod has ended, so a new grant of an ID ends the old one, and says nothing about the other devices of the old pod.
 
-A claim that is prepared has a `Grant` for each of its devices too. Those end with its Unprepare and by nothing else:
-the kubelet asks for that without fail, and a checkpoint tells them to the next run. PodResources adds claims of which
-no checkpoint tells, until it names them no more; where it goes away itself, until nobody has used them for long.
+A claim that is prepared has a `Grant` for each of its devices too. Those end when the claim is given back: by its
+Unprepare, or unasked when the kubelet has forgotten it (dra/releaser.py). A checkpoint tells them to the next run.
+PodResources adds claims of which no checkpoint tells, until it names them no more; where it goes away itself, until no
+scan has shown them in use for long. What cannot show that stays until it is back.
 
 Here are the data, and the first three witnesses; what the kernel shows in use is in `uses`, and what all of it means
 for the devices in `sharing`.
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from sandbox_plugin.model import Device
+from sandbox_plugin.model import Device, HostFacts
 
 ADMISSION = 10.0
 """Seconds that the kubelet may take to show an allocation in PodResources after Allocate was answered.
@@ -138,7 +139,7 @@ class Use(NamedTuple):
     """As `first_seen_at`; -inf where no earlier scan showed the function: it may have been in use for any time."""
     seen_at: float
     """When the latest scan that saw it so began."""
-    left_at: float = -math.inf
+    given_back_at: float = -math.inf
     """When the claim that had its group was given back."""
     elsewhere: bool = False
     """It is proven that none of the pods that are known to hold its group uses it."""
@@ -165,8 +166,9 @@ class Ledger:
     """As `Signals.serving_since`."""
     claimed: Mapping[DeviceKey, Grant] = field(default_factory=dict)
     """The grants of claims."""
-    named_claims: frozenset[ClaimedDevice] = frozenset()
-    """What PodResources says that claims hold of which nothing else tells."""
+    named_claims: Mapping[ClaimedDevice, float] = field(default_factory=dict)
+    """What PodResources says that claims hold of which nothing else tells -> when it last said so, or a VM last may
+    have had it, in monotonic seconds."""
 
     @cached_property
     def _by_place(self) -> Mapping[Place, Sequence[DeviceKey]]:
@@ -235,8 +237,8 @@ class Ledger:
 
     @property
     def named_claims_end_at(self) -> float:
-        """When what only PodResources told of claims ends, where there is no PodResources and nobody uses it."""
-        return GRANT_UNUSED + (self.heard.asked_at if self.heard is not None else -math.inf)
+        """When the first of what only PodResources told of claims ends, where that is not there and nobody uses it."""
+        return GRANT_UNUSED + min(self.named_claims.values(), default=math.inf)
 
     @property
     def unplaced(self) -> list[Grant]:
@@ -366,26 +368,37 @@ def claim(
                 idle[held.group] = each.looked_at
     known = {(each.claim, min(each.places.addresses)) for each in claimed.values()}
     # Not any more once it is prepared: an answer from before its Unprepare would hold it after that.
-    named_claims = frozenset(named for named in ledger.named_claims if named not in known)
+    named_claims = {named: at for named, at in ledger.named_claims.items() if named not in known}
     for name, address in sorted(named_claims):
         places = places_by_address(address)
         key = (_CLAIM + name, places.node)
         claimed[key] = Grant(key=key, places=places, claim=name)
-    left = {grant.places.group for key, grant in ledger.claimed.items() if key not in claimed}
+    given_back = {grant.places.group for key, grant in ledger.claimed.items() if key not in claimed}
     uses = {
-        address: use._replace(left_at=now) if use.group in left else use
+        address: use._replace(given_back_at=now) if use.group in given_back else use
         for address, use in ledger.uses.items()
         if use.seen_at > idle.get(use.group, -math.inf)
     }
     return changed(ledger, claimed=claimed, named_claims=named_claims, uses=uses)
 
 
-def expire_named_claims(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
-    """Ends what only PodResources told of claims, where that is not there any more and nobody uses it: after
-    `GRANT_UNUSED`, as with grants."""
-    if has_pod_resources or now < ledger.named_claims_end_at:
+def expire_named_claims(ledger: Ledger, facts: HostFacts, now: float, *, has_pod_resources: bool) -> Ledger:
+    """Ends what only PodResources told of claims, where that is not there any more: what every scan of `GRANT_UNUSED`
+    has shown unused."""
+    if not ledger.named_claims:
         return ledger
-    return changed(ledger, named_claims=frozenset(each for each in ledger.named_claims if each[1] in ledger.uses))
+    groups_in_use = {use.group for use in ledger.uses.values()} - {None}
+
+    def may_be_in_use(address: str) -> bool:
+        if address in ledger.uses or address in facts.unreadable or facts.unreachable is not None:
+            return True
+        function = facts.functions.get(address)
+        return function is not None and (not function.shows_use or function.iommu_group in groups_in_use)
+
+    named = {each: now if may_be_in_use(each[1]) else at for each, at in ledger.named_claims.items()}
+    if not has_pod_resources:
+        named = {each: at for each, at in named.items() if now < at + GRANT_UNUSED}
+    return changed(ledger, named_claims=named)
 
 
 # PodResources
@@ -409,9 +422,9 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
             if places is not None:
                 found[key] = Grant(key=key, places=places)
     over: set[DeviceKey] = set()
-    told_at, named_claims = ledger.told_at, ledger.named_claims | answer.claims
+    told_at, named = ledger.told_at, {*ledger.named_claims, *answer.claims}
     if answer.complete and answer.asked_at >= ledger.serving_since:
-        told_at, named_claims = max(told_at, answer.asked_at), answer.claims
+        told_at, named = max(told_at, answer.asked_at), {*answer.claims}
         over = {k for k, g in ledger.grants.items() if k not in answer.pods and _is_over(g, ledger, answer.asked_at)}
     grants = {key: grant for key, grant in {**ledger.grants, **found}.items() if key not in over}
     named_by = {key: a for key, a in {**ledger.named_by, **dict.fromkeys(pods, answer)}.items() if key in grants}
@@ -422,7 +435,7 @@ def take_in(ledger: Ledger, answer: Holdings | None, places_by_id: Callable[[Dev
         heard=answer,
         named_by=named_by,
         refused=refused,
-        named_claims=named_claims,
+        named_claims=dict.fromkeys(named, answer.asked_at),
     )
 
 
@@ -443,19 +456,21 @@ def _is_over(grant: Grant, ledger: Ledger, asked_at: float) -> bool:
     return ledger.pod_of(grant) is not None or asked_at - grant.at >= ADMISSION
 
 
-def expire(ledger: Ledger, now: float, *, has_pod_resources: bool) -> Ledger:
+def expire(ledger: Ledger, facts: HostFacts, now: float, *, has_pod_resources: bool) -> Ledger:
     """Ends grants of which PodResources tells nothing, where nobody uses them: when they were used since they were
-    given, or after `GRANT_UNUSED`. One that it has named ends so only where it is not there any more."""
+    given, or after `GRANT_UNUSED`. One that it has named ends so only where it is not there any more. What cannot show
+    whether it is used stays, if PodResources was there and so may tell again."""
     grants = {
         key: grant
         for key, grant in ledger.grants.items()
-        if (has_pod_resources and ledger.pod_of(grant) is not None) or not _is_expired(grant, ledger, now)
+        if (has_pod_resources and ledger.pod_of(grant) is not None) or not _is_expired(grant, ledger, facts, now)
     }
     return changed(ledger, grants=grants)
 
 
-def _is_expired(grant: Grant, ledger: Ledger, now: float) -> bool:
+def _is_expired(grant: Grant, ledger: Ledger, facts: HostFacts, now: float) -> bool:
     is_late = now >= ledger.ends_at(grant)
-    if ledger.heard is not None and not is_late:
+    functions = [facts.functions[a] for a in grant.places.addresses if a in facts.functions]
+    if ledger.heard is not None and not (is_late and all(function.shows_use for function in functions)):
         return False  # the answer will come
     return (grant.was_used or is_late) and not any(a in ledger.uses for a in grant.places.addresses)

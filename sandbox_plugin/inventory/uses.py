@@ -49,7 +49,7 @@ def _used(function: PciFunction, before: PciFunction | None, use: Use | None, fa
         proven_at=now if use is None else use.proven_at,
         since=use.since if use is not None else (-math.inf if before is None else facts.began_at),
         seen_at=facts.began_at,
-        left_at=-math.inf if use is None else use.left_at,
+        given_back_at=-math.inf if use is None else use.given_back_at,
         elsewhere=use is not None and use.elsewhere,
     )
 
@@ -82,13 +82,13 @@ def _is_elsewhere(address: str, use: Use, ledger: Ledger) -> bool:
     holders = ledger.touching(_places_of_use(address, use))
     if holders:
         return all(use.proven_at < grant.at for grant in holders)  # -inf: PodResources names it, so it is a pod's
-    return use.elsewhere or (ledger.is_told and max(use.since, use.left_at) <= ledger.told_at <= use.seen_at)
+    return use.elsewhere or (ledger.is_told and max(use.since, use.given_back_at) <= ledger.told_at <= use.seen_at)
 
 
 def has_undecided(ledger: Ledger, facts: HostFacts) -> bool:
     """Whether any use `is_undecided` that another scan would show: of a function that answers."""
     return any(
-        a in facts.functions and is_undecided(a, use, ledger) and use.seen_at < max(ledger.told_at, use.left_at)
+        a in facts.functions and is_undecided(a, use, ledger) and use.seen_at < max(ledger.told_at, use.given_back_at)
         for a, use in ledger.uses.items()
     )
 
@@ -98,7 +98,7 @@ def is_undecided(address: str, use: Use, ledger: Ledger) -> bool:
     last looked at, and PodResources was asked after that; or it was a claim's, and PodResources was not asked since."""
     if use.elsewhere or ledger.touching(_places_of_use(address, use)):
         return False
-    return ledger.is_told and (use.seen_at < ledger.told_at or ledger.told_at < use.left_at)
+    return ledger.is_told and (use.seen_at < ledger.told_at or ledger.told_at < use.given_back_at)
 
 
 def _places_of_use(address: str, use: Use) -> list[Place]:
