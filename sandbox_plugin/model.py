@@ -9,7 +9,7 @@ in the end (inventory/health.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -359,6 +359,11 @@ class Objection(NamedTuple):
     why: str
     in_use: frozenset[str] = frozenset()
     """Functions of its IOMMU group that a VM has: none that the pod which asks could have started already."""
+
+
+LastLook = Callable[[Sequence[Device], Mapping[str, PciFunction]], Awaitable[Mapping[str, Objection]]]
+"""Checks devices on the host once more, before they are given, with all functions as the latest scan saw them: device
+ID -> what speaks against giving it now. Takes well under a second. `host/last_look.py` has the real one."""
 
 
 def silence(

@@ -1,7 +1,7 @@
 """The story of `demo --dra`: what it tells has happened, and a plugin that does something else ends it with the reason.
 
 The node is a real fake node; the plugin is a stub in the test's loop, which sees each change of the node at once. The
-same story with the real daemon is in test_demo_claims.py.
+same story with the real daemon is in test_demo.py.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ def test_the_table_fits_and_cuts_nothing_of_long_names() -> None:
     text = re.sub(r"\s+", " ", " ".join(lines))
     addresses = ", ".join(device["pci_address"] for device in devices)
     assert f"claim research/{name}: {addresses}; pod {name}-pod" in text
-    assert f"{addresses}; PodResources names no pod, abandoned for 10 min" in text
+    assert f"{addresses}; PodResources names no pod, looks abandoned for 10 min" in text
     assert f"claim research/{name}: nobody knows" in text
     assert f"claim research/{name}: nobody knows" in made["remarks"]
     assert f"pool {NODE}, generation 3: 9 devices in 2 slices; out of date: it is away" in text

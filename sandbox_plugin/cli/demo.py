@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from sandbox_plugin.cli.demo_stage import HEALTH_INTERVAL, LOG_LINES, Play, counted, perform, summary
+from sandbox_plugin.cli.demo_stage import HEALTH_INTERVAL, LOG_LINES, Play, perform, summary
 from sandbox_plugin.cli.options import require_aiohttp
 from sandbox_plugin.cli.screen import flowed, heading
 from sandbox_plugin.cli.signals import run_until_signal
@@ -20,7 +20,7 @@ from sandbox_plugin.config.settings import UsageError
 from sandbox_plugin.fake.kubelet import FakeKubelet, Listed
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
-from sandbox_plugin.fake.story import Story, StoryError, Told, where_ids_begin
+from sandbox_plugin.fake.story import Story, StoryError, Told, counted, where_ids_begin
 from sandbox_plugin.hints import not_one_of
 from sandbox_plugin.trouble import first_failure
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from sandbox_plugin.cli.demo_stage import HEALTH_INTERVAL, counted
+from sandbox_plugin.cli.demo_stage import HEALTH_INTERVAL
 from sandbox_plugin.cli.screen import flowed, heading
 from sandbox_plugin.cli.tables import Line, Part, Styled
 from sandbox_plugin.fake.api_server import NODES, FakeApiServer
@@ -17,6 +17,7 @@ from sandbox_plugin.fake.dra_kubelet import ClaimInfo, DraKubelet
 from sandbox_plugin.fake.node import FakeNode
 from sandbox_plugin.fake.presets import PRESETS
 from sandbox_plugin.fake.scheduler import Object, allocated, attribute, devices_of, is_kept_back
+from sandbox_plugin.fake.story import counted
 
 _FREE, _CLAIMED, _TAINTED = "green", "yellow", "bold red"
 """As the devices of the other demo."""

@@ -17,7 +17,7 @@ from typing import Protocol
 from sandbox_plugin.cli.screen import heading, opened, wrapped
 from sandbox_plugin.cli.stdout import say, visible
 from sandbox_plugin.cli.tables import Line, Part, Styled, is_terminal, wrap
-from sandbox_plugin.fake.story import StoryError, Told
+from sandbox_plugin.fake.story import StoryError, Told, counted
 
 HEALTH_INTERVAL = 1.0
 """Seconds; the daemon's own default is 5."""
@@ -89,10 +89,6 @@ def summary(play: Play, told: Sequence[Told]) -> str:
             f"them after {fastest} to {slowest}, half of them within {middle}. That took {play.effort()}."
         )
     return textwrap.fill(seen, _WIDTH)
-
-
-def counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 # The daemon

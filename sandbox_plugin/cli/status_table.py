@@ -89,7 +89,7 @@ def _claims(dra: Mapping[str, Any], columns: int) -> list[Line]:
         devices = ", ".join(device["pci_address"] for device in claim["devices"])
         pod = f"pod {claim['pod']}" if claim["pod"] else "PodResources names no pod"
         if claim["abandoned_seconds"] is not None:
-            pod += f", abandoned for {_age(claim['abandoned_seconds'])}"
+            pod += f", looks abandoned for {_age(claim['abandoned_seconds'])}"
         lines += _indented(f"claim {claim['namespace']}/{claim['name']}: {devices}; {pod}", columns)
     return lines
 

@@ -129,7 +129,7 @@ class Given:
     @property
     def held(self) -> list[Places]:
         """All that goes with it in the ledger."""
-        return [self.places, *(replace(self.places, node=node) for node in self.former_nodes)]
+        return [self.places, *(self.places._replace(node=node) for node in self.former_nodes)]
 
     def moved(self, device: Device) -> Given:
         """The same, where the device is now."""

@@ -12,11 +12,11 @@ from sandbox_plugin.dra.api_server import ApiServer, in_cluster_url
 from sandbox_plugin.dra.calls import ClaimCalls
 from sandbox_plugin.dra.claims import Prepared
 from sandbox_plugin.dra.driver import Driver, LastLook
-from sandbox_plugin.dra.names import pool_name
 from sandbox_plugin.dra.plan import Pool
 from sandbox_plugin.dra.publisher import Publisher, PublisherStatus
 from sandbox_plugin.dra.registration import RegistrationStatus, Sockets
 from sandbox_plugin.dra.releaser import Releaser
+from sandbox_plugin.dra.shown import KnownClaim, shown
 from sandbox_plugin.dra.slices import Terms
 from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.registry import Registry
@@ -83,59 +83,21 @@ class Dra:
         return self._releaser.released
 
     def shown(self) -> dict[str, Any]:
-        """What `status` says of it, in values that JSON can take: docs/status.md."""
-        return {
-            "driver": self._driver.name,
-            "registration": self._registration(),
-            "slices": {
-                "pool": pool_name(self._pool.node),
-                "published": self.slices.published,
-                "slices": self.slices.slices,
-                "devices": self.slices.devices,
-                "generation": self.slices.generation,
-                "writes": self.slices.writes,
-                "trouble": self.slices.trouble,
-                "refused": self.slices.refused,
-            },
-            "claims": [self._claim(each) for each in self._driver.prepared],
-        }
+        """What `status` says of it."""
+        return shown(
+            pool=self._pool,
+            registration=self.registration,
+            folder=self._sockets.registry,
+            slices=self.slices,
+            claims=map(self._known, self._driver.prepared),
+            now=self._registry.now(),
+        )
 
-    def _registration(self) -> dict[str, Any]:
-        now = self.registration
-        if now.registered_at is not None:
-            state = "registered"
-        elif now.trouble is not None and now.is_listening:
-            state = "refused"
-        else:
-            state = "serving" if now.is_listening else "not begun"
-        since = None if now.registered_at is None else self._registry.now() - now.registered_at
-        return {
-            "state": state,
-            "registered_seconds": since,
-            "registrations": now.registrations,
-            "folder": str(self._sockets.registry),
-            "trouble": now.trouble,
-        }
-
-    def _claim(self, prepared: Prepared) -> dict[str, Any]:
+    def _known(self, prepared: Prepared) -> KnownClaim:
         claim, ledger = prepared.claim, self._registry.current.memory.ledger
-        pod, container = ledger.pod_of_claim(str(claim), self._driver.prepared_at(claim.uid)) or (None, None)
-        since = self._releaser.abandoned_since(claim.uid)
-        return {
-            "namespace": claim.namespace,
-            "name": claim.name,
-            "uid": claim.uid,
-            "pod": pod,
-            "container": container,
-            "abandoned_seconds": None if since is None else self._registry.now() - since,
-            "remark": self._releaser.remark(claim.uid),
-            "devices": [
-                {
-                    "request": given.wanted.request,
-                    "name": given.wanted.device,
-                    "pci_address": min(given.places.addresses),
-                    "node": given.places.node,
-                }
-                for given in prepared.devices
-            ],
-        }
+        return KnownClaim(
+            prepared=prepared,
+            pod=ledger.pod_of_claim(str(claim), self._driver.prepared_at(claim.uid)),
+            abandoned_since=self._releaser.abandoned_since(claim.uid),
+            remark=self._releaser.remark(claim.uid),
+        )

@@ -28,7 +28,7 @@ from sandbox_plugin.fake.scheduler import (
     is_kept_back,
     with_status,
 )
-from sandbox_plugin.fake.story import POD, StoryError, Told, numbered
+from sandbox_plugin.fake.story import POD, StoryError, Told, counted, numbered
 
 _PATIENCE = 30.0
 """Seconds for one step; every one of them takes a fraction of that."""
@@ -94,7 +94,7 @@ class ClaimsStory:
         addresses = ", ".join(map(_short, self._claimed()))
         where = f" on NUMA node {', '.join(map(str, sorted(numa)))}" if numa else ""
         return Told(
-            title=f"A pod asks by a claim for {_counted(count, 'GPU')}{' of one NUMA node' if count > 1 else ''}.",
+            title=f"A pod asks by a claim for {counted(count, 'GPU')}{' of one NUMA node' if count > 1 else ''}.",
             why="The scheduler chooses in the slices, and the kubelet has the plugin prepare the claim.",
             result=f"it gets {addresses}{where}; nodes of {_short(first)}: {', '.join(self._nodes(devices[:1]))}",
             seconds=seconds,
@@ -159,7 +159,7 @@ class ClaimsStory:
         return Told(
             title="The pod ends.",
             why="The kubelet has the claim unprepared. Its GPUs are free when no VM is seen on them any more.",
-            result=f"{_counted(count, 'CDI spec')} of the claim removed, none is left",
+            result=f"{counted(count, 'CDI spec')} of the claim removed, none is left",
             seconds=seconds,
         )
 
@@ -265,7 +265,7 @@ class ClaimsStory:
         seconds = await self._seen(title, began, is_published, is_healthy)
         slices = complete_pool(self.api.slices())
         generation = slices[0]["spec"]["pool"]["generation"]
-        result = f"{_counted(count, 'device')} in {_counted(len(slices), 'slice')} of generation {generation}"
+        result = f"{counted(count, 'device')} in {counted(len(slices), 'slice')} of generation {generation}"
         return Told(title=title, why=why, result=f"{result}; the driver is registered", seconds=seconds)
 
     async def _device_changes(
@@ -323,7 +323,3 @@ def _claim(name: str, count: int) -> dict[str, Any]:
 def _short(device: Object) -> str:
     """Its PCI address, without the domain that nearly every machine has alone."""
     return str(attribute(device, _ADDRESS)).removeprefix("0000:")
-
-
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}{'' if number == 1 else 's'}"

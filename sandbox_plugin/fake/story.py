@@ -37,6 +37,11 @@ class Told:
     """From the cause to the kubelet's seeing it; None for what the kubelet itself did."""
 
 
+def counted(number: int, thing: str) -> str:
+    """`1 GPU`, `2 GPUs`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def numbered(node: FakeNode) -> list[tuple[int, PciFunction]]:
     """GPUs and NVSwitches that a vfio driver has, each with the number that makes its device ID."""
     return [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from sandbox_plugin.inventory.devices import Found
 from sandbox_plugin.inventory.ledger import DeviceKey, Places, places_of
@@ -40,7 +39,7 @@ def places_of_id(
     gone = (t.device for t in tracks.values() if t.gone_since is not None and t.device.node == node)
     if (was := next((device for device in gone if device.placements), None)) is not None:
         group = was.iommu_group if places.group is None else places.group
-        return replace(places, group=group, addresses=places.addresses | places_of(was).addresses)
+        return places._replace(group=group, addresses=places.addresses | places_of(was).addresses)
     return places
 
 

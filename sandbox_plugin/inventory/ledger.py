@@ -71,8 +71,7 @@ class Holdings:
     """False: pods may be missing, as from the answer of a kubelet that has just started. It frees nothing then."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
+class Places(NamedTuple):
     """What goes with an ID, as far as it is known."""
 
     node: str
@@ -360,7 +359,7 @@ def claim(
     for uid, each in prepared.items():
         for places in each.devices:
             group = places_by_address(min(places.addresses)).group
-            held = places if group is None else replace(places, group=group)
+            held = places if group is None else places._replace(group=group)
             # One device may have the number now that another of the claim had: then both have that node.
             key = (_CLAIM + uid, f"{held.node} {min(held.addresses)}")
             claimed[key] = Grant(key=key, places=held, at=each.at, claim=each.name)

@@ -186,7 +186,7 @@ class _Table(NamedTuple):
     costs: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True, eq=False, repr=False)
 class _Search:
     """One search: how many there are, how many of them must be taken, how many are wanted, and what counts."""
 

@@ -36,7 +36,8 @@ from grpclib import GRPCError
 from sandbox_plugin.api import v1beta1
 from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.kubelet.calls import Calls
-from sandbox_plugin.kubelet.servicer import DevicePluginServicer, LastLook
+from sandbox_plugin.kubelet.servicer import DevicePluginServicer
+from sandbox_plugin.model import LastLook
 from sandbox_plugin.names import SOCKET_PATH_BYTES, socket_name
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets

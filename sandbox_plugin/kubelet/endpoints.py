@@ -11,7 +11,7 @@ import structlog
 from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.kubelet.calls import Calls
 from sandbox_plugin.kubelet.endpoint import Endpoint, EndpointStatus
-from sandbox_plugin.kubelet.servicer import LastLook
+from sandbox_plugin.model import LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import sockets
 from sandbox_plugin.shutdown import Shutdown

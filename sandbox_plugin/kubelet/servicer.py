@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +21,7 @@ from sandbox_plugin.config.settings import Consumer, Policy
 from sandbox_plugin.inventory.prefer import InvalidRequest, prefer
 from sandbox_plugin.kubelet.answers import Answer, answer, prepared
 from sandbox_plugin.kubelet.calls import Calls, Refusal, Refused
-from sandbox_plugin.model import Device, Objection, PciFunction
+from sandbox_plugin.model import Device, LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.rpc import codec
 from sandbox_plugin.rpc.codec import Prepared
@@ -31,10 +31,6 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger()
 
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
 """The only words the kubelet knows (pkg/apis/deviceplugin/v1beta1/constants.go)."""
-
-LastLook = Callable[[Sequence[Device], Mapping[str, PciFunction]], Awaitable[Mapping[str, Objection]]]
-"""Checks devices on the host once more, before they are given, with all functions as the latest scan saw them: device
-ID -> what speaks against giving it now. Takes well under a second."""
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
