@@ -469,7 +469,10 @@ def expire(ledger: Ledger, facts: HostFacts, now: float, *, has_pod_resources: b
 
 def _is_expired(grant: Grant, ledger: Ledger, facts: HostFacts, now: float) -> bool:
     is_late = now >= ledger.ends_at(grant)
-    functions = [facts.functions[a] for a in grant.places.addresses if a in facts.functions]
-    if ledger.heard is not None and not (is_late and all(function.shows_use for function in functions)):
+    if ledger.heard is not None and not (is_late and _shows_use(grant, facts)):
         return False  # the answer will come
     return (grant.was_used or is_late) and not any(a in ledger.uses for a in grant.places.addresses)
+
+
+def _shows_use(grant: Grant, facts: HostFacts) -> bool:
+    return all(facts.functions[a].shows_use for a in grant.places.addresses if a in facts.functions)
