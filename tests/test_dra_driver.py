@@ -27,14 +27,14 @@ from sandbox_plugin.dra.checkpoint import read_all
 from sandbox_plugin.dra.claim_files import ClaimFiles
 from sandbox_plugin.dra.claims import ClaimId, Refused
 from sandbox_plugin.dra.client import ApiError, JsonObject
-from sandbox_plugin.dra.driver import Driver, LastLook, load_claims
+from sandbox_plugin.dra.driver import Driver, load_claims
 from sandbox_plugin.dra.services import DraHealthServicer, DraPluginServicer, health_of
 from sandbox_plugin.host import files
 from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.inventory.ledger import Holdings
 from sandbox_plugin.inventory.naming import ModelNames
 from sandbox_plugin.inventory.rules import Rules
-from sandbox_plugin.model import Device, Objection, PciFunction
+from sandbox_plugin.model import Device, LastLook, Objection, PciFunction
 from sandbox_plugin.registry import Registry
 
 A, B = "0000:01:00.0", "0000:02:00.0"

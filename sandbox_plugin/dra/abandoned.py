@@ -159,8 +159,7 @@ def in_use(prepared: Prepared, inventory: Inventory) -> InUse:
     members = {address for number in numbers if number in facts.groups for address in facts.groups[number].members}
     if any(address in uses or address in facts.unreadable for address in _addresses(prepared) | members):
         return InUse.YES
-    is_seen = all(function.mdev_type is None and not function.is_vendors_vgpu for function in there)
-    return InUse.NO if is_seen else InUse.UNSEEN
+    return InUse.NO if all(function.shows_use for function in there) else InUse.UNSEEN
 
 
 def _addresses(prepared: Prepared) -> set[str]:

@@ -43,12 +43,10 @@ from sandbox_plugin.dra.client import ApiError, Claims
 from sandbox_plugin.dra.names import devices_by_name, pool_name
 from sandbox_plugin.host.files import FileWork
 from sandbox_plugin.host.paths import boot_id
-from sandbox_plugin.model import Device, Objection, PciFunction
+from sandbox_plugin.model import Device, LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.trouble import Trouble
 
-LastLook = Callable[[Sequence[Device], Mapping[str, PciFunction]], Awaitable[Mapping[str, Objection]]]
-"""Checks devices on the host once more: device ID -> what speaks against giving it now."""
 _INTERVAL = 5.0
 """Seconds after which it is seen to that all files are there, although nothing has changed."""
 _RETRY = 1.0

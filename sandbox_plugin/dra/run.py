@@ -11,7 +11,7 @@ from sandbox_plugin.config.settings import Settings
 from sandbox_plugin.dra.api_server import ApiServer, in_cluster_url
 from sandbox_plugin.dra.calls import ClaimCalls
 from sandbox_plugin.dra.claims import Prepared
-from sandbox_plugin.dra.driver import Driver, LastLook
+from sandbox_plugin.dra.driver import Driver
 from sandbox_plugin.dra.plan import Pool
 from sandbox_plugin.dra.publisher import Publisher, PublisherStatus
 from sandbox_plugin.dra.registration import RegistrationStatus, Sockets
@@ -19,6 +19,7 @@ from sandbox_plugin.dra.releaser import Releaser
 from sandbox_plugin.dra.shown import KnownClaim, shown
 from sandbox_plugin.dra.slices import Terms
 from sandbox_plugin.host.files import FileWork
+from sandbox_plugin.model import LastLook
 from sandbox_plugin.registry import Registry
 from sandbox_plugin.shutdown import Shutdown
 
