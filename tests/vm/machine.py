@@ -53,13 +53,16 @@ _KERNEL_LINE = (
 _BOOT_SECONDS, _BOOTS = 120.0, 3
 """The emulator boots in 6 to 20 s, and now and then not at all; then it is what is tried again, never a case. So it is
 when QEMU itself crashes, as it did once in some thirty runs."""
+_SILENCE = 400.0
+"""Seconds without a word from a guest that would say after 300 that it is stuck (`STUCK` in guest/cases.py): the
+emulator has lost its timers, so that nothing in it wakes by time any more. Then it is booted anew, too."""
 
 
 def run_machine(kernel: Path, initrd: Path, seconds: float, *, parameters: str = "") -> int:
     """Boots, obeys and prints until the guest ends. Returns its exit status, or 1 when it ended otherwise.
 
     Of the kernel's `parameters` those that it does not know become the environment of the guest's init. A machine that
-    does not come as far as that, or whose emulator crashes, is booted anew.
+    does not come as far as that, or whose emulator crashes or stops, is booted anew.
     """
     for boot in range(1, _BOOTS + 1):
         with tempfile.TemporaryDirectory(prefix="sandbox-vm-") as folder:
@@ -67,13 +70,19 @@ def run_machine(kernel: Path, initrd: Path, seconds: float, *, parameters: str =
             command = _command(kernel, initrd, f"{_KERNEL_LINE} {parameters}", serial, control)
             qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL)
             with _killed_after(_BOOT_SECONDS, qemu) as booting, _killed_after(seconds, qemu):
+                is_silent = False
                 try:
                     with _connect(control, qemu) as commands, _connect(serial, qemu) as lines:
+                        lines.settimeout(_SILENCE)
                         status = _converse(commands.makefile("rw"), lines.makefile("rb"), booting)
+                except TimeoutError:
+                    is_silent = True
                 finally:
                     qemu.kill()
                     qemu.wait()
-        if qemu.returncode == -signal.SIGSEGV:  # it was not we who ended it
+        if is_silent:
+            print(f"no word for {_SILENCE:g} s, boot {boot} of {_BOOTS}: all of it once more")
+        elif qemu.returncode == -signal.SIGSEGV:  # it was not we who ended it
             print(f"QEMU has crashed (SIGSEGV), boot {boot} of {_BOOTS}: all of it once more")
         elif status is not None:
             return status

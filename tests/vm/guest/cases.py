@@ -69,7 +69,7 @@ HEALTH_INTERVAL = 2.0
 ROUNDS = 20
 PAUSE = 0.3
 """Seconds before each measured cause: what is measured is one event, and not the end of the one before it too."""
-STUCK = 900.0
+STUCK = 300.0
 """Seconds after which every thread's stack is printed: nothing here takes so long."""
 _UNCORRECTABLE_FATAL = 0x40000
 """Malformed TLP, in the Uncorrectable Error Status Register (PCIe 6.0, 7.8.4.2)."""
@@ -150,6 +150,7 @@ class Bench:
 
     def case(self, name: str, work: Callable[[], float | None]) -> None:
         """Runs one case, and asks the kernel whether it agrees with the outcome. A failure is a result too."""
+        faulthandler.dump_traceback_later(STUCK, repeat=True)
         try:
             milliseconds, outcome = work(), "ok"
             if self.daemon.poll() is None:
