@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 
 from sandbox_plugin.fake.slice_rules import stored, violations
+from sandbox_plugin.fake.watched import Watched
 
 SLICES, CLAIMS, NODES = "resourceslices", "resourceclaims", "nodes"
 _GROUPS = {SLICES: "resource.k8s.io", CLAIMS: "resource.k8s.io", NODES: ""}
@@ -68,7 +69,7 @@ class _Refused(Exception):
 
 
 @dataclass(kw_only=True)
-class FakeApiServer:
+class FakeApiServer(Watched):
     """Usage:
 
     async with FakeApiServer() as api:
@@ -194,12 +195,6 @@ class FakeApiServer:
         """One object; None: there is none of this name."""
         return self._objects.get((resource, namespace, name))
 
-    async def wait_for(self, predicate: Callable[[], bool], seconds: float) -> None:
-        """Waits until `predicate` holds, looking at every change. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            while not predicate():
-                await self._changed.wait()
-
     def history_of_devices(self) -> list[set[str]]:
         """The names of the devices of each slice that there ever was, since `forget`."""
         return [
@@ -233,15 +228,11 @@ class FakeApiServer:
 
     def _tell(self, resource: str, kind: str, what: Object) -> None:
         self._events.append((self._version, resource, kind, what))
-        self._wake()
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._ring()
 
     def _end_watches(self) -> None:
         self._epoch = object()
-        self._wake()
+        self._ring()
 
     _epoch: object = field(default_factory=object)
     """Another one: the watches of before end."""

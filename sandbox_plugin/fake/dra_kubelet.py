@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from watchfiles._rust_notify import WatchfilesRustInternalError
 
 from sandbox_plugin.api import dra_v1, pluginregistration, v1, v1alpha1
 from sandbox_plugin.fake.api_server import CLAIMS, FakeApiServer
+from sandbox_plugin.fake.watched import Watched
 
 _SERVICES = ("v1.DRAPlugin", "v1alpha1.DRAResourceHealth")
 """What this kubelet asks of a driver (Kubernetes 1.34 to 1.36)."""
@@ -79,7 +80,7 @@ class _Driver:
     health: dict[str, DeviceHealth] = field(default_factory=dict)
 
 
-class DraKubelet:
+class DraKubelet(Watched):
     """A kubelet whose plugins register in `folder`/plugins_registry, with its PodResources socket at `pod_resources`.
 
     Usage:
@@ -137,16 +138,6 @@ class DraKubelet:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-
-    async def wait_for(self, predicate: Callable[[], bool], seconds: float) -> None:
-        """Waits until `predicate` holds, looking at whatever comes. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            while not predicate():
-                await self._changed.wait()
-
-    def _ring(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     # Plugins
 

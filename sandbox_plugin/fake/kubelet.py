@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from grpclib.exceptions import StreamTerminatedError
 from grpclib.server import Server
 
 from sandbox_plugin.api import v1, v1beta1
+from sandbox_plugin.fake.watched import Watched
 
 _DIAL_TIMEOUT = 10.0
 """Seconds for which the kubelet dials a plugin."""
@@ -65,7 +66,7 @@ class _Plugin:
         return v1beta1.DevicePluginStub(self.channel)
 
 
-class FakeKubelet:
+class FakeKubelet(Watched):
     """A kubelet in `folder`, with its PodResources socket at `pod_resources` if that is given.
 
     Usage:
@@ -156,16 +157,6 @@ class FakeKubelet:
             if allocation.resource == resource and device_id in allocation.ids:
                 return allocation.pod
         return None
-
-    async def wait_for(self, predicate: Callable[[], bool], seconds: float) -> None:
-        """Waits until `predicate` holds, looking at every message. Raises TimeoutError."""
-        async with asyncio.timeout(seconds):
-            while not predicate():
-                await self._changed.wait()
-
-    def _ring(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
     # Pods
 
