@@ -58,6 +58,21 @@ class Claims:
         return found
 
 
+@dataclass
+class SlowLook:
+    """A last look that finds nothing, when it may end."""
+
+    has_begun: asyncio.Event = field(default_factory=asyncio.Event)
+    may_end: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(
+        self, devices: Sequence[Device], functions: Mapping[str, PciFunction]
+    ) -> Mapping[str, Objection]:
+        self.has_begun.set()
+        await self.may_end.wait()
+        return {}
+
+
 @dataclass(kw_only=True)
 class Node:
     """One node's registry and folders, for one run of the plugin after the other."""
@@ -243,18 +258,12 @@ async def test_two_calls_for_one_claim_at_once_prepare_it_once(node: Node) -> No
 @in_loop
 async def test_an_allocate_and_a_prepare_for_one_device_see_each_other(node: Node) -> None:
     """Whichever comes first to the ledger, while the other one looks at the device, has it."""
-    looks, goes_on = asyncio.Event(), asyncio.Event()
-
-    async def slow(devices: Sequence[Device], functions: Mapping[str, PciFunction]) -> Mapping[str, Objection]:
-        looks.set()
-        await goes_on.wait()
-        return {}
-
-    driver = await node.driver(slow)
+    look = SlowLook()
+    driver = await node.driver(look)
     call = asyncio.create_task(driver.prepare(GPUS))
-    await looks.wait()
+    await look.has_begun.wait()
     node.registry.allocate([(PGPU, "1")])
-    goes_on.set()
+    look.may_end.set()
     with pytest.raises(Refused, match="held-by-other-api"):
         await call
 
@@ -303,18 +312,12 @@ async def test_a_prepared_claim_is_prepared_again_though_the_api_server_is_away(
 async def test_a_claim_that_is_given_back_while_it_is_looked_at_again_is_not_prepared(node: Node) -> None:
     driver = await node.driver()
     await driver.prepare(GPUS)
-    looks, goes_on = asyncio.Event(), asyncio.Event()
-
-    async def slow(devices: Sequence[Device], functions: Mapping[str, PciFunction]) -> Mapping[str, Objection]:
-        looks.set()
-        await goes_on.wait()
-        return {}
-
-    driver = await node.driver(slow)
+    look = SlowLook()
+    driver = await node.driver(look)
     call = asyncio.create_task(driver.prepare(GPUS))
-    await looks.wait()
+    await look.has_begun.wait()
     await driver.unprepare(GPUS)
-    goes_on.set()
+    look.may_end.set()
     with pytest.raises(Refused, match="it was given back while it was looked at"):
         await call
     assert (node.held(), node.written) == (set(), [])

@@ -3,10 +3,10 @@
     claim (API server) -> devices (inventory) -> last look -> ledger -> checkpoint -> CDI specs -> answer
 
 From the last look to the ledger nothing is awaited, so that an Allocate and a Prepare for one device see each other.
-What is in the ledger stays there until Unprepare, also when a later step fails: the kubelet asks for Prepare again, or
-for Unprepare, and until then nobody else gets the devices.
+What is in the ledger stays there until the claim is given back, also when a later step fails: the kubelet asks for
+Prepare again, or for Unprepare, and until then nobody else gets the devices.
 
-Unprepare goes the other way, and the ledger is last.
+Giving back goes the other way, and the ledger is last: by Unprepare, or unasked (dra/releaser.py).
 """
 
 from __future__ import annotations
